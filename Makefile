@@ -1,0 +1,45 @@
+# make env | demo | test | lint | lock | clean. The environment is .venv, installed from the lock files.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# uv reads its own variables; a machine that sets pip's is understood all the same.
+export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
+INSTALL := VIRTUAL_ENV=$(CURDIR)/$(VENV) $(BIN)/uv pip install --quiet
+
+.PHONY: env test-env demo test lint lock clean
+
+env: $(VENV)/.installed
+test-env: $(VENV)/.installed-test
+
+$(BIN)/uv:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "calm_jax needs Python 3.11 or newer; name one: make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet uv
+
+$(VENV)/.installed: requirements.lock setup.cfg | $(BIN)/uv
+	$(INSTALL) -r requirements.lock
+	$(INSTALL) --no-deps -e .
+	touch $@
+
+$(VENV)/.installed-test: requirements-test.lock $(VENV)/.installed
+	$(INSTALL) -r requirements-test.lock
+	touch $@
+
+demo: env
+	$(BIN)/python -m tools.demo --workdir runs/demo
+
+test: test-env
+	$(BIN)/ruff check .
+	$(BIN)/python -m pytest
+
+lint: test-env
+	$(BIN)/ruff check .
+
+# The test lock pins torch's plain version: a CPU build is enough, and any build of that version will do.
+lock: test-env
+	$(BIN)/uv pip compile setup.cfg --extra demo --python-version 3.11 --no-header --no-annotate --no-emit-find-links -q -o requirements.lock
+	echo 'torch==2.13.0' | $(BIN)/uv pip compile setup.cfg --extra test --extra dev -c requirements.lock -c - --python-version 3.11 --no-header --no-annotate --no-emit-find-links -q -o requirements-test.lock
+	sed -i 's/+cpu$$//' requirements-test.lock
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

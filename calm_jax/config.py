@@ -1,0 +1,352 @@
+"""A ConfigDict in, a validated tree of frozen dataclasses out; every field of the project is declared here, once.
+
+Each field carries its meaning, its unit and its source: `paper` (arXiv 2412.11952), `ours` (the paper does not
+say), or the public model whose geometry it is. `python -m calm_jax.config` prints them all.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import typing
+from typing import Any
+
+import ml_collections
+
+PARTS = ("low", "middle", "high", "thematic")  # the LLM's input order (paper)
+LEVELS = PARTS[:3]
+VARIANTS = ("tiny", "small", "7b", "13b")
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; the message names the field and the remedy."""
+
+
+def field(default: Any, doc: str, source: str, *, choices: tuple = (), runtime: bool = False) -> Any:
+    """A documented dataclass field. `runtime` fields may change between a run and its resumption."""
+    metadata = {"doc": doc, "source": source, "choices": choices, "runtime": runtime}
+    if isinstance(default, dict) or dataclasses.is_dataclass(default):
+        return dataclasses.field(default_factory=lambda: default, metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclasses.dataclass(frozen=True)
+class Vit:
+    image_size: int = field(336, "side of the square the encoder sees, pixels", "CLIP ViT-L/14-336")
+    patch: int = field(14, "side of a patch, pixels", "CLIP ViT-L/14-336")
+    width: int = field(1024, "channels of a patch feature", "CLIP ViT-L/14-336")
+    depth: int = field(24, "blocks", "CLIP ViT-L/14-336")
+    heads: int = field(16, "attention heads", "CLIP ViT-L/14-336")
+    mlp_width: int = field(4096, "hidden channels of the MLP", "CLIP ViT-L/14-336")
+    eps: float = field(1e-5, "LayerNorm epsilon", "CLIP ViT-L/14-336")
+    stem: str = field("patch", "patch: one linear map a patch (CLIP); conv: strided 3x3 convolutions, for encoders "
+                      "trained from scratch", "ours", choices=("patch", "conv"))
+
+    @property
+    def patches(self) -> int:
+        """P: patch features of an image, CLS not counted."""
+        return (self.image_size // self.patch) ** 2
+
+
+@dataclasses.dataclass(frozen=True)
+class QFormer:
+    width: int = field(768, "channels of a query", "BLIP-2")
+    depth: int = field(12, "blocks", "BLIP-2")
+    heads: int = field(12, "attention heads", "BLIP-2")
+    mlp_width: int = field(3072, "hidden channels of the MLP", "BLIP-2")
+    cross_every: int = field(2, "one block in so many also attends to the picture, the first of each group", "BLIP-2")
+    queries: int = field(32, "learned queries a level", "BLIP-2; the paper's count is not known")
+    eps: float = field(1e-12, "LayerNorm epsilon", "BLIP-2")
+
+
+@dataclasses.dataclass(frozen=True)
+class Depths:
+    low: float = field(1 / 4, "encoder depth read by the low-level Q-Former, fraction of its blocks", "ours")
+    middle: float = field(1 / 2, "encoder depth read by the middle-level Q-Former, fraction", "ours")
+    high: float = field(3 / 4, "encoder depth read by the high-level Q-Former, fraction", "ours")
+    thematic: float = field(23 / 24, "encoder depth read by the fully connected layer, fraction", "LLaVA-1.5")
+
+    def block(self, part: str, depth: int) -> int:
+        """The number of encoder blocks run before `part` reads, for an encoder of `depth` blocks."""
+        return max(1, round(getattr(self, part) * depth))
+
+
+@dataclasses.dataclass(frozen=True)
+class Llama:
+    vocab: int = field(32_000, "tokens of the vocabulary", "Vicuna-7B v1.5")
+    width: int = field(4096, "channels of a token", "Vicuna-7B v1.5")
+    depth: int = field(32, "blocks", "Vicuna-7B v1.5")
+    heads: int = field(32, "query heads", "Vicuna-7B v1.5")
+    kv_heads: int = field(32, "key and value heads; fewer than `heads` is grouped-query attention", "Vicuna-7B v1.5")
+    mlp_width: int = field(11_008, "hidden channels of the gated MLP", "Vicuna-7B v1.5")
+    eps: float = field(1e-5, "RMSNorm epsilon", "Vicuna-7B v1.5")
+    rope_theta: float = field(1e4, "rotary base", "Vicuna-7B v1.5")
+    positions: int = field(4096, "longest conversation, tokens", "Vicuna-7B v1.5")
+
+
+@dataclasses.dataclass(frozen=True)
+class Lora:
+    rank: int = field(0, "rank of the update; 0 = no LoRA", "ours (the paper tunes the LLM)")
+    alpha: float = field(256.0, "scale numerator: an update is multiplied by alpha / rank", "LLaVA-1.5")
+    dropout: float = field(0.05, "dropout before the first factor, probability", "LLaVA-1.5")
+    targets: str = field(r"llama/blocks/(q|k|v|o|gate|up|down)", "regex: paths of the linear layers that get one",
+                         "LLaVA-1.5")
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    vit: Vit = field(Vit(), "visual encoder", "paper: a visual encoder; ours: CLIP")
+    depths: Depths = field(Depths(), "where each part reads the encoder", "ours")
+    qformer: QFormer = field(QFormer(), "each of the three Q-Formers", "paper: three Q-Formers; BLIP-2")
+    llama: Llama = field(Llama(), "language model", "paper: models like Vicuna-7B")
+    lora: Lora = field(Lora(), "low-rank updates", "ours")
+    dtype: str = field("auto", "computation; auto: bfloat16 on accelerators, float32 on CPU", "ours",
+                       choices=("auto", "float32", "bfloat16"), runtime=True)
+    frozen_dtype: str = field("auto", "storage of frozen parameters; auto as above", "ours",
+                              choices=("auto", "float32", "bfloat16"), runtime=True)
+    remat: str = field("full", "what a block keeps for its backward pass: none (all), dots (matmul results), full "
+                       "(its input only)", "ours", choices=("none", "dots", "full"), runtime=True)
+
+    def visual_tokens(self, part: str) -> int:
+        """Tokens that `part` contributes to a mention of an image."""
+        return self.vit.patches if part == "thematic" else self.qformer.queries
+
+
+@dataclasses.dataclass(frozen=True)
+class Mesh:
+    data: int = field(1, "devices along which only the batch is split", "ours", runtime=True)
+    fsdp: int = field(-1, "devices along which batch and parameters are split; -1 = all that remain", "ours",
+                      runtime=True)
+    tensor: int = field(1, "devices along which heads and MLP channels are split", "ours", runtime=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    tokens: int = field(2048, "T: positions of a row", "LLaVA-1.5 (its length)")
+    images: int = field(2, "I: images a row owns", "ours")
+    answers: int = field(256, "K: supervised positions of a row", "ours")
+    candidates: int = field(1, "C: tokens a soft target may spread over at one position", "ours")
+
+
+@dataclasses.dataclass(frozen=True)
+class Optimizer:
+    peak_lr: float = field(1e-3, "learning rate after warm-up", "paper: 1e-3, 1e-3, 2.5e-5, 7e-5 for the processes")
+    warmup: float = field(0.03, "linear warm-up, fraction of the steps", "paper: linear warm-up; LLaVA-1.5: 3 %")
+    final: float = field(0.0, "learning rate at the end, fraction of the peak", "paper: cosine annealing; end is ours")
+    b1: float = field(0.9, "Adam first-moment decay", "paper: Adam; value is ours")
+    b2: float = field(0.999, "Adam second-moment decay", "paper: Adam; value is ours")
+    eps: float = field(1e-8, "Adam epsilon", "ours")
+    weight_decay: float = field(0.0, "decoupled weight decay of matrices", "LLaVA-1.5")
+    clip: float = field(1.0, "largest global gradient norm; 0 = no clipping", "ours")
+
+
+@dataclasses.dataclass(frozen=True)
+class Process:
+    dataset: str = field("demo", "name of the dataset", "ours")
+    tasks: dict[str, float] = field({"attributes": 1.0}, "task -> weight in the mixture", "ours")
+    parts: tuple[str, ...] = field(PARTS, "parts of an image that this process computes", "paper: all, in this order",
+                                   choices=PARTS)
+    train: tuple[str, ...] = field((".*",), "regexes: parameters that learn", "paper (table of processes)")
+    freeze: tuple[str, ...] = field((), "regexes: parameters that stay; every parameter matches exactly one list",
+                                    "paper (table of processes)")
+    row: Row = field(Row(), "shape of a packed row", "ours")
+    batch: int = field(128, "rows a step, all devices together", "ours (LLaVA-1.5: 256 and 128 examples)")
+    accumulate: int = field(1, "micro-batches a step", "ours")
+    steps: int = field(1000, "optimizer steps", "ours")
+    optimizer: Optimizer = field(Optimizer(), "Adam, warm-up, cosine", "paper")
+    eval_every: int = field(500, "steps between validations; 0 = only at the end", "ours")
+    eval_batches: int = field(8, "validation batches", "ours")
+    shuffle_labels: bool = field(False, "control: answers of pseudo-label turns are drawn at random", "ours")
+
+    def __post_init__(self):
+        if self.batch % max(self.accumulate, 1) or self.accumulate < 1:
+            raise ConfigError(f"batch={self.batch} does not divide into accumulate={self.accumulate} micro-batches; "
+                              "choose a divisor")
+        if not self.tasks:
+            raise ConfigError("a process needs at least one task, such as tasks.attributes=1.0")
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    every_steps: int = field(500, "steps between checkpoints; 0 = only at the end", "ours", runtime=True)
+    every_minutes: float = field(30.0, "minutes between checkpoints; 0 = off", "ours", runtime=True)
+    keep: int = field(2, "newest checkpoints kept (the best one is kept besides)", "ours", runtime=True)
+    keep_every_steps: int = field(0, "checkpoints at multiples of this are kept for ever; 0 = none", "ours",
+                                  runtime=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    workers: int = field(0, "data processes; 0 = threads of the training process", "ours", runtime=True)
+    threads: int = field(4, "rows prepared at the same time", "ours", runtime=True)
+    max_bad_share: float = field(0.01, "share of unreadable records above which the run stops", "ours", runtime=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    seed: int = field(0, "seed of initialisation, data order, augmentation and dropout", "ours")
+    init: str = field("", "where parameters come from: a workdir or checkpoint folder; empty = random", "ours")
+    model: Model = field(Model(), "geometry and numerics", "paper and ours")
+    tokenizer: str = field("", "path of a SentencePiece model; empty = the small one that ships", "ours")
+    mesh: Mesh = field(Mesh(), "how devices share the work", "ours", runtime=True)
+    run: tuple[str, ...] = field((), "processes to run, in this order", "paper: two stages of two processes")
+    processes: dict[str, Process] = field({}, "name -> training process", "paper")
+    checkpoint: Checkpoint = field(Checkpoint(), "when to save, what to keep", "ours", runtime=True)
+    data: Data = field(Data(), "how the pipeline runs", "ours", runtime=True)
+    log_every: int = field(10, "steps between logged metrics", "ours", runtime=True)
+
+    def __post_init__(self):
+        for name in self.run:
+            if name not in self.processes:
+                raise ConfigError(f"run names the process {name!r}, which `processes` does not define"
+                                  f"{nearest(name, self.processes)}")
+        vit, llama, qformer = self.model.vit, self.model.llama, self.model.qformer
+        checks = (
+            (vit.image_size % vit.patch == 0, f"model.vit.image_size={vit.image_size} is no multiple of "
+             f"model.vit.patch={vit.patch}"),
+            (vit.width % vit.heads == 0, f"model.vit.width={vit.width} is no multiple of heads={vit.heads}"),
+            (vit.stem != "conv" or vit.patch & (vit.patch - 1) == 0,
+             f"model.vit.stem=conv needs a patch that is a power of two, not {vit.patch}"),
+            (qformer.width % qformer.heads == 0, f"model.qformer.width={qformer.width} is no multiple of "
+             f"heads={qformer.heads}"),
+            (qformer.depth % qformer.cross_every == 0, f"model.qformer.depth={qformer.depth} is no multiple of "
+             f"cross_every={qformer.cross_every}"),
+            (llama.width % llama.heads == 0, f"model.llama.width={llama.width} is no multiple of heads={llama.heads}"),
+            (llama.heads % llama.kv_heads == 0, f"model.llama.heads={llama.heads} is no multiple of "
+             f"kv_heads={llama.kv_heads}"),
+        )
+        wrong = [message for holds, message in checks if not holds]
+        for name in self.run:
+            tokens = self.processes[name].row.tokens
+            if tokens > llama.positions:
+                wrong.append(f"processes.{name}.row.tokens={tokens} exceeds model.llama.positions={llama.positions}")
+        if wrong:
+            raise ConfigError("; ".join(wrong))
+
+
+def nearest(name: str, valid: typing.Iterable[str]) -> str:
+    """A hint such as `; the nearest is 'x'`, or the list of all valid names when none is near."""
+    valid = list(valid)
+    close = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
+    return f"; the nearest is {close[0]!r}" if close else f"; valid are {', '.join(map(repr, valid))}"
+
+
+def to_config_dict(config: Config) -> ml_collections.ConfigDict:
+    """The dataclass tree as a ConfigDict, so that command-line flags can override single fields."""
+    return ml_collections.ConfigDict(dataclasses.asdict(config))
+
+
+def from_config_dict(values: ml_collections.ConfigDict | dict[str, Any]) -> Config:
+    """Validates every field of `values` and returns the dataclass tree.
+
+    Raises:
+      ConfigError: names an unknown field with the nearest valid one, or a field of the wrong type.
+    """
+    if isinstance(values, ml_collections.ConfigDict):
+        values = values.to_dict()
+    return _build(Config, values, "config")
+
+
+def _build(kind: Any, value: Any, path: str) -> Any:
+    if dataclasses.is_dataclass(kind):
+        if not isinstance(value, typing.Mapping):
+            raise ConfigError(f"{path} is a group of fields, not {value!r}")
+        hints = typing.get_type_hints(kind)
+        for name in value:
+            if name not in hints:
+                raise ConfigError(f"{path}.{name} is not a field{nearest(name, hints)}")
+        built = {name: _build(hints[name], item, f"{path}.{name}") for name, item in value.items()}
+        for entry in dataclasses.fields(kind):
+            choices = entry.metadata["choices"]
+            items = built.get(entry.name, ())
+            for item in items if isinstance(items, tuple) else (items,):
+                if choices and item not in choices:
+                    raise ConfigError(f"{path}.{entry.name}={item!r} is not one of its values{nearest(str(item), choices)}")
+        try:
+            return kind(**built)
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}") from None
+    origin = typing.get_origin(kind)
+    if origin is dict:
+        if not isinstance(value, typing.Mapping):
+            raise ConfigError(f"{path} is a table of names, not {value!r}")
+        return {name: _build(typing.get_args(kind)[1], item, f"{path}.{name}") for name, item in value.items()}
+    if origin is tuple:
+        if isinstance(value, str) or not isinstance(value, (tuple, list)):
+            raise ConfigError(f"{path} takes a tuple, such as (\"a\",), not {value!r}")
+        return tuple(_build(typing.get_args(kind)[0], item, path) for item in value)
+    if kind is float and type(value) is int:
+        return float(value)
+    if type(value) is not kind:
+        raise ConfigError(f"{path} takes {_article(kind)}, not {value!r}")
+    return value
+
+
+def _article(kind: type) -> str:
+    return {int: "a whole number", float: "a number", str: "text", bool: "True or False"}.get(kind, str(kind))
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """One line a field whose value differs, `runtime` fields left out; both are `dataclasses.asdict` of a Config."""
+    lines: list[str] = []
+    _compare(Config, old, new, "config", lines)
+    return lines
+
+
+def _compare(kind: Any, old: Any, new: Any, path: str, lines: list[str]) -> None:
+    if isinstance(old, dict) and isinstance(new, dict):
+        entries = {f.name: f for f in dataclasses.fields(kind)} if dataclasses.is_dataclass(kind) else {}
+        hints = typing.get_type_hints(kind) if entries else {}
+        for name in sorted(old.keys() | new.keys()):
+            if name in entries and entries[name].metadata["runtime"]:
+                continue
+            below = hints.get(name) if entries else typing.get_args(kind)[1]
+            _compare(below, old.get(name, "(absent)"), new.get(name, "(absent)"), f"{path}.{name}", lines)
+    elif (list(old) if isinstance(old, tuple) else old) != (list(new) if isinstance(new, tuple) else new):
+        lines.append(f"{path}: {old!r} -> {new!r}")
+
+
+def model(variant: str) -> Model:
+    """The geometry of a variant. `7b` and `13b` are CLIP ViT-L/14-336 + BLIP-2 + Vicuna v1.5; the others are ours."""
+    if variant == "7b":
+        return Model()
+    if variant == "13b":
+        return Model(llama=Llama(width=5120, depth=40, heads=40, kv_heads=40, mlp_width=13_824))
+    if variant == "small":
+        return Model(
+            vit=Vit(image_size=224, patch=16, width=384, depth=8, heads=6, mlp_width=1536, stem="conv"),
+            depths=Depths(thematic=7 / 8),
+            qformer=QFormer(width=256, depth=4, heads=4, mlp_width=1024, queries=16),
+            llama=Llama(vocab=2048, width=512, depth=8, heads=8, kv_heads=8, mlp_width=1376, positions=2048),
+            remat="none")
+    if variant == "tiny":
+        return Model(
+            vit=Vit(image_size=96, patch=8, width=96, depth=4, heads=3, mlp_width=288, stem="conv"),
+            depths=Depths(thematic=1.0),
+            qformer=QFormer(width=96, depth=2, heads=3, mlp_width=288, cross_every=1, queries=4),
+            llama=Llama(vocab=2048, width=128, depth=3, heads=4, kv_heads=4, mlp_width=344, positions=1024),
+            remat="none")
+    raise ConfigError(f"there is no variant {variant!r}{nearest(variant, VARIANTS)}")
+
+
+def describe() -> str:
+    """A table of all fields with default, meaning and source."""
+    lines: list[str] = []
+
+    def walk(kind, path):
+        hints = typing.get_type_hints(kind)
+        for entry in dataclasses.fields(kind):
+            if dataclasses.is_dataclass(hints[entry.name]):
+                walk(hints[entry.name], f"{path}.{entry.name}")
+            elif entry.name == "processes":
+                walk(Process, f"{path}.processes.NAME")
+            else:
+                default = entry.default if entry.default is not dataclasses.MISSING else entry.default_factory()
+                lines.append(f"{path}.{entry.name} = {default!r}\n    {entry.metadata['doc']} [{entry.metadata['source']}]")
+
+    walk(Config, "config")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(describe())

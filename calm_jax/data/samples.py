@@ -1,0 +1,114 @@
+"""The one currency of the data pipeline: a record of a picture in a dataset, and the Sample a task makes of records."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Protocol
+
+import numpy as np
+from jaxtyping import UInt8
+
+from calm_jax import config as config_lib
+
+
+class BadRecord(ValueError):
+    """A record that cannot be used; the message names it and says why. Training masks, counts and names it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Edit:
+    """One augmentation of a picture: the name of an attribute of `data.attributes`, a grade of it, and a seed."""
+
+    attribute: str
+    grade: int
+    seed: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageRef:
+    """A picture to be read later: record `index` of a dataset, cut to `window`, then edited in order.
+
+    `window` is (left, top, right, bottom) in fractions of the picture; None is the whole picture.
+    """
+
+    index: int
+    window: tuple[float, float, float, float] | None = None
+    edits: tuple[Edit, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Mention:
+    """Puts the visual tokens of some parts of an image of the Sample into the text, in the order of PARTS."""
+
+    image: int
+    parts: tuple[str, ...] = config_lib.PARTS
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """Text that the model learns to say.
+
+    Attributes:
+      text: without the end-of-sequence token, which is appended.
+      weight: factor of this answer's token losses; 0 = context only, such as a support picture's rating.
+      soft: character offset in `text` -> {character: probability}: soft targets that replace the hard one at that
+        character, which the tokenizer must encode as a token of its own (digits are, in both tokenizers).
+    """
+
+    text: str
+    weight: float = 1.0
+    soft: Mapping[int, Mapping[str, float]] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Turn:
+    """One exchange. `label` says what is asked and what is true, such as `noise=2`: for evaluation, never trained on."""
+
+    prompt: tuple[str | Mention, ...]
+    answer: Answer
+    label: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """A conversation about n >= 0 images, whatever the task.
+
+    Attributes:
+      images: each is encoded once, however often it is mentioned.
+      turns: the conversation.
+      target: numeric target on the 1-10 scale of the conversation (regression head, evaluation), or None.
+      name: dataset, task and record, for messages and reports.
+    """
+
+    images: tuple[ImageRef, ...]
+    turns: tuple[Turn, ...]
+    target: float | None = None
+    name: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """What a dataset knows of one picture. `score` is on the dataset's own `scale` (lowest, highest)."""
+
+    key: str
+    image: ImageRef
+    captions: tuple[str, ...] = ()
+    comments: tuple[str, ...] = ()
+    score: float | None = None
+    scale: tuple[float, float] = (1.0, 10.0)
+
+
+class Dataset(Protocol):
+    """Random access to records without reading pixels, and to pixels. Splits are train, validation and test."""
+
+    name: str
+
+    def indices(self, split: str) -> np.ndarray:
+        """Record numbers of a split, int64 `[n]`, in a fixed order."""
+
+    def record(self, index: int) -> Record:
+        """What is known of record `index`."""
+
+    def pixels(self, index: int) -> UInt8[np.ndarray, "H W 3"]:
+        """The stored picture, RGB 0..255, before window and edits. Raises BadRecord when it cannot be read."""

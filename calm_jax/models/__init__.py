@@ -1,0 +1,1 @@
+"""The networks of CALM: encoder, multi-scale alignment, language model. Imports the config only."""

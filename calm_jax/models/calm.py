@@ -1,0 +1,68 @@
+"""Packed rows of pictures and conversations in, hidden states at every position out: the whole of CALM."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from flax import nnx
+from jaxtyping import Array, Float, Int, Key, UInt8
+
+from calm_jax import config as config_lib
+from calm_jax.models import lora
+from calm_jax.models.llama import Llama
+from calm_jax.models.mfam import Mfam
+from calm_jax.models.vit import Vit, normalise
+
+
+class Calm(nnx.Module):
+    """Visual encoder, MFAM and language model. Parameters are float32 until the training state casts them."""
+
+    def __init__(self, cfg: config_lib.Model, rngs: nnx.Rngs):
+        self.depths = {part: cfg.depths.block(part, cfg.vit.depth) for part in config_lib.PARTS}
+        self.remat = cfg.remat
+        self.vit = Vit(cfg.vit, rngs)
+        self.mfam = Mfam(cfg, rngs)
+        self.llama = Llama(cfg.llama, rngs)
+        if cfg.lora.rank:
+            lora.add(self, cfg.lora, rngs)
+
+    def encode(self, images: UInt8[Array, "B I H W 3"], parts: tuple[str, ...], *, dtype: Any,
+               freeze_vit: bool = False) -> Float[Array, "B M D"]:
+        """Visual tokens of a row's images, one image after the other, each in the order of `parts`: M = I * N.
+
+        Args:
+          images: RGB, 0..255.
+          parts: subset of low, middle, high, thematic, in that order; the others are not computed.
+          freeze_vit: no gradient is wanted for the encoder, so its activations need not be kept.
+        """
+        rows = images.shape[0]
+        pixels = normalise(rearrange(images, "b i h w c -> (b i) h w c"), dtype)
+        taps = self.vit(pixels, tuple(self.depths[part] for part in parts), remat=self.remat)
+        if freeze_vit:
+            taps = jax.lax.stop_gradient(taps)
+        tokens = self.mfam({part: taps[self.depths[part]] for part in parts}, remat=self.remat)
+        return rearrange(tokens, "(b i) n d -> b (i n) d", b=rows)
+
+    def embed(self, tokens: Int[Array, "B T"], visual: Int[Array, "B T"],
+              pool: Float[Array, "B M D"]) -> Float[Array, "B T D"]:
+        """Word embeddings, and at positions with `visual >= 0` that token of the same row's pool.
+
+        The gather never leaves its row, so that rows on different devices exchange nothing.
+        """
+        words = self.llama.embed(tokens, pool.dtype)
+        seen = jnp.take_along_axis(pool, jnp.maximum(visual, 0)[..., None], axis=1)
+        return jnp.where((visual >= 0)[..., None], seen, words)
+
+    def __call__(self, batch: dict[str, Array], parts: tuple[str, ...], *, dtype: Any = jnp.float32,
+                 freeze_vit: bool = False, key: Key[Array, ""] | None = None) -> Float[Array, "B T D"]:
+        """Hidden states of a batch of packed rows (`data.pipeline` documents its arrays)."""
+        pool = self.encode(batch["images"], parts, dtype=dtype, freeze_vit=freeze_vit)
+        x = self.embed(batch["tokens"], batch["visual"], pool)
+        return self.llama(x, batch["positions"], batch["segments"], remat=self.remat, key=key)
+
+    def answer_logits(self, hidden: Float[Array, "B T D"], answer_positions: Int[Array, "B K"]) -> Float[Array, "B K V"]:
+        """float32 logits at the supervised positions only; position t predicts token t + 1."""
+        return self.llama.logits(jnp.take_along_axis(hidden, answer_positions[..., None], axis=1))

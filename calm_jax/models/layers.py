@@ -1,0 +1,121 @@
+"""Activations in, activations out: the linear layer, the norms, and the stacking and scanning of equal blocks.
+
+Modules keep float32 parameters of their own and compute in the dtype of the activations they are given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Key
+
+
+class Linear(nnx.Module):
+    """`y = x @ kernel + bias`, plus a low-rank update where `models.lora.add` has put one.
+
+    Shapes: x `[..., I]`, kernel `[I, O]`, bias `[O]`, y `[..., O]` in the dtype of x.
+    """
+
+    def __init__(self, d_in: int, d_out: int, *, bias: bool, rngs: nnx.Rngs):
+        self.kernel = nnx.Param(nnx.initializers.lecun_normal()(rngs.params(), (d_in, d_out)))
+        self.bias = nnx.Param(jnp.zeros(d_out)) if bias else None
+        self.lora: Lora | None = nnx.data(None)
+
+    def __call__(self, x: Float[Array, "... I"], key: Key[Array, ""] | None = None) -> Float[Array, "... O"]:
+        y = x @ self.kernel[...].astype(x.dtype)
+        if self.bias is not None:
+            y = y + self.bias[...].astype(x.dtype)
+        if self.lora is not None:
+            y = y + self.lora(x, key)
+        return y
+
+
+class Lora(nnx.Module):
+    """The update `alpha / rank * dropout(x) @ a @ b`; b starts at zero, so that the start is the base model."""
+
+    def __init__(self, a: Array, b: Array, *, alpha: float, dropout: float):
+        self.a, self.b = nnx.Param(a), nnx.Param(b)
+        self.alpha, self.dropout = alpha, dropout
+
+    def __call__(self, x: Float[Array, "... I"], key: Key[Array, ""] | None) -> Float[Array, "... O"]:
+        if key is not None and self.dropout > 0:
+            keep = jax.random.bernoulli(key, 1 - self.dropout, x.shape)
+            x = jnp.where(keep, x / (1 - self.dropout), 0)
+        rank = self.a.shape[-1]
+        return (x @ self.a[...].astype(x.dtype)) @ self.b[...].astype(x.dtype) * (self.alpha / rank)
+
+
+class LayerNorm(nnx.Module):
+    """LayerNorm over the last axis, computed in float32; scale and bias `[D]`."""
+
+    def __init__(self, width: int, eps: float):
+        self.scale, self.bias, self.eps = nnx.Param(jnp.ones(width)), nnx.Param(jnp.zeros(width)), eps
+
+    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        x32 = x.astype(jnp.float32)
+        mean = x32.mean(-1, keepdims=True)
+        centred = x32 - mean
+        y = centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + self.eps)
+        return (y * self.scale[...] + self.bias[...]).astype(x.dtype)
+
+
+class RMSNorm(nnx.Module):
+    """Root-mean-square norm over the last axis, computed in float32; scale `[D]`."""
+
+    def __init__(self, width: int, eps: float):
+        self.scale, self.eps = nnx.Param(jnp.ones(width)), eps
+
+    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        x32 = x.astype(jnp.float32)
+        y = x32 * jax.lax.rsqrt(jnp.square(x32).mean(-1, keepdims=True) + self.eps)
+        return (y * self.scale[...]).astype(x.dtype)
+
+
+def stack(make: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx.Rngs) -> Any:
+    """`count` modules of one shape as a single module whose parameters have a leading axis of that size."""
+
+    @nnx.split_rngs(splits=count)
+    @nnx.vmap(in_axes=0, out_axes=0)
+    def build(rngs):
+        return make(rngs)
+
+    return build(rngs)
+
+
+def unstack(blocks: nnx.Module, index: int) -> Any:
+    """Block `index` of a stack, as a module of its own that shares nothing with the stack."""
+    graphdef, state = nnx.split(blocks)
+    return nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf[index], state))
+
+
+def scan(blocks: nnx.Module, x: Any, apply: Callable[[Any, Any, Any], Any], *, remat: str, keys: Any = None,
+         start: int = 0, stop: int | None = None) -> Any:
+    """Runs `x = apply(block, x, key)` for blocks `start` to `stop` of a stack with one compiled body.
+
+    Args:
+      blocks: a module made by `stack`.
+      x: the carry, a pytree whose shapes and dtypes every block keeps.
+      apply: called with one block, the carry and that block's slice of `keys`.
+      remat: what a block keeps for its backward pass (`config.Model.remat`).
+      keys: a pytree with one leading entry a block, or None.
+    """
+    graphdef, state = nnx.split(blocks)
+    count = jax.tree.leaves(state)[0].shape[0]
+    stop = count if stop is None else stop
+    if (start, stop) != (0, count):
+        state, keys = jax.tree.map(lambda leaf: leaf[start:stop], (state, keys))
+
+    def body(carry, layer):
+        layer_state, key = layer
+        return apply(nnx.merge(graphdef, layer_state), carry, key), None
+
+    if remat == "full":
+        body = jax.checkpoint(body, prevent_cse=False, policy=jax.checkpoint_policies.nothing_saveable)
+    elif remat == "dots":
+        body = jax.checkpoint(body, prevent_cse=False,
+                              policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable)
+    return jax.lax.scan(body, x, (state, keys))[0]

@@ -1,0 +1,127 @@
+"""Token and visual embeddings in, hidden states or logits out: the LLaMA / Vicuna port."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from flax import nnx
+from jaxtyping import Array, Float, Int, Key
+
+from calm_jax import config as config_lib
+from calm_jax.models import layers
+from calm_jax.models.attention import attend
+
+Cache = list[tuple[Array, Array]]  # a layer's keys and values, each [B, S, K, H]
+
+
+def rotate(x: Float[Array, "B T N H"], positions: Int[Array, "B T"], theta: float) -> Float[Array, "B T N H"]:
+    """Rotary position embedding, half-split layout: channel i is paired with channel i + H / 2 (Hugging Face's)."""
+    half = x.shape[-1] // 2
+    frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angles = positions[..., None, None].astype(jnp.float32) * frequencies
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    a, b = x[..., :half].astype(jnp.float32), x[..., half:].astype(jnp.float32)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x.dtype)
+
+
+class Block(nnx.Module):
+    """Pre-norm block: rotary (grouped-query) attention and a SiLU-gated MLP, no biases."""
+
+    def __init__(self, cfg: config_lib.Llama, rngs: nnx.Rngs):
+        self.heads, self.kv_heads, self.theta = cfg.heads, cfg.kv_heads, cfg.rope_theta
+        kv_width = cfg.width // cfg.heads * cfg.kv_heads
+        self.attention_norm = layers.RMSNorm(cfg.width, cfg.eps)
+        self.q = layers.Linear(cfg.width, cfg.width, bias=False, rngs=rngs)
+        self.k = layers.Linear(cfg.width, kv_width, bias=False, rngs=rngs)
+        self.v = layers.Linear(cfg.width, kv_width, bias=False, rngs=rngs)
+        self.o = layers.Linear(cfg.width, cfg.width, bias=False, rngs=rngs)
+        self.mlp_norm = layers.RMSNorm(cfg.width, cfg.eps)
+        self.gate = layers.Linear(cfg.width, cfg.mlp_width, bias=False, rngs=rngs)
+        self.up = layers.Linear(cfg.width, cfg.mlp_width, bias=False, rngs=rngs)
+        self.down = layers.Linear(cfg.mlp_width, cfg.width, bias=False, rngs=rngs)
+
+    def qkv(self, x, positions, keys):
+        """Rotated queries `[B, T, N, H]` and keys, and values `[B, T, K, H]`, of the normed input."""
+        y = self.attention_norm(x)
+        q = rearrange(self.q(y, keys[0]), "b t (n h) -> b t n h", n=self.heads)
+        k = rearrange(self.k(y, keys[1]), "b t (n h) -> b t n h", n=self.kv_heads)
+        v = rearrange(self.v(y, keys[2]), "b t (n h) -> b t n h", n=self.kv_heads)
+        return rotate(q, positions, self.theta), rotate(k, positions, self.theta), v
+
+    def finish(self, x, mixed, keys):
+        """Adds the attention output and the MLP to the residual stream."""
+        x = x + self.o(rearrange(mixed, "b t n h -> b t (n h)"), keys[3])
+        y = self.mlp_norm(x)
+        return x + self.down(jax.nn.silu(self.gate(y, keys[4])) * self.up(y, keys[5]), keys[6])
+
+    def __call__(self, x: Float[Array, "B T D"], positions: Int[Array, "B T"], segments: Int[Array, "B T"],
+                 key: Key[Array, ""] | None = None) -> Float[Array, "B T D"]:
+        keys = _split(key)
+        q, k, v = self.qkv(x, positions, keys)
+        return self.finish(x, attend(q, k, v, causal=True, q_segments=segments, kv_segments=segments), keys)
+
+
+def _split(key):
+    return [None] * 7 if key is None else jax.random.split(key, 7)
+
+
+class Llama(nnx.Module):
+    """Embedding table `[V, D]`, blocks, final norm, untied head `[D, V]`."""
+
+    def __init__(self, cfg: config_lib.Llama, rngs: nnx.Rngs):
+        self.depth = cfg.depth
+        self.embedding = nnx.Param(nnx.initializers.normal(0.02)(rngs.params(), (cfg.vocab, cfg.width)))
+        self.blocks = layers.stack(lambda rngs: Block(cfg, rngs), cfg.depth, rngs)
+        self.norm = layers.RMSNorm(cfg.width, cfg.eps)
+        self.head = layers.Linear(cfg.width, cfg.vocab, bias=False, rngs=rngs)
+
+    def embed(self, tokens: Int[Array, "B T"], dtype: Any) -> Float[Array, "B T D"]:
+        return self.embedding[...].astype(dtype)[tokens]
+
+    def __call__(self, x: Float[Array, "B T D"], positions: Int[Array, "B T"], segments: Int[Array, "B T"], *,
+                 remat: str = "none", key: Key[Array, ""] | None = None) -> Float[Array, "B T D"]:
+        """Hidden states after the final norm. Attention is causal and stays inside a segment (0 = padding)."""
+        keys = None if key is None else jax.random.split(key, self.depth)
+        x = layers.scan(self.blocks, x, lambda block, x, key: block(x, positions, segments, key),
+                        remat=remat, keys=keys)
+        return self.norm(x)
+
+    def logits(self, hidden: Float[Array, "B K D"]) -> Float[Array, "B K V"]:
+        """float32 logits; give only the positions where something is asked."""
+        return self.head(hidden).astype(jnp.float32)
+
+    def prefill(self, x: Float[Array, "B T D"], lengths: Int[Array, "B"], size: int) -> tuple[Array, Cache]:
+        """Hidden states `[B, T, D]` of left-aligned prompts and their cache, padded to `size` positions.
+
+        Blocks are unrolled: each owns a cache array, which decoding then updates in place.
+        """
+        batch, length = x.shape[:2]
+        positions = jnp.broadcast_to(jnp.arange(length), (batch, length))
+        segments = (positions < lengths[:, None]).astype(jnp.int32)
+        cache: Cache = []
+        for index in range(self.depth):
+            block = layers.unstack(self.blocks, index)
+            q, k, v = block.qkv(x, positions, _split(None))
+            mixed = attend(q, k, v, causal=True, q_segments=segments, kv_segments=segments)
+            x = block.finish(x, mixed, _split(None))
+            room = ((0, 0), (0, size - length), (0, 0), (0, 0))
+            cache.append((jnp.pad(k, room), jnp.pad(v, room)))
+        return self.norm(x), cache
+
+    def decode(self, x: Float[Array, "B 1 D"], positions: Int[Array, "B"], cache: Cache) -> tuple[Array, Cache]:
+        """One token a row, at `positions`, against the cache; returns hidden states `[B, 1, D]` and the new cache."""
+        size = cache[0][0].shape[1]
+        ones = jnp.ones((x.shape[0], 1), jnp.int32)
+        seen = (jnp.arange(size) <= positions[:, None]).astype(jnp.int32)
+        write = jax.vmap(lambda store, new, at: jax.lax.dynamic_update_slice(store, new, (at, 0, 0)))
+        updated: Cache = []
+        for index in range(self.depth):
+            block = layers.unstack(self.blocks, index)
+            q, k, v = block.qkv(x, positions[:, None], _split(None))
+            k, v = write(cache[index][0], k, positions), write(cache[index][1], v, positions)
+            x = block.finish(x, attend(q, k, v, q_segments=ones, kv_segments=seen), _split(None))
+            updated.append((k, v))
+        return self.norm(x), updated

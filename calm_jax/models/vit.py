@@ -1,0 +1,105 @@
+"""uint8-range pictures normalised by CLIP's statistics in, patch features at chosen depths out (the visual encoder)."""
+
+from __future__ import annotations
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange, repeat
+from flax import nnx
+from jaxtyping import Array, Float, UInt8
+
+from calm_jax import config as config_lib
+from calm_jax.models import layers
+from calm_jax.models.attention import Attention
+
+MEAN = (0.48145466, 0.4578275, 0.40821073)  # of CLIP's training pictures, RGB in 0..1
+STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+def normalise(images: UInt8[Array, "... H W 3"], dtype: jnp.dtype) -> Float[Array, "... H W 3"]:
+    """RGB 0..255 -> zero mean and unit variance over CLIP's training pictures, in `dtype`."""
+    scaled = images.astype(jnp.float32) / 255.0
+    return ((scaled - jnp.asarray(MEAN)) / jnp.asarray(STD)).astype(dtype)
+
+
+class Block(nnx.Module):
+    """Pre-norm transformer block with CLIP's quick-GELU, x * sigmoid(1.702 x)."""
+
+    def __init__(self, cfg: config_lib.Vit, rngs: nnx.Rngs):
+        self.attention_norm = layers.LayerNorm(cfg.width, cfg.eps)
+        self.attention = Attention(cfg.width, cfg.heads, rngs)
+        self.mlp_norm = layers.LayerNorm(cfg.width, cfg.eps)
+        self.up = layers.Linear(cfg.width, cfg.mlp_width, bias=True, rngs=rngs)
+        self.down = layers.Linear(cfg.mlp_width, cfg.width, bias=True, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        x = x + self.attention(self.attention_norm(x))
+        y = self.up(self.mlp_norm(x))
+        return x + self.down(y * jax.nn.sigmoid(1.702 * y))
+
+
+class PatchStem(nnx.Module):
+    """CLIP's stem: one linear map of the pixels of a patch, without bias. kernel `[patch * patch * 3, D]`."""
+
+    def __init__(self, cfg: config_lib.Vit, rngs: nnx.Rngs):
+        self.patch = cfg.patch
+        self.embed = layers.Linear(cfg.patch * cfg.patch * 3, cfg.width, bias=False, rngs=rngs)
+
+    def __call__(self, images: Float[Array, "B H W 3"]) -> Float[Array, "B P D"]:
+        return self.embed(rearrange(images, "b (h p) (w q) c -> b (h w) (p q c)", p=self.patch, q=self.patch))
+
+
+class ConvStem(nnx.Module):
+    """Ours, for encoders trained from scratch: 3x3 convolutions of stride two down to the patch grid, then a 1x1.
+
+    Early convolutions make a small transformer see fine texture, which is what low-level attributes are made of,
+    after far fewer pictures than a linear patch embedding needs.
+    """
+
+    def __init__(self, cfg: config_lib.Vit, rngs: nnx.Rngs):
+        count = cfg.patch.bit_length() - 1
+        widths = [3] + [max(cfg.width >> (count - 1 - i), 16) for i in range(count)]
+        make = nnx.initializers.he_normal()
+        self.kernels = nnx.List([nnx.Param(make(rngs.params(), (3, 3, d_in, d_out)))
+                                 for d_in, d_out in itertools.pairwise(widths)])
+        self.biases = nnx.List([nnx.Param(jnp.zeros(width)) for width in widths[1:]])
+        self.embed = layers.Linear(widths[-1], cfg.width, bias=True, rngs=rngs)
+
+    def __call__(self, images: Float[Array, "B H W 3"]) -> Float[Array, "B P D"]:
+        x = images
+        for kernel, bias in zip(self.kernels, self.biases, strict=True):
+            x = jax.lax.conv_general_dilated(x, kernel[...].astype(x.dtype), (2, 2), ((0, 1), (0, 1)),
+                                             dimension_numbers=("NHWC", "HWIO", "NHWC"))
+            x = jax.nn.gelu(x + bias[...].astype(x.dtype))
+        return self.embed(rearrange(x, "b h w c -> b (h w) c"))
+
+
+class Vit(nnx.Module):
+    """The encoder up to the deepest block that is read; CLIP's pooled output and its norm play no part in CALM."""
+
+    def __init__(self, cfg: config_lib.Vit, rngs: nnx.Rngs):
+        self.stem = (PatchStem if cfg.stem == "patch" else ConvStem)(cfg, rngs)
+        normal = nnx.initializers.normal(0.02)
+        self.cls = nnx.Param(normal(rngs.params(), (cfg.width,)))
+        self.positions = nnx.Param(normal(rngs.params(), (cfg.patches + 1, cfg.width)))
+        self.pre_norm = layers.LayerNorm(cfg.width, cfg.eps)
+        self.blocks = layers.stack(lambda rngs: Block(cfg, rngs), cfg.depth, rngs)
+
+    def __call__(self, images: Float[Array, "B H W 3"], depths: tuple[int, ...], *,
+                 remat: str = "none") -> dict[int, Float[Array, "B S D"]]:
+        """Hidden states after `depths` blocks (0 = before the first), CLS first: S = P + 1.
+
+        Blocks behind the deepest depth are not run. Depth d is `hidden_states[d]` of CLIPVisionModel.
+        """
+        patches = self.stem(images)
+        cls = repeat(self.cls[...].astype(patches.dtype), "d -> b 1 d", b=patches.shape[0])
+        x = jnp.concatenate([cls, patches], 1) + self.positions[...].astype(patches.dtype)
+        x = self.pre_norm(x)
+        taps, done = {}, 0
+        for depth in sorted(set(depths)):
+            if depth > done:
+                x = layers.scan(self.blocks, x, lambda block, x, _: block(x), remat=remat, start=done, stop=depth)
+            taps[depth], done = x, depth
+        return taps
