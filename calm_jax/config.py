@@ -261,7 +261,8 @@ def _build(kind: Any, value: Any, path: str) -> Any:
             items = built.get(entry.name, ())
             for item in items if isinstance(items, tuple) else (items,):
                 if choices and item not in choices:
-                    raise ConfigError(f"{path}.{entry.name}={item!r} is not one of its values{nearest(str(item), choices)}")
+                    raise ConfigError(f"{path}.{entry.name}={item!r} is not one of its values"
+                                      f"{nearest(str(item), choices)}")
         try:
             return kind(**built)
         except ConfigError as error:
@@ -289,11 +290,11 @@ def _article(kind: type) -> str:
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """One line a field whose value differs, `runtime` fields left out; both are `dataclasses.asdict` of a Config."""
     lines: list[str] = []
-    _compare(Config, old, new, "config", lines)
+    compare(Config, old, new, "config", lines)
     return lines
 
 
-def _compare(kind: Any, old: Any, new: Any, path: str, lines: list[str]) -> None:
+def compare(kind: Any, old: Any, new: Any, path: str, lines: list[str]) -> None:
     if isinstance(old, dict) and isinstance(new, dict):
         entries = {f.name: f for f in dataclasses.fields(kind)} if dataclasses.is_dataclass(kind) else {}
         hints = typing.get_type_hints(kind) if entries else {}
@@ -301,7 +302,7 @@ def _compare(kind: Any, old: Any, new: Any, path: str, lines: list[str]) -> None
             if name in entries and entries[name].metadata["runtime"]:
                 continue
             below = hints.get(name) if entries else typing.get_args(kind)[1]
-            _compare(below, old.get(name, "(absent)"), new.get(name, "(absent)"), f"{path}.{name}", lines)
+            compare(below, old.get(name, "(absent)"), new.get(name, "(absent)"), f"{path}.{name}", lines)
     elif (list(old) if isinstance(old, tuple) else old) != (list(new) if isinstance(new, tuple) else new):
         lines.append(f"{path}: {old!r} -> {new!r}")
 
@@ -342,7 +343,8 @@ def describe() -> str:
                 walk(Process, f"{path}.processes.NAME")
             else:
                 default = entry.default if entry.default is not dataclasses.MISSING else entry.default_factory()
-                lines.append(f"{path}.{entry.name} = {default!r}\n    {entry.metadata['doc']} [{entry.metadata['source']}]")
+                lines.append(f"{path}.{entry.name} = {default!r}")
+                lines.append(f"    {entry.metadata['doc']} [{entry.metadata['source']}]")
 
     walk(Config, "config")
     return "\n".join(lines)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from typing import Protocol
 
@@ -63,11 +64,17 @@ class Answer:
 
 @dataclasses.dataclass(frozen=True)
 class Turn:
-    """One exchange. `label` says what is asked and what is true, such as `noise=2`: for evaluation, never trained on."""
+    """One exchange. `label` says what is asked and what is true, such as `noise=2` or `noise:first`: evaluation reads
+    it, and the pipeline masks a turn whose subject turns out to be doubtful on the picture; the model never sees it."""
 
     prompt: tuple[str | Mention, ...]
     answer: Answer
     label: str = ""
+
+    @property
+    def subject(self) -> str:
+        """What is asked about, such as `noise`."""
+        return re.split("[=:]", self.label)[0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +96,11 @@ class Sample:
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """What a dataset knows of one picture. `score` is on the dataset's own `scale` (lowest, highest)."""
+    """What a dataset knows of one picture.
+
+    `score` is on the dataset's own `scale` (lowest, highest). `unfit` names attributes whose absolute question has no
+    true answer on this picture, such as the horizon of a picture of the sky.
+    """
 
     key: str
     image: ImageRef
@@ -97,6 +108,7 @@ class Record:
     comments: tuple[str, ...] = ()
     score: float | None = None
     scale: tuple[float, float] = (1.0, 10.0)
+    unfit: tuple[str, ...] = ()
 
 
 class Dataset(Protocol):

@@ -21,7 +21,7 @@ class Calm(nnx.Module):
     """Visual encoder, MFAM and language model. Parameters are float32 until the training state casts them."""
 
     def __init__(self, cfg: config_lib.Model, rngs: nnx.Rngs):
-        self.depths = {part: cfg.depths.block(part, cfg.vit.depth) for part in config_lib.PARTS}
+        self.cfg = cfg  # frozen, so that the graphdef can be hashed
         self.remat = cfg.remat
         self.vit = Vit(cfg.vit, rngs)
         self.mfam = Mfam(cfg, rngs)
@@ -40,10 +40,11 @@ class Calm(nnx.Module):
         """
         rows = images.shape[0]
         pixels = normalise(rearrange(images, "b i h w c -> (b i) h w c"), dtype)
-        taps = self.vit(pixels, tuple(self.depths[part] for part in parts), remat=self.remat)
+        depths = {part: self.cfg.depths.block(part, self.cfg.vit.depth) for part in parts}
+        taps = self.vit(pixels, tuple(depths.values()), remat=self.remat)
         if freeze_vit:
             taps = jax.lax.stop_gradient(taps)
-        tokens = self.mfam({part: taps[self.depths[part]] for part in parts}, remat=self.remat)
+        tokens = self.mfam({part: taps[depth] for part, depth in depths.items()}, remat=self.remat)
         return rearrange(tokens, "(b i) n d -> b (i n) d", b=rows)
 
     def embed(self, tokens: Int[Array, "B T"], visual: Int[Array, "B T"],
@@ -63,6 +64,6 @@ class Calm(nnx.Module):
         x = self.embed(batch["tokens"], batch["visual"], pool)
         return self.llama(x, batch["positions"], batch["segments"], remat=self.remat, key=key)
 
-    def answer_logits(self, hidden: Float[Array, "B T D"], answer_positions: Int[Array, "B K"]) -> Float[Array, "B K V"]:
+    def answer_logits(self, hidden: Float[Array, "B T D"], places: Int[Array, "B K"]) -> Float[Array, "B K V"]:
         """float32 logits at the supervised positions only; position t predicts token t + 1."""
-        return self.llama.logits(jnp.take_along_axis(hidden, answer_positions[..., None], axis=1))
+        return self.llama.logits(jnp.take_along_axis(hidden, places[..., None], axis=1))

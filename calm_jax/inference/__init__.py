@@ -1,0 +1,1 @@
+"""From a trained model and pictures to words and scores."""

@@ -1,0 +1,89 @@
+"""A model config in; its parameters as one flat table {path: array}, and a table back as a model, out.
+
+Everything outside the models (optimizer, sharding, checkpoints, conversion) works on this table, whose keys are
+paths such as `llama/blocks/q/kernel`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterable, Mapping
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array
+
+from calm_jax import config as config_lib
+from calm_jax.models.calm import Calm
+
+Parameters = dict[str, Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Geometry:
+    """The structure of a model without its values. `shapes`: path -> float32 ShapeDtypeStruct, in a fixed order."""
+
+    graphdef: nnx.GraphDef
+    treedef: jax.tree_util.PyTreeDef
+    shapes: dict[str, jax.ShapeDtypeStruct]
+
+    @classmethod
+    def of(cls, cfg: config_lib.Model) -> Geometry:
+        """Traces the constructor; nothing is allocated."""
+        graphdef, state = nnx.split(nnx.eval_shape(lambda: Calm(cfg, nnx.Rngs(0))))
+        leaves, treedef = jax.tree_util.tree_flatten_with_path(state)
+        return cls(graphdef, treedef, {_name(path): leaf for path, leaf in leaves})
+
+    def bind(self, parameters: Mapping[str, Array]) -> Calm:
+        """The model with these parameters; safe inside jit, grad and scan."""
+        state = jax.tree.unflatten(self.treedef, [parameters[path] for path in self.shapes])
+        return nnx.merge(self.graphdef, state, copy=True)
+
+
+def _name(path) -> str:
+    keys = [str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", key)))) for key in path]
+    return "/".join(key for key in keys if key != "value")
+
+
+def initial(cfg: config_lib.Model, key: Array) -> Parameters:
+    """Random float32 parameters; call it under jit with output shardings, so that each device makes its own part."""
+    state = nnx.state(Calm(cfg, nnx.Rngs(key)))
+    return {_name(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(state)[0]}
+
+
+def matches(regex: str, parameters: Iterable[str]) -> bool:
+    """Whether a regex matches any path in full."""
+    return any(re.fullmatch(regex, path) for path in parameters)
+
+
+def match(parameters: Mapping[str, object], patterns: Mapping[str, tuple[str, ...]], what: str) -> dict[str, str]:
+    """path -> the one name in `patterns` with a regex that matches the path in full.
+
+    Raises:
+      ConfigError: every path that matches no name or several, and every regex that matches nothing, at once.
+    """
+    chosen: dict[str, str] = {}
+    wrong: list[str] = []
+    for path in parameters:
+        names = [name for name, regexes in patterns.items() if any(re.fullmatch(r, path) for r in regexes)]
+        if len(names) == 1:
+            chosen[path] = names[0]
+        else:
+            wrong.append(f"{path} matches {' and '.join(names) if names else 'none of ' + ', '.join(patterns)}")
+    for name, regexes in patterns.items():
+        wrong.extend(f"the pattern {r!r} of {name} matches no parameter" for r in regexes
+                     if not matches(r, parameters))
+    if wrong:
+        shown = "; ".join(wrong[:8]) + (f"; and {len(wrong) - 8} more" if len(wrong) > 8 else "")
+        raise config_lib.ConfigError(f"the {what} do not cover the parameters exactly: {shown}")
+    return chosen
+
+
+def numerics(cfg: config_lib.Model) -> tuple[jnp.dtype, jnp.dtype, str]:
+    """(computation dtype, storage dtype of frozen parameters, why)."""
+    backend = jax.default_backend()
+    auto = "float32" if backend == "cpu" else "bfloat16"
+    pick = [jnp.dtype(auto if name == "auto" else name) for name in (cfg.dtype, cfg.frozen_dtype)]
+    return pick[0], pick[1], f"compute {pick[0].name}, frozen {pick[1].name}, trained float32 (backend: {backend})"

@@ -1,0 +1,84 @@
+"""A config in, a workdir with checkpoints, metrics and curves out: trains the processes of a config in their order.
+
+    python -m calm_jax.train --config configs/finetune.py[:VARIANT] [--workdir DIR] [--config.a.b=value ...]
+
+The same command again resumes. A workdir belongs to one config; another config in it is refused with the difference.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+
+import jax
+from absl import flags
+
+from calm_jax import command
+from calm_jax import config as config_lib
+from calm_jax.data import builders
+from calm_jax.data.tokenizer import Tokenizer
+from calm_jax.models.parameters import Geometry
+from calm_jax.training import loop, sharding
+
+_CONFIG = command.define_config()
+_WORKDIR = flags.DEFINE_string("workdir", None, "folder of checkpoints, metrics, curves; default: runs/CONFIG-VARIANT")
+
+
+def train(config: config_lib.Config, workdir: pathlib.Path) -> None:
+    """Runs every process of the config that is not complete yet.
+
+    Raises:
+      ConfigError: the config does not fit the workdir, the devices, the tokenizer or the data.
+      CheckpointError, TrainingError: see `training.loop.run_process`.
+    """
+    claim(workdir, config)
+    tokenizer = Tokenizer(config.tokenizer)
+    if tokenizer.vocab != config.model.llama.vocab:
+        raise config_lib.ConfigError(f"the tokenizer {tokenizer.path} has {tokenizer.vocab} pieces and "
+                                     f"model.llama.vocab is {config.model.llama.vocab}; set one to fit the other")
+    mesh = sharding.make_mesh(config.mesh)
+    geometry = Geometry.of(config.model)
+    loop.say(f"devices: {mesh.devices.size} x {mesh.devices.flat[0].device_kind}, mesh {dict(mesh.shape)}")
+    loop.say(sharding.table(geometry.shapes, mesh))
+    run = loop.Run(config, workdir, mesh, geometry, tokenizer)
+    for name in config.run:
+        loop.run_process(run, name, builders.load(config.processes[name].dataset))
+    loop.say(f"done: {', '.join(config.run)} in {workdir}")
+
+
+def claim(workdir: pathlib.Path, config: config_lib.Config) -> None:
+    """Writes the config into an unused workdir; refuses one that belongs to another config."""
+    path = workdir / "config.json"
+    ours = json.loads(json.dumps(dataclasses.asdict(config)))
+    if path.is_file():
+        try:
+            theirs = json.loads(path.read_text())
+        except ValueError:
+            raise config_lib.ConfigError(f"{path} is damaged; restore it, or choose another --workdir") from None
+        lines = config_lib.differences(theirs, ours)
+        if lines:
+            raise config_lib.ConfigError(f"the workdir {workdir} belongs to another config ({'; '.join(lines)}); "
+                                         "choose another --workdir, or take the change back to resume")
+    elif jax.process_index() == 0:
+        if (workdir / "checkpoints").exists():
+            raise config_lib.ConfigError(f"the workdir {workdir} holds checkpoints but no config.json; choose another "
+                                         "--workdir")
+        workdir.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps(ours, indent=1))
+        partial.replace(path)
+
+
+def main() -> None:
+    config = command.config(_CONFIG)
+    name = "-".join(pathlib.Path(part).stem for part in command.config_file().split(":"))
+    train(config, pathlib.Path(_WORKDIR.value or f"runs/{name}"))
+
+
+def cli() -> None:
+    command.run(main)
+
+
+if __name__ == "__main__":
+    cli()

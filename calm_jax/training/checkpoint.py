@@ -1,0 +1,362 @@
+"""A training state in, verified folders on disk out, and back: Orbax arrays under a completion marker of our own.
+
+A checkpoint is a folder `NAME/00000120/` that holds
+
+  arrays/         Orbax (OCDBT): {"parameters": what was ever trained, "optimizer": state of this process}
+  meta.json       step, process, metrics, config, code version, tokenizer, and the base that was never trained
+  COMPLETE.json   size and SHA-256 of every file above, written last; a folder without it does not exist for readers
+
+Orbax restores a flipped byte silently and accepts a folder whose commit marker is gone, hence the checksums: they
+are verified before anything is read, and the newest folder that verifies is the one that counts.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import errno
+import hashlib
+import json
+import logging
+import math
+import os
+import pathlib
+import shutil
+import subprocess
+import threading
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+import calm_jax
+from calm_jax import config as config_lib
+from calm_jax.models.parameters import Parameters
+
+MARKER, META, ARRAYS, BEST = "COMPLETE.json", "meta.json", "arrays", "best.json"
+LARGE = 1 << 22  # leaves from this many bytes on are cut into chunks
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be written or must not be read; the message names the folder and the remedy."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Saved:
+    """A checkpoint whose checksums hold."""
+
+    path: pathlib.Path
+    meta: dict[str, Any]
+
+    @property
+    def step(self) -> int:
+        return self.meta["step"]
+
+
+class Checkpoints:
+    """The checkpoints of one training process in one folder: saved in the background, pruned by policy."""
+
+    def __init__(self, folder: str | os.PathLike, policy: config_lib.Checkpoint):
+        self.folder, self.policy = pathlib.Path(folder).absolute(), policy
+        self._orbax = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler())
+        self._finisher: threading.Thread | None = None
+        self._error: BaseException | None = None
+        self._saved_at = time.monotonic()
+
+    def due(self, step: int) -> bool:
+        """Whether the policy asks for a checkpoint now, by steps or by minutes since the last one."""
+        policy = self.policy
+        by_step = policy.every_steps and step % policy.every_steps == 0
+        by_time = policy.every_minutes and time.monotonic() - self._saved_at > 60 * policy.every_minutes
+        return bool(by_step or by_time)
+
+    def save(self, step: int, arrays: Mapping[str, Any], meta: Mapping[str, Any], *, best: bool = False) -> None:
+        """Starts saving; returns as soon as the arrays may be overwritten. Waits for the save before it.
+
+        Args:
+          arrays: {"parameters": path -> array, "optimizer": pytree}.
+          meta: JSON values; step and code version are added.
+          best: this one is the best so far by validation, and is kept until a better one is complete.
+
+        Raises:
+          CheckpointError: this save or the one before it failed, for example on a full disk.
+        """
+        self.wait()
+        path = self.folder / f"{step:08d}"
+        if path.exists():
+            if is_complete(path):
+                self._finish(path, None, best, step)
+                return
+            shutil.rmtree(path)
+        tree = {"parameters": nest(arrays["parameters"]), "optimizer": _named(arrays["optimizer"])}
+        try:
+            path.mkdir(parents=True)
+            self._orbax.save(path / ARRAYS, args=ocp.args.PyTreeSave(tree, save_args=jax.tree.map(_chunks, tree)))
+        except Exception as error:
+            raise _failed(path, error) from error
+        meta = {**meta, "step": step, "version": calm_jax.__version__, "commit": _commit()}
+        self._saved_at = time.monotonic()
+        self._finisher = threading.Thread(target=self._finish, args=(path, meta, best, step), daemon=True)
+        self._finisher.start()
+
+    def _finish(self, path: pathlib.Path, meta: Mapping[str, Any] | None, best: bool, step: int) -> None:
+        """Waits for Orbax, writes meta data and marker, then prunes: never before the new one is complete."""
+        try:
+            if meta is not None:
+                self._orbax.wait_until_finished()
+                if jax.process_index() == 0:
+                    _write_json(path / META, meta)
+                    write_marker(path)
+            if jax.process_index() == 0:
+                if best:
+                    _write_json(self.folder / BEST, {"step": step})
+                self._prune()
+        except BaseException as error:
+            self._error = _failed(path, error)
+
+    def wait(self) -> None:
+        """Returns when nothing is being saved. Raises CheckpointError when the last save failed."""
+        if self._finisher is not None:
+            self._finisher.join()
+            self._finisher = None
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+    def close(self) -> None:
+        """Waits and releases Orbax's threads."""
+        try:
+            self.wait()
+        finally:
+            self._orbax.close()
+
+    def best_step(self) -> int | None:
+        """The step of the checkpoint that validated best, if one was marked."""
+        try:
+            return json.loads((self.folder / BEST).read_text())["step"]
+        except (OSError, ValueError, KeyError):
+            return None
+
+    def _prune(self) -> None:
+        steps = [int(path.name) for path in folders(self.folder) if is_complete(path)]
+        keep = set(sorted(steps)[-max(self.policy.keep, 1):]) | {self.best_step()}
+        if self.policy.keep_every_steps:
+            keep |= {step for step in steps if step % self.policy.keep_every_steps == 0}
+        for step in set(steps) - keep:
+            path = self.folder / f"{step:08d}"
+            (path / MARKER).unlink()  # first, so that a crash in between leaves nothing that looks complete
+            shutil.rmtree(path)
+
+    def latest(self) -> Saved | None:
+        """The newest checkpoint that verifies. Damaged ones are set aside with a warning, unfinished ones removed.
+
+        Raises:
+          CheckpointError: there are complete checkpoints, but every one of them is damaged.
+        """
+        damaged = []
+        for path in reversed(folders(self.folder)):
+            if not is_complete(path):
+                shutil.rmtree(path)
+                continue
+            try:
+                return read(path)
+            except CheckpointError as error:
+                logging.warning("%s; trying the one before it", error)
+                damaged.append(path)
+                aside = path.with_name(f"{path.name}.damaged-{int(time.time())}")
+                path.rename(aside)
+        if damaged:
+            raise CheckpointError(f"every checkpoint in {self.folder} is damaged; they were set aside as "
+                                  "*.damaged-*: restore them from a backup, or delete them to start this process anew")
+        return None
+
+
+def folders(folder: pathlib.Path) -> list[pathlib.Path]:
+    """Checkpoint folders by step, complete or not."""
+    if not folder.is_dir():
+        return []
+    return sorted(path for path in folder.iterdir() if path.is_dir() and path.name.isdigit())
+
+
+def is_complete(path: pathlib.Path) -> bool:
+    """Whether the marker is there; `read` verifies what it promises."""
+    return (path / MARKER).is_file()
+
+
+def find(path: str | os.PathLike) -> Saved:
+    """A verified checkpoint from a checkpoint folder, a process's folder, or a workdir (its last process; best first).
+
+    Raises:
+      CheckpointError: there is none, or it is damaged.
+    """
+    path = pathlib.Path(path).absolute()
+    if (path / ARRAYS).is_dir() or (path / MARKER).exists():
+        return read(path)
+    candidates = [path]
+    if (path / "config.json").is_file():
+        try:
+            names = json.loads((path / "config.json").read_text())["run"]
+        except (ValueError, KeyError):
+            raise CheckpointError(f"{path}/config.json is damaged; the folder is no usable workdir") from None
+        candidates = [path / "checkpoints" / name for name in reversed(names)]
+    for candidate in candidates:
+        complete = [p for p in folders(candidate) if is_complete(p)]
+        if complete:
+            best = candidate / BEST
+            if best.is_file():
+                chosen = candidate / f"{json.loads(best.read_text())['step']:08d}"
+                complete = [p for p in complete if p == chosen] or complete
+            return read(complete[-1])
+    raise CheckpointError(f"there is no complete checkpoint in {path}; give a workdir of calm_jax.train, or a folder "
+                          f"that holds {MARKER}")
+
+
+def read(path: pathlib.Path) -> Saved:
+    """Verifies every file against the marker and returns the meta data; arrays are read by `restore`.
+
+    Raises:
+      CheckpointError: a file is missing, truncated or changed, or the marker is.
+    """
+    try:
+        marker = json.loads((path / MARKER).read_text())
+        files, digest = marker["files"], marker["digest"]
+        valid = digest == _digest(files)
+    except (OSError, ValueError, KeyError, TypeError):
+        valid = False
+    if not valid:
+        raise CheckpointError(f"the checkpoint {path} is incomplete or its {MARKER} is damaged; use another one")
+
+    def problem(item):
+        name, (size, checksum) = item
+        file = path / name
+        if not file.is_file():
+            return f"{name} is missing"
+        if file.stat().st_size != size:
+            return f"{name} has {file.stat().st_size} bytes instead of {size}"
+        return None if _checksum(file) == checksum else f"{name} was changed"
+
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        problems = [text for text in pool.map(problem, files.items()) if text]
+    if problems:
+        raise CheckpointError(f"the checkpoint {path} is damaged: {problems[0]}"
+                              + (f" (and {len(problems) - 1} more files)" if len(problems) > 1 else "")
+                              + "; use another one")
+    return Saved(path, json.loads((path / META).read_text()))
+
+
+def restore(saved: Saved, abstract: Mapping[str, Any]) -> dict[str, Any]:
+    """Reads the arrays named in `abstract`, each straight into its sharding; a part that is absent there is not read.
+
+    Args:
+      abstract: {"parameters": path -> ShapeDtypeStruct with sharding, optionally "optimizer": pytree of them}.
+
+    Raises:
+      CheckpointError: a wanted array is not in the checkpoint or has another shape.
+    """
+    tree = {"parameters": nest(abstract["parameters"])}
+    if "optimizer" in abstract:
+        tree["optimizer"] = _named(abstract["optimizer"])
+    present = shapes(saved)
+    for name, leaf in abstract["parameters"].items():
+        if name not in present:
+            raise CheckpointError(f"the checkpoint {saved.path} does not hold {name}: it is of another model")
+        if present[name] != tuple(leaf.shape):
+            raise CheckpointError(f"{name} is {list(present[name])} in the checkpoint {saved.path} and "
+                                  f"{list(leaf.shape)} in this config; use the config it was trained with")
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as orbax:
+        result = orbax.restore(saved.path / ARRAYS, args=ocp.args.PyTreeRestore(
+            tree, restore_args=ocp.checkpoint_utils.construct_restore_args(tree), partial_restore=True))
+    arrays: dict[str, Any] = {"parameters": unnest(result["parameters"])}
+    if "optimizer" in abstract:
+        leaves = [result["optimizer"][name] for name in _named(abstract["optimizer"])]
+        arrays["optimizer"] = jax.tree.unflatten(jax.tree.structure(abstract["optimizer"]), leaves)
+    return arrays
+
+
+def shapes(saved: Saved) -> dict[str, tuple[int, ...]]:
+    """path -> shape of every parameter a checkpoint holds."""
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as orbax:
+        tree = orbax.metadata(saved.path / ARRAYS).item_metadata.tree
+    return {path: tuple(leaf.shape) for path, leaf in unnest(tree["parameters"]).items()}
+
+
+def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """{"a/b": x} -> {"a": {"b": x}}."""
+    tree: dict[str, Any] = {}
+    for path, leaf in flat.items():
+        *above, last = path.split("/")
+        node = tree
+        for name in above:
+            node = node.setdefault(name, {})
+        node[last] = leaf
+    return tree
+
+
+def unnest(tree: Mapping[str, Any], prefix: str = "") -> Parameters:
+    """The inverse of `nest`."""
+    flat: Parameters = {}
+    for name, value in tree.items():
+        flat |= unnest(value, f"{prefix}{name}/") if isinstance(value, Mapping) else {prefix + name: value}
+    return flat
+
+
+def _named(tree: Any) -> dict[str, Any]:
+    """An optimizer state as {position: leaf}: independent of optax's classes, in a fixed order."""
+    return {f"{i:05d}": leaf for i, leaf in enumerate(jax.tree.leaves(tree))}
+
+
+def _chunks(leaf: Any) -> ocp.SaveArgs:
+    """One layer a chunk at most, and tiles of 1/64 of a layer: a reader of one of 8 parts along either axis reads
+    no more than its part. One chunk a leaf would make every reader read everything."""
+    size = leaf.size * leaf.dtype.itemsize
+    if leaf.ndim < 2 or size < LARGE:
+        return ocp.SaveArgs()
+    layer = math.prod(leaf.shape[-2:]) * leaf.dtype.itemsize
+    return ocp.SaveArgs(chunk_byte_size=max(layer // 64, 1 << 16), shard_axes=tuple(range(leaf.ndim - 2)))
+
+
+def write_marker(path: pathlib.Path) -> None:
+    """Lists every file with its size and checksum; written last and atomically, it makes the folder a checkpoint."""
+    names = sorted(str(file.relative_to(path)) for file in path.rglob("*") if file.is_file() and file.name != MARKER)
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        sums = list(pool.map(lambda name: _checksum(path / name), names))
+    files = {name: [(path / name).stat().st_size, checksum] for name, checksum in zip(names, sums, strict=True)}
+    _write_json(path / MARKER, {"files": files, "digest": _digest(files)})
+
+
+def _checksum(file: pathlib.Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _digest(files: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+
+
+def _write_json(path: pathlib.Path, value: Any) -> None:
+    """Atomic: readers see the old file or the new one."""
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w") as stream:
+        json.dump(value, stream, indent=1)
+        stream.flush()
+        os.fsync(stream.fileno())
+    partial.replace(path)
+
+
+def _failed(path: pathlib.Path, error: BaseException) -> CheckpointError:
+    text = str(error)
+    if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in text:
+        return CheckpointError(f"no space left for the checkpoint {path}; free some space and run the same command "
+                               "again: it resumes from the last complete checkpoint")
+    return CheckpointError(f"the checkpoint {path} could not be saved: {text.splitlines()[0] if text else error!r}")
+
+
+def _commit() -> str:
+    """The commit of the code, when it runs from a checkout."""
+    try:
+        return subprocess.run(["git", "rev-parse", "HEAD"], cwd=pathlib.Path(__file__).parent, text=True,
+                              capture_output=True, check=True, timeout=5).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""

@@ -1,0 +1,294 @@
+"""Parameters and one process of a config in; the same parameters, trained and saved, out."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import pathlib
+import signal
+import threading
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from calm_jax import config as config_lib
+from calm_jax.data import pipeline
+from calm_jax.data.samples import Dataset
+from calm_jax.data.tokenizer import Tokenizer
+from calm_jax.models.parameters import Geometry, Parameters, initial, numerics
+from calm_jax.training import checkpoint, filters, logging, optimizer, sharding
+from calm_jax.training.step import State, Step, compile_train
+
+MIN_EXAMPLES = 200  # before that many, a share of bad records says little
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on; the message says why and where to resume."""
+
+
+class Interrupted(SystemExit):
+    """A signal ended training after everything was saved."""
+
+
+@dataclasses.dataclass
+class Run:
+    """What the processes of a run share. `parameters` are current once any process has begun; `trained` names
+    those that some process of this run has trained, which every later checkpoint therefore holds."""
+
+    config: config_lib.Config
+    workdir: pathlib.Path
+    mesh: jax.sharding.Mesh
+    geometry: Geometry
+    tokenizer: Tokenizer
+    parameters: Parameters | None = None
+    trained: frozenset[str] = frozenset()
+
+    def checkpoints(self, name: str) -> checkpoint.Checkpoints:
+        return checkpoint.Checkpoints(self.workdir / "checkpoints" / name, self.config.checkpoint)
+
+
+def run_process(run: Run, name: str, dataset: Dataset) -> None:
+    """Trains process `name` from where it stands to its last step; updates `run.parameters` and `run.trained`.
+
+    Raises:
+      TrainingError: the loss is not finite, or too many records are bad.
+      Interrupted: SIGTERM or SIGINT came; everything is saved.
+      ConfigError, CheckpointError: what was asked for cannot be done, said in one sentence.
+    """
+    config, process, mesh = run.config, run.config.processes[name], run.mesh
+    store = run.checkpoints(name)
+    saved = store.latest()
+    if saved is not None and saved.step >= process.steps:
+        store.close()
+        run.parameters, run.trained = None, frozenset(saved.meta["trained"])
+        say(f"{name}: complete ({saved.step} steps)")
+        return
+
+    # ---- what learns, where it lives --------------------------------------------------------------------------
+    sharding.check_batch(process, mesh, name)
+    learns = filters.trainable(run.geometry.shapes, process)
+    dtype, frozen_dtype, why = numerics(config.model)
+    layout = sharding.parameters(run.geometry.shapes, mesh)
+    trained_now = frozenset(path for path, learn in learns.items() if learn)
+    run.trained |= trained_now
+    kept = {path: jax.ShapeDtypeStruct(leaf.shape, jnp.float32 if path in run.trained else frozen_dtype,
+                                       sharding=layout[path]) for path, leaf in run.geometry.shapes.items()}
+    say(f"{name}: {process.steps} steps of {process.batch} rows on {mesh.devices.size} device(s); {why}")
+    say(filters.table(run.geometry.shapes, learns))
+
+    # ---- parameters and optimizer state: carried on, resumed, or made anew --------------------------------------
+    tx, schedule = optimizer.make(process.optimizer, process.steps)
+    if saved is not None:
+        run.parameters = load(saved, run.geometry, config, kept)
+    elif run.parameters is None:
+        run.parameters = load(_before(run, name), run.geometry, config, kept)
+    parameters = {path: jax.device_put(run.parameters.pop(path).astype(leaf.dtype), leaf.sharding)
+                  for path, leaf in kept.items()}
+    trained = {path: parameters[path] for path in kept if learns[path]}
+    frozen = {path: parameters[path] for path in kept if not learns[path]}
+    del parameters
+    abstract = {path: kept[path] for path in trained}
+    placement = sharding.optimizer(tx, abstract, {path: layout[path] for path in trained}, mesh)
+    if saved is None:
+        state = State(jnp.zeros((), jnp.int32), trained, jax.jit(tx.init, out_shardings=placement)(trained))
+    else:
+        shapes = jax.tree.map(lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+                              jax.eval_shape(tx.init, abstract), placement)
+        restored = checkpoint.restore(saved, {"parameters": {}, "optimizer": shapes})
+        state = State(jnp.asarray(saved.step, jnp.int32), trained, restored["optimizer"])
+        say(f"{name}: resumes after step {saved.step} from {saved.path}")
+
+    # ---- the step and its batches -------------------------------------------------------------------------------
+    lora = config.model.lora
+    step = Step(run.geometry, process, tx, schedule, dtype, mesh=mesh,
+                freeze_vit=not any(path.startswith("vit/") for path in trained),
+                dropout=lora.rank > 0 and lora.dropout > 0)
+    single = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    placements = State(single, {path: layout[path] for path in trained}, placement)
+    state = jax.device_put(state, placements)
+    train_step = compile_train(step, placements, {path: layout[path] for path in frozen})
+    eval_step = jax.jit(step.evaluate)
+    key = jax.random.key(config.seed)
+    start = int(state.step)
+    shard = (jax.process_index(), jax.process_count())
+    rows = pipeline.Rows(process, dataset, run.tokenizer, config.model, seed=config.seed, split="train")
+    held_out = pipeline.Rows(process, dataset, run.tokenizer, config.model, seed=config.seed, split="validation")
+    batches = pipeline.batches(rows, config.data, batch=process.batch, start=start, stop=process.steps, shard=shard)
+
+    # ---- the loop: metrics are read one step late, so that the device never waits for the host --------------------
+    log = logging.Log(run.workdir, name, start=start, steps=process.steps,
+                      title=f"[{config.run.index(name) + 1}/{len(config.run)}] {name}")
+    best = saved.meta["best"] if saved is not None else None
+    meter = Meter(log, process, rows, config, store)
+
+    def save(number: int, is_best: bool) -> None:
+        everything = {path: (state.trained | frozen)[path] for path in sorted(run.trained)}
+        store.save(number, {"parameters": everything, "optimizer": state.optimizer}, {
+            "process": name, "rows": number * process.batch, "best": best, "trained": sorted(run.trained),
+            "base": config.init, "seed": config.seed, "config": dataclasses.asdict(config),
+            "tokenizer": run.tokenizer.fingerprint}, best=is_best)
+
+    def validate() -> dict[str, float]:
+        totals: dict[str, Any] = {}
+        for batch in pipeline.batches(held_out, config.data, batch=process.batch, start=0, stop=process.eval_batches,
+                                      shard=shard):
+            sums = eval_step(state.trained, frozen, sharding.put(batch, mesh))
+            totals = sums if not totals else jax.tree.map(jnp.add, totals, sums)
+        totals = jax.device_get(totals)
+        return {"loss": float(totals["loss"] / max(totals["weight"], 1e-6)),
+                "accuracy": float(totals["right"] / max(totals["answers"], 1))}
+
+    try:
+        with StopSignal() as stop:
+            for number, batch in enumerate(batches, start + 1):
+                state, metrics = train_step(state, frozen, sharding.put(batch, mesh), key)
+                meter.read()
+                meter.pending = (number, metrics)
+                log.advance()
+                last = number == process.steps
+                validates = last or (process.eval_every and number % process.eval_every == 0)
+                if not (validates or stop.received or store.due(number)):
+                    continue
+                meter.read()  # a state is judged before it is saved
+                is_best = False
+                if validates:
+                    values = validate()
+                    log.write(number, "validation", values)
+                    log.say(f"{name} step {number}: validation loss {values['loss']:.4f}, "
+                            f"token accuracy {values['accuracy']:.3f}")
+                    is_best = best is None or values["loss"] < best
+                    best = values["loss"] if is_best else best
+                if last or is_best or stop.received or store.due(number):
+                    save(number, is_best)
+                if stop.received and not last:
+                    store.wait()
+                    log.say(f"{stop.received}: saved step {number} in {store.folder}; the same command resumes there")
+                    raise Interrupted(128 + signal.Signals[stop.received].value)
+        store.wait()
+    finally:
+        log.close()
+        store.close()
+    run.parameters = state.trained | frozen
+
+
+class Meter:
+    """Reads the metrics of the step before, logs them, and stops a run that goes wrong."""
+
+    def __init__(self, log: logging.Log, process: config_lib.Process, rows: pipeline.Rows, config: config_lib.Config,
+                 store: checkpoint.Checkpoints):
+        self.log, self.process, self.rows, self.config, self.store = log, process, rows, config, store
+        self.pending: tuple[int, Mapping[str, jax.Array]] | None = None
+        self.examples = self.bad = 0.0
+        self._window = [time.monotonic(), 0.0, 0.0]  # begin, examples and tokens since then
+
+    def read(self) -> None:
+        """Waits for the pending step's metrics, if any.
+
+        Raises:
+          TrainingError: loss or gradients are not finite, or the share of bad records is too high.
+        """
+        if self.pending is None:
+            return
+        number, metrics = self.pending
+        self.pending = None
+        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        if not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):
+            self.store.wait()
+            good = [path for path in checkpoint.folders(self.store.folder) if checkpoint.is_complete(path)]
+            where = f"the last good checkpoint is {good[-1]}" if good else "no checkpoint was saved before"
+            raise TrainingError(f"the loss of step {number} is {values['loss']} (gradient norm {values['grad_norm']}); "
+                                f"{where}. Lower optimizer.peak_lr or optimizer.clip and run again in a new workdir "
+                                "with --config.init set to it")
+        self.examples += values["examples"]
+        self.bad += values["bad"]
+        if self.examples >= MIN_EXAMPLES and self.bad > self.config.data.max_bad_share * self.examples:
+            name, reason = next(iter(self.rows.bad.items()), ("see the log", "unreadable"))
+            raise TrainingError(f"{self.bad:.0f} of {self.examples:.0f} examples could not be used, more than "
+                                f"data.max_bad_share={self.config.data.max_bad_share}; the first is {name}: {reason}")
+        begin, examples, tokens = self._window
+        self._window = [begin, examples + values["examples"], tokens + values["tokens"]]
+        if number % self.config.log_every == 0 or number == self.process.steps:
+            seconds = max(time.monotonic() - begin, 1e-9)
+            rates = {"examples_per_s": self._window[1] / seconds, "tokens_per_s": self._window[2] / seconds}
+            self._window = [time.monotonic(), 0.0, 0.0]
+            self.log.write(number, "train", values | rates)
+            self.log.show({"loss": f"{values['loss']:.3f}", "examples/s": f"{rates['examples_per_s']:.1f}",
+                           "tokens/s": f"{rates['tokens_per_s']:.0f}"})
+
+
+class StopSignal:
+    """Notes SIGTERM and SIGINT instead of dying, so that the loop can save first. `received` is the signal's name."""
+
+    def __init__(self):
+        self.received = ""
+
+    def __enter__(self):
+        self._old = {}
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._old[number] = signal.signal(number, self._note)
+        return self
+
+    def _note(self, number, _):
+        if self.received:  # asked twice: do not wait for the step to end
+            raise KeyboardInterrupt
+        self.received = signal.Signals(number).name
+
+    def __exit__(self, *_):
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
+
+
+def say(text: str) -> None:
+    """A line for the person at the terminal, from the first process only."""
+    if jax.process_index() == 0:
+        print(text, flush=True)
+
+
+def _before(run: Run, name: str) -> checkpoint.Saved | None:
+    """Where a process that has not begun takes its parameters from: the process before it, else `config.init`."""
+    index = run.config.run.index(name)
+    if index:
+        store = run.checkpoints(run.config.run[index - 1])
+        saved = store.latest()
+        store.close()
+        if saved is None:
+            raise checkpoint.CheckpointError(f"{name} follows {run.config.run[index - 1]}, which has no checkpoint in "
+                                             f"{store.folder}")
+        return saved
+    return checkpoint.find(run.config.init) if run.config.init else None
+
+
+def load(saved: checkpoint.Saved | None, geometry: Geometry, config: config_lib.Config,
+         kept: Mapping[str, jax.ShapeDtypeStruct]) -> Parameters:
+    """The parameters of `kept`, each read from where it was last trained, straight into its sharding and dtype.
+
+    A checkpoint holds what was trained and names its base: a checkpoint again, or the seed of the random start.
+
+    Raises:
+      CheckpointError: the checkpoint or a base of it is of another geometry, or gone.
+    """
+    if saved is None:
+        key = jax.random.key(config.seed)
+
+        def make(key):
+            values = initial(config.model, key)
+            return {path: values[path].astype(leaf.dtype) for path, leaf in kept.items()}
+
+        return jax.jit(make, out_shardings={path: leaf.sharding for path, leaf in kept.items()})(key)
+    theirs = config_lib.from_config_dict(saved.meta["config"])
+    ours = dataclasses.replace(config.model, lora=theirs.model.lora)
+    lines: list[str] = []
+    config_lib.compare(config_lib.Model, dataclasses.asdict(theirs.model), dataclasses.asdict(ours), "model", lines)
+    if lines:
+        raise checkpoint.CheckpointError(f"the checkpoint {saved.path} is of another geometry: {'; '.join(lines)}")
+    held = set(checkpoint.shapes(saved)) & set(kept)
+    found = checkpoint.restore(saved, {"parameters": {path: kept[path] for path in kept if path in held}})["parameters"]
+    rest = {path: leaf for path, leaf in kept.items() if path not in held}
+    if rest:
+        base = checkpoint.find(saved.meta["base"]) if saved.meta["base"] else None
+        found |= load(base, geometry, dataclasses.replace(config, seed=saved.meta["seed"]), rest)
+    return found

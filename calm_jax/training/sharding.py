@@ -1,0 +1,116 @@
+"""Devices and parameter paths in, a mesh and the sharding of every array out: one table for the whole project."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from calm_jax import config as config_lib
+from calm_jax.models import parameters as parameters_lib
+
+AXES = ("data", "fsdp", "tensor")
+ROWS = PartitionSpec(("data", "fsdp"))  # rows of a batch: split over both, whole along tensor
+
+# Rule -> (regexes of paths, axes of the trailing dimensions). Leading dimensions (layers, levels) are never split.
+# Column-parallel matrices split their outputs over `tensor`, row-parallel ones their inputs, so that a block
+# communicates once after attention and once after the MLP.
+TABLE: dict[str, tuple[tuple[str, ...], tuple[str | None, ...]]] = {
+    "column": ((r".*/(q|k|v|gate|up)/kernel", r"llama/head/kernel"), ("fsdp", "tensor")),
+    "row": ((r".*/(o|down)/kernel", r"mfam/qformers/project/kernel", r"mfam/thematic/kernel",
+             r"vit/stem/embed/kernel"), ("tensor", "fsdp")),
+    "vocabulary": ((r"llama/embedding",), ("tensor", "fsdp")),
+    "lora": ((r".*/lora/a",), ("fsdp", None)),
+    "lora out": ((r".*/lora/b",), (None, "fsdp")),
+    "positions": ((r"vit/positions",), (None, "fsdp")),
+    "convolution": ((r"vit/stem/kernels/\d+",), (None, None, None, "fsdp")),
+    "small": ((r".*/bias", r".*/scale", r"vit/cls", r"vit/stem/biases/\d+", r"mfam/qformers/queries"), ()),
+}
+
+
+def make_mesh(cfg: config_lib.Mesh, devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
+    """A mesh of all devices with axes data, fsdp, tensor (Auto types); one size may be -1 = what remains.
+
+    Raises:
+      ConfigError: the sizes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = [cfg.data, cfg.fsdp, cfg.tensor]
+    known = math.prod(size for size in sizes if size != -1)
+    if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
+        raise config_lib.ConfigError(f"mesh sizes {dict(zip(AXES, sizes, strict=True))}: at most one may be -1, "
+                                     "the others are positive")
+    if -1 in sizes and len(devices) % known == 0:
+        sizes[sizes.index(-1)] = len(devices) // known
+    if math.prod(sizes) != len(devices):
+        raise config_lib.ConfigError(f"mesh data={cfg.data} fsdp={cfg.fsdp} tensor={cfg.tensor} does not multiply to "
+                                     f"the {len(devices)} devices present; set one of them to -1")
+    return jax.make_mesh(sizes, AXES, devices=devices, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def check_batch(process: config_lib.Process, mesh: jax.sharding.Mesh, name: str) -> None:
+    """Raises ConfigError when a micro-batch does not divide among the devices that split it."""
+    rows, parts = process.batch // process.accumulate, mesh.shape["data"] * mesh.shape["fsdp"]
+    if rows % parts:
+        raise config_lib.ConfigError(
+            f"processes.{name}: batch={process.batch} over accumulate={process.accumulate} makes {rows} rows a "
+            f"micro-batch, which do not divide among data*fsdp={parts} devices; choose a batch that is a multiple of "
+            f"{parts * process.accumulate}")
+
+
+def rules(shapes: Mapping[str, Any]) -> dict[str, str]:
+    """path -> name of its rule in TABLE; every parameter must match exactly one."""
+    present = {name: tuple(r for r in regexes if parameters_lib.matches(r, shapes))  # a stem or LoRA may be absent
+               for name, (regexes, _) in TABLE.items()}
+    return parameters_lib.match(shapes, present, "sharding rules")
+
+
+def parameters(shapes: Mapping[str, Any], mesh: jax.sharding.Mesh) -> dict[str, NamedSharding]:
+    """path -> sharding. An axis that does not divide its dimension is left out for that parameter."""
+    result = {}
+    for path, rule in rules(shapes).items():
+        shape, axes = shapes[path].shape, TABLE[rule][1]
+        spec = [None] * (len(shape) - len(axes)) + [
+            axis if axis and size % mesh.shape[axis] == 0 else None
+            for axis, size in zip(axes, shape[len(shape) - len(axes):], strict=True)]
+        result[path] = NamedSharding(mesh, PartitionSpec(*spec))
+    return result
+
+
+def optimizer(tx: optax.GradientTransformation, shapes: Mapping[str, Any],
+              shardings: Mapping[str, NamedSharding], mesh: jax.sharding.Mesh) -> Any:
+    """Shardings of the optimizer state: moments like their parameter, counters everywhere."""
+    state = jax.eval_shape(tx.init, dict(shapes))
+    return optax.tree_map_params(tx, lambda _, sharding: sharding, state, dict(shardings),
+                                 transform_non_params=lambda _: NamedSharding(mesh, PartitionSpec()))
+
+
+def rows(mesh: jax.sharding.Mesh) -> NamedSharding:
+    """Sharding of every array of a batch: its leading axis over data and fsdp."""
+    return NamedSharding(mesh, ROWS)
+
+
+def put(batch: Mapping[str, np.ndarray], mesh: jax.sharding.Mesh) -> dict[str, jax.Array]:
+    """This process's rows of a batch -> global arrays, each device holding its rows."""
+    return {name: jax.make_array_from_process_local_data(rows(mesh), value) for name, value in batch.items()}
+
+
+def table(shapes: Mapping[str, Any], mesh: jax.sharding.Mesh) -> str:
+    """One line a rule: its axes, how much it holds, and how much of it each device keeps."""
+    shardings, by_rule = parameters(shapes, mesh), {}
+    for path, rule in rules(shapes).items():
+        whole = math.prod(shapes[path].shape)
+        part = math.prod(shardings[path].shard_shape(shapes[path].shape))
+        counts = by_rule.setdefault(rule, [0, 0, 0])
+        for i, value in enumerate((1, whole, part)):
+            counts[i] += value
+    lines = [f"  {'rule':<14}{'axes':<30}{'arrays':>7}{'million':>12}{'a device':>12}"]
+    for rule, (count, whole, part) in by_rule.items():
+        axes = " x ".join(axis or "-" for axis in TABLE[rule][1]) or "-"
+        lines.append(f"  {rule:<14}{axes:<30}{count:>7}{whole / 1e6:>12.3f}{part / 1e6:>12.3f}")
+    return "\n".join(lines)

@@ -1,0 +1,118 @@
+"""A training state and a batch in, the next state and metrics out: the one step function of every process."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from einops import rearrange
+from jaxtyping import Array, Float, Int, Key
+
+from calm_jax import config as config_lib
+from calm_jax.models.parameters import Geometry, Parameters
+from calm_jax.training import sharding
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["step", "trained", "optimizer"], meta_fields=[])
+@dataclasses.dataclass(frozen=True)
+class State:
+    """What a step changes: steps done, trained parameters (float32) and optimizer state, for those alone."""
+
+    step: Int[Array, ""]
+    trained: Parameters
+    optimizer: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """The losses and updates of one process; `train` and `evaluate` are pure and meant for jit.
+
+    Attributes:
+      geometry: the model.
+      process: what learns, on rows of which shape.
+      tx, schedule: from `optimizer.make`.
+      dtype: of the computation.
+      freeze_vit: the encoder does not learn, so nothing is kept for its backward pass.
+      dropout: whether LoRA dropout is on.
+      mesh: devices; None for a single one.
+    """
+
+    geometry: Geometry
+    process: config_lib.Process
+    tx: optax.GradientTransformation
+    schedule: optax.Schedule
+    dtype: Any
+    freeze_vit: bool
+    dropout: bool
+    mesh: jax.sharding.Mesh | None = None
+
+    def loss(self, trained: Parameters, frozen: Parameters, batch: Mapping[str, Array], total: Float[Array, ""],
+             key: Key[Array, ""] | None) -> tuple[Float[Array, ""], Float[Array, ""]]:
+        """(cross-entropy summed over the batch's supervised tokens divided by `total`, tokens predicted right).
+
+        Logits exist at supervised positions only, [B, K, V]; soft targets are spread over C candidates.
+        """
+        model = self.geometry.bind({**trained, **frozen})
+        hidden = model(batch, self.process.parts, dtype=self.dtype, freeze_vit=self.freeze_vit, key=key)
+        logits = model.answer_logits(hidden, batch["places"])
+        log_likelihood = (jnp.take_along_axis(logits, batch["labels"], axis=-1)
+                          - jax.nn.logsumexp(logits, axis=-1, keepdims=True))
+        right = (logits.argmax(-1) == batch["labels"][..., 0]) & (batch["weights"][..., 0] > 0)
+        return -(batch["weights"] * log_likelihood).sum() / total, right.sum().astype(jnp.float32)
+
+    def gradients(self, trained: Parameters, frozen: Parameters, batch: Mapping[str, Array],
+                  key: Key[Array, ""] | None) -> tuple[Parameters, dict[str, Array]]:
+        """Gradients of the mean loss over all supervised tokens of the batch, whatever mesh and accumulation."""
+        total = jnp.maximum(batch["weights"].sum(), 1e-6)
+        value_and_grad = jax.value_and_grad(self.loss, has_aux=True)
+        count = self.process.accumulate
+        if count == 1:
+            (loss, right), grads = value_and_grad(trained, frozen, batch, total, key)
+        else:
+            # Neighbouring rows go to different micro-batches, so that rows stay on their devices.
+            micro = jax.tree.map(lambda x: rearrange(x, "(b a) ... -> a b ...", a=count), dict(batch))
+            keys = None if key is None else jax.random.split(key, count)
+
+            def add(carry, inputs):
+                rows, row_key = inputs
+                if self.mesh is not None:
+                    rows = jax.lax.with_sharding_constraint(rows, sharding.rows(self.mesh))
+                (loss, right), grads = value_and_grad(trained, frozen, rows, total, row_key)
+                return jax.tree.map(jnp.add, carry, (loss, right, grads)), None
+
+            zero = (jnp.zeros(()), jnp.zeros(()), jax.tree.map(jnp.zeros_like, trained))
+            (loss, right, grads), _ = jax.lax.scan(add, zero, (micro, keys))
+        answered = (batch["weights"].sum(-1) > 0).sum()
+        metrics = {"loss": loss, "accuracy": right / jnp.maximum(answered, 1), "answers": answered,
+                   "tokens": (batch["segments"] > 0).sum(),
+                   "examples": batch["segments"].max(-1).sum(), "bad": batch["bad"].sum()}
+        return grads, metrics
+
+    def train(self, state: State, frozen: Parameters, batch: Mapping[str, Array],
+              key: Key[Array, ""]) -> tuple[State, dict[str, Array]]:
+        """One optimizer step. `key` is the run's; each step folds its own number in."""
+        key = jax.random.fold_in(key, state.step) if self.dropout else None
+        grads, metrics = self.gradients(state.trained, frozen, batch, key)
+        updates, optimizer = self.tx.update(grads, state.optimizer, state.trained)
+        trained = optax.apply_updates(state.trained, updates)
+        metrics |= {"grad_norm": optax.global_norm(grads), "lr": self.schedule(state.step)}
+        return State(state.step + 1, trained, optimizer), metrics
+
+    def evaluate(self, trained: Parameters, frozen: Parameters, batch: Mapping[str, Array]) -> dict[str, Array]:
+        """Sums over a batch: loss, right tokens, supervised weight and tokens."""
+        loss, right = self.loss(trained, frozen, batch, jnp.ones(()), None)
+        return {"loss": loss, "right": right, "weight": batch["weights"].sum(),
+                "answers": (batch["weights"].sum(-1) > 0).sum()}
+
+
+def compile_train(step: Step, shardings: State, frozen: Mapping[str, Any]) -> Callable:
+    """`step.train` under jit for its mesh; the old state's buffers are reused for the new one."""
+    replicated = jax.sharding.NamedSharding(step.mesh, jax.sharding.PartitionSpec())
+    return jax.jit(step.train, donate_argnums=0,
+                   in_shardings=(shardings, dict(frozen), sharding.rows(step.mesh), replicated),
+                   out_shardings=(shardings, replicated))

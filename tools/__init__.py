@@ -1,0 +1,1 @@
+"""Programs around the package: conversion, data, planning, benchmarks, the demo."""
