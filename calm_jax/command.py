@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import config_flags
 
 from calm_jax import config as config_lib
@@ -57,6 +57,7 @@ def run(main: Callable[[], int | None]) -> None:
         except (BadRecord, CheckpointError, TrainingError) as error:
             _fail(str(error), 1)
 
+    flags.FLAGS.set_default("verbosity", logging.WARNING)  # Orbax tells every file it writes at INFO
     app.run(guarded, flags_parser=parse)
 
 

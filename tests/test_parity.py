@@ -27,14 +27,18 @@ from calm_jax.models.parameters import Geometry
 from calm_jax.models.qformer import QFormer
 from calm_jax.models.vit import MEAN, STD, ConvStem, Vit
 
+torch.set_num_threads(1)  # the operations are so small that threads only wait for one another
+
 TOLERANCE = 1e-4  # measured: at most 1e-5
 
-# No two widths are equal, so that a tensor in the wrong place has the wrong shape wherever it can.
+# No two widths are equal, so that a tensor in the wrong place has the wrong shape wherever it can, and the epsilons are
+# large enough to be seen in the results.
 MODEL = config_lib.Model(
-    vit=config_lib.Vit(image_size=20, patch=5, width=32, depth=5, heads=4, mlp_width=56),
+    vit=config_lib.Vit(image_size=20, patch=5, width=32, depth=5, heads=4, mlp_width=56, eps=0.03),
     depths=config_lib.Depths(low=1 / 5, middle=2 / 5, high=3 / 5, thematic=4 / 5),
-    qformer=config_lib.QFormer(width=24, depth=4, heads=3, mlp_width=40, queries=3),
-    llama=config_lib.Llama(vocab=61, width=48, depth=3, heads=6, kv_heads=6, mlp_width=72, positions=512),
+    qformer=config_lib.QFormer(width=24, depth=4, heads=3, mlp_width=40, queries=3, eps=0.01),
+    llama=config_lib.Llama(vocab=61, width=48, depth=3, heads=6, kv_heads=6, mlp_width=72, positions=512,
+                           eps=0.02),
     remat="none")
 GROUPED = dataclasses.replace(MODEL.llama, kv_heads=2, rope_theta=500.0)
 
@@ -240,7 +244,7 @@ def test_qformer(cross_every):
     context = random(2, 17, 32)
     assert_close(f"Q-Former hidden, cross_every {cross_every}", compiled(ours, lambda m, x: m.hidden(x))(context),
                  theirs.hidden(torch.from_numpy(context)))
-    context = 5 * context + 1  # such that the norm of the context matters
+    context = 0.01 * context + 0.1  # such that the norm of the context and its epsilon matter
     assert_close(f"Q-Former output, cross_every {cross_every}", compiled(ours, lambda m, x: m(x))(context),
                  theirs(torch.from_numpy(context)))
 
@@ -509,10 +513,11 @@ def test_lora_is_pefts_formula_and_merges():
     updated = {path: linear for path, linear in lora.linears(ours).items() if linear.lora is not None}
     assert set(updated) == {f"blocks/{name}" for name in ("q", "k", "v", "o", "gate", "up", "down")}
     for seed, (path, linear) in enumerate(updated.items()):
-        linear.lora.b[...] = 0.1 * jnp.asarray(random(*linear.lora.b.shape, seed=seed))
+        linear.lora.b[...] = jnp.asarray(random(*linear.lora.b.shape, seed=seed) * np.float32(0.1))
+        factors = np.array(linear.lora.a), np.array(linear.lora.b)
         for index, layer in enumerate(theirs.model.layers):
             part = layer.self_attn if path.split("/")[1] in "qkvo" else layer.mlp
-            a, b = (torch.from_numpy(np.array(factor[index])).T for factor in (linear.lora.a, linear.lora.b))
+            a, b = (torch.from_numpy(factor[index].T) for factor in factors)
             # PEFT: result + lora_B(lora_A(x)) * alpha / r, with A [r, in] and B [out, r].
             getattr(part, f"{path.split('/')[1]}_proj").register_forward_hook(
                 lambda _, args, out, a=a, b=b: out + args[0] @ a.T @ b.T * (cfg.alpha / cfg.rank))

@@ -99,7 +99,8 @@ class Record:
     """What a dataset knows of one picture.
 
     `score` is on the dataset's own `scale` (lowest, highest). `unfit` names attributes whose absolute question has no
-    true answer on this picture, such as the horizon of a picture of the sky.
+    true answer on this picture, such as the horizon of a picture of the sky. Records of one `group` show the same
+    photograph and are not independent of each other; empty = a group of its own.
     """
 
     key: str
@@ -109,6 +110,7 @@ class Record:
     score: float | None = None
     scale: tuple[float, float] = (1.0, 10.0)
     unfit: tuple[str, ...] = ()
+    group: str = ""
 
 
 class Dataset(Protocol):

@@ -18,8 +18,9 @@ from calm_jax import config as config_lib
 from calm_jax.data import pipeline
 from calm_jax.data.samples import Dataset
 from calm_jax.data.tokenizer import Tokenizer
-from calm_jax.models.parameters import Geometry, Parameters, initial, numerics
+from calm_jax.models.parameters import Geometry, Parameters, numerics
 from calm_jax.training import checkpoint, filters, logging, optimizer, sharding
+from calm_jax.training.restore import load
 from calm_jax.training.step import State, Step, compile_train
 
 MIN_EXAMPLES = 200  # before that many, a share of bad records says little
@@ -260,35 +261,3 @@ def _before(run: Run, name: str) -> checkpoint.Saved | None:
                                              f"{store.folder}")
         return saved
     return checkpoint.find(run.config.init) if run.config.init else None
-
-
-def load(saved: checkpoint.Saved | None, geometry: Geometry, config: config_lib.Config,
-         kept: Mapping[str, jax.ShapeDtypeStruct]) -> Parameters:
-    """The parameters of `kept`, each read from where it was last trained, straight into its sharding and dtype.
-
-    A checkpoint holds what was trained and names its base: a checkpoint again, or the seed of the random start.
-
-    Raises:
-      CheckpointError: the checkpoint or a base of it is of another geometry, or gone.
-    """
-    if saved is None:
-        key = jax.random.key(config.seed)
-
-        def make(key):
-            values = initial(config.model, key)
-            return {path: values[path].astype(leaf.dtype) for path, leaf in kept.items()}
-
-        return jax.jit(make, out_shardings={path: leaf.sharding for path, leaf in kept.items()})(key)
-    theirs = config_lib.from_config_dict(saved.meta["config"])
-    ours = dataclasses.replace(config.model, lora=theirs.model.lora)
-    lines: list[str] = []
-    config_lib.compare(config_lib.Model, dataclasses.asdict(theirs.model), dataclasses.asdict(ours), "model", lines)
-    if lines:
-        raise checkpoint.CheckpointError(f"the checkpoint {saved.path} is of another geometry: {'; '.join(lines)}")
-    held = set(checkpoint.shapes(saved)) & set(kept)
-    found = checkpoint.restore(saved, {"parameters": {path: kept[path] for path in kept if path in held}})["parameters"]
-    rest = {path: leaf for path, leaf in kept.items() if path not in held}
-    if rest:
-        base = checkpoint.find(saved.meta["base"]) if saved.meta["base"] else None
-        found |= load(base, geometry, dataclasses.replace(config, seed=saved.meta["seed"]), rest)
-    return found

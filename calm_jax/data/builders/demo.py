@@ -258,7 +258,7 @@ def _compose(photograph: Photograph, index: int, key: str, window: Window, rng: 
     captions = tuple(facts[i] for i in rng.permutation(len(facts))[:rng.integers(2, 5)])
     comments = tuple(_comment(merits, edits, rng) for _ in range(rng.integers(2, 4)))
     return Record(key, ImageRef(index, window, edits), captions, tuple(dict.fromkeys(comments)), score_of(edits),
-                  (1.0, 10.0), photograph.unfit)
+                  (1.0, 10.0), photograph.unfit, photograph.name)
 
 
 def _edits(photograph: Photograph, rng: np.random.Generator) -> tuple[Edit, ...]:

@@ -1,0 +1,161 @@
+"""A model that answers and a dataset split in, every answer beside its truth, and tables of figures, out.
+
+Attributes (ours): questions of the pseudo-labels on held-out pictures, each asked alone; an answer counts when it is
+one of the known phrasings of the right grade. Scoring (paper): PLCC and SRCC of the score read from the text.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import tqdm
+
+from calm_jax import config as config_lib
+from calm_jax.data import attributes as attributes_lib
+from calm_jax.data import images, tasks
+from calm_jax.data.samples import Dataset, ImageRef, Mention, Sample, Turn
+from calm_jax.evaluation import metrics
+from calm_jax.inference.generate import Generator
+from calm_jax.inference.scorer import read_score
+
+SEED = 7919  # of the questions asked; training draws from other streams
+
+
+@dataclasses.dataclass(frozen=True)
+class Answered:
+    """One question and its answer.
+
+    Attributes:
+      subject: attribute, `comment` or `score`.
+      kind: grade, comparison, comment or score.
+      group: the photograph, for intervals; key: the record.
+      images: what was shown.
+      question: in words.
+      true: the right grade, `first`/`second`, reference text or score, as text.
+      text: what the model said; said: the grade, choice or score read from it, or "" when there is none.
+    """
+
+    subject: str
+    kind: str
+    group: str
+    key: str
+    images: tuple[ImageRef, ...]
+    question: str
+    true: str
+    text: str
+    said: str
+
+    @property
+    def right(self) -> bool:
+        return self.said == self.true
+
+
+def _alone(sample: Sample) -> list[Sample]:
+    """Each turn as a conversation of its own, with the visual tokens that an earlier turn of its level brought."""
+    alone, mentions = [], ()
+    for turn in sample.turns:
+        if any(isinstance(piece, Mention) for piece in turn.prompt):
+            mentions = tuple(piece for piece in turn.prompt[:-1])
+        else:
+            turn = Turn((*mentions, " " + turn.prompt[-1]), turn.answer, turn.label)
+        alone.append(Sample(sample.images, (turn,), sample.target, sample.name))
+    return alone
+
+
+def _ask(generator: Generator, dataset: Dataset, samples: Sequence[Sample], limit: int, what: str) -> list[str]:
+    answers = generator.answers([(sample, 0) for sample in samples], dataset.pixels, limit=limit)
+    return list(tqdm.tqdm(answers, total=len(samples), desc=what, unit="answer", mininterval=0.5))
+
+
+def attributes(generator: Generator, dataset: Dataset, split: str, *, draws: int = 2) -> list[Answered]:
+    """Asks about every record of a split, `draws` times with other edits, at the levels the generator computes."""
+    asked: list[tuple[Sample, int]] = []
+    for index in dataset.indices(split):
+        for draw in range(draws):
+            rng = np.random.default_rng([SEED, int(index), draw])
+            sample = tasks.make("attributes", dataset, int(index), rng, generator.layout.parts)
+            doubtful = set().union(*(images.render_noting(dataset.pixels(ref.index), ref, generator.size)[1]
+                                     for ref in sample.images))
+            asked += [(alone, int(index)) for alone in _alone(sample) if alone.turns[0].subject not in doubtful]
+    texts = _ask(generator, dataset, [sample for sample, _ in asked], 24, "attributes")
+    answered = []
+    for (sample, index), text in zip(asked, texts, strict=True):
+        subject, kind, true = re.fullmatch(r"(\w+)([=:])(\w+)", sample.turns[0].label).groups()
+        record = dataset.record(index)
+        said = attributes_lib.grade_of(subject, text) if kind == "=" else attributes_lib.choice_of(subject, text)
+        answered.append(Answered(subject, "grade" if kind == "=" else "comparison", record.group or record.key, record.key,
+                                 sample.images, str(sample.turns[0].prompt[-1]).strip(), true, text,
+                                 "" if said is None else str(said)))
+    return answered
+
+
+def opinions(generator: Generator, dataset: Dataset, split: str, task: str) -> list[Answered]:
+    """Asks for a `comment` or a `score` on every record of a split, once."""
+    samples = [tasks.make(task, dataset, int(index), np.random.default_rng([SEED, int(index)]),
+                          generator.layout.parts) for index in dataset.indices(split)]
+    texts = _ask(generator, dataset, samples, 12 if task == "score" else 64, task)
+    answered = []
+    for index, sample, text in zip(dataset.indices(split), samples, texts, strict=True):
+        record, said = dataset.record(int(index)), text
+        if task == "score":
+            value = read_score(text)
+            said = "" if value is None else str(value)
+        answered.append(Answered(task, task, record.group or record.key, record.key, sample.images,
+                                 str(sample.turns[0].prompt[-1]).strip(), sample.turns[0].answer.text, text, said))
+    return answered
+
+
+def attribute_table(answered: Sequence[Answered], control: Sequence[Answered] = ()) -> list[dict]:
+    """One row an attribute and kind of question, in the order of the levels.
+
+    Each has `n`, `accuracy`, `majority` (always the most frequent answer), `gain` over it and, where the same
+    questions were put to a `control` model, its accuracy and the gain over that; 95 % intervals over photographs.
+    """
+    others = {_place(item): item for item in control}
+    order = {name: (config_lib.PARTS.index(attribute.level), name)
+             for name, attribute in attributes_lib.ATTRIBUTES.items()}
+    keys = sorted({(item.kind, item.subject) for item in answered}, key=lambda key: (key[0] != "grade", order[key[1]]))
+    rows = []
+    for kind, subject in keys:
+        items = [item for item in answered if (item.kind, item.subject) == (kind, subject)]
+        right = np.asarray([item.right for item in items], float)
+        truths = np.unique([item.true for item in items], return_inverse=True)[1]
+        counts = np.eye(truths.max() + 1)[truths]
+        groups = [item.group for item in items]
+
+        def gain(indices, right=right, counts=counts):
+            return right[indices].mean() - counts[indices].mean(0).max()
+
+        row = {"kind": kind, "subject": subject, "level": attributes_lib.get(subject).level, "n": len(items),
+               "accuracy": right.mean(), "accuracy_interval": metrics.interval(lambda i, r=right: r[i].mean(), groups),
+               "majority": counts.mean(0).max(), "gain": gain(np.arange(len(items))),
+               "gain_interval": metrics.interval(gain, groups),
+               "photographs": {g: right[np.asarray(groups) == g].mean() for g in sorted(set(groups))}}
+        if others:
+            theirs = np.asarray([others[_place(item)].right for item in items], float)
+            row |= {"control": theirs.mean(), "control_gain": (right - theirs).mean(),
+                    "control_gain_interval": metrics.interval(lambda i, d=right - theirs: d[i].mean(), groups)}
+        rows.append(row)
+    return rows
+
+
+def _place(item: Answered) -> tuple:
+    return item.kind, item.subject, item.key, item.images, item.question
+
+
+def score_table(answered: Sequence[Answered]) -> Mapping[str, object]:
+    """PLCC, SRCC and MAE of the scores that could be read, with intervals, and the share that could not."""
+    parsed = [item for item in answered if item.said]
+    said = np.asarray([float(item.said) for item in parsed])
+    true = np.asarray([read_score(item.true) for item in parsed])
+    groups = [item.group for item in parsed]
+    row = {"n": len(answered), "parse_failures": 1 - len(parsed) / max(len(answered), 1)}
+    for name, function in (("plcc", metrics.plcc), ("srcc", metrics.srcc),
+                           ("mae", lambda a, b: float(np.abs(a - b).mean()) if len(a) else float("nan"))):
+        row[name] = function(said, true)
+        if parsed:
+            row[f"{name}_interval"] = metrics.interval(lambda i, f=function: f(said[i], true[i]), groups)
+    return row
