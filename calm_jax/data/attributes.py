@@ -342,8 +342,9 @@ def unanswerable(pixels: Picture) -> frozenset[str]:
 
 @functools.cache
 def _phrases(name: str) -> tuple[dict[str, int], dict[str, str]]:
-    cues = get(name).cues
-    grades = {cues_lib.normal(text): grade for grade, texts in enumerate(cues.answers) for text in texts}
+    cues, names = get(name).cues, get(name).grades
+    grades = {cues_lib.normal(text): grade for grade, texts in enumerate(cues.answers)
+              for text in (names[grade], *texts)}
     choices = {cues_lib.normal(text): which for template in cues.more_answers + cues.less_answers
                for which, text in zip(cues_lib.CHOICES, cues_lib.variations(template), strict=True)}
     return grades, choices

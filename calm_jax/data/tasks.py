@@ -59,6 +59,9 @@ _MENTION_PAIR = (
     ("First: ", " Second: "),
 )
 
+_BRIEFLY = ("Answer in a word.", "In a word?", "Be brief.")
+
+SHORT_SHARE = 0.5  # of the absolute questions asked for the bare grade: its word carries the whole label (ours)
 PAIR_SHARE = 0.3  # of the attribute Samples that compare two versions of a picture
 # Fewest and most questions asked about a level of one picture, where its attributes allow so many.
 QUESTIONS: Mapping[str, tuple[int, int]] = types.MappingProxyType({"low": (3, 5), "middle": (3, 3), "high": (2, 3)})
@@ -126,10 +129,12 @@ def _grades(record: Record, rng: np.random.Generator, levels: Parts):
     turns: list[Turn] = []
     for level, asked in drawn.items():
         for place, (name, grade) in enumerate(asked.items()):
-            cues = attributes.get(name).cues
-            question = _pick(rng, cues.questions)
+            attribute = attributes.get(name)
+            question, answer = _pick(rng, attribute.cues.questions), _pick(rng, attribute.cues.answers[grade])
+            if rng.random() < SHORT_SHARE:
+                question, answer = f"{question} {_pick(rng, _BRIEFLY)}", f"{attribute.grades[grade].capitalize()}."
             prompt = (question,) if place else (Mention(0, (level,)), f" {question}")
-            turns.append(Turn(prompt, Answer(_pick(rng, cues.answers[grade])), f"{name}={grade}"))
+            turns.append(Turn(prompt, Answer(answer), f"{name}={grade}"))
     if not turns:  # every question of these levels is unfit for this picture; comparisons never are
         return _comparison(record, rng, levels)
     return (ImageRef(record.image.index, record.image.window, edits),), tuple(turns), None

@@ -86,8 +86,8 @@ def attributes(generator: Generator, dataset: Dataset, split: str, *, draws: int
         subject, kind, true = re.fullmatch(r"(\w+)([=:])(\w+)", sample.turns[0].label).groups()
         record = dataset.record(index)
         said = attributes_lib.grade_of(subject, text) if kind == "=" else attributes_lib.choice_of(subject, text)
-        answered.append(Answered(subject, "grade" if kind == "=" else "comparison", record.group or record.key, record.key,
-                                 sample.images, str(sample.turns[0].prompt[-1]).strip(), true, text,
+        answered.append(Answered(subject, "grade" if kind == "=" else "comparison", record.group or record.key,
+                                 record.key, sample.images, str(sample.turns[0].prompt[-1]).strip(), true, text,
                                  "" if said is None else str(said)))
     return answered
 

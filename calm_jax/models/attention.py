@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from calm_jax.models import layers
 
-TILE = 128  # queries a tile: the widest score array is [B, N, TILE, S]
+TILE = 256  # queries a tile at most: the widest array of scores is [B, N, TILE, S]
 
 
 def attend(q: Float[Array, "B T N H"], k: Float[Array, "B S K H"], v: Float[Array, "B S K H"], *, causal: bool = False,
@@ -25,29 +25,51 @@ def attend(q: Float[Array, "B T N H"], k: Float[Array, "B S K H"], v: Float[Arra
       q_segments, kv_segments: a query sees only the keys of its own segment. Queries of a segment without keys
         (padding) get the mean of what they may not see, which nothing reads.
     """
-    length, groups = q.shape[1], q.shape[2] // k.shape[2]
-    q = rearrange(q, "b t (k g) h -> b t k g h", g=groups)
-    out = []
-    step = TILE if causal else length
-    for start in range(0, length, step):
-        stop = min(start + step, length)
-        seen = stop if causal else k.shape[1]
-        mask = None
-        if causal:
-            mask = (jnp.arange(start, stop)[:, None] >= jnp.arange(seen))[None]
-        if q_segments is not None:
-            same = q_segments[:, start:stop, None] == kv_segments[:, None, :seen]
-            mask = same if mask is None else mask & same
-        out.append(_tile(q[:, start:stop], k[:, :seen], v[:, :seen], mask))
-    return rearrange(jnp.concatenate(out, 1), "b t k g h -> b t (k g) h")
+    return tiled(q, k, v, q_segments, kv_segments, causal=causal)
 
 
-def _tile(q, k, v, mask):
-    scores = jnp.einsum("btkgh,bskh->bkgts", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+def tiled(q: Float[Array, "B T N H"], k: Float[Array, "B S K H"], v: Float[Array, "B S K H"],
+          q_segments: Int[Array, "B T"] | None, kv_segments: Int[Array, "B S"] | None, *,
+          causal: bool) -> Float[Array, "B T N H"]:
+    """`attend` in plain XLA, for any backend: query tiles that read only the keys they may see.
+
+    More than one tile: each is recomputed in the backward pass, so what is kept for it is q, k and v, linear in T.
+    One tile (pictures, Q-Formers, decoding) keeps its weights `[B, N, T, S]`: small, and a product less to do.
+    """
+    length = q.shape[1]
+    # Heads become a batch dimension of every product; B and K stay two dimensions, each sharded on its own mesh axis.
+    q = rearrange(q, "b t (k g) h -> b k g t h", k=k.shape[2])
+    k, v = (rearrange(x, "b s k h -> b k s h") for x in (k, v))
+    count = -(-length // TILE)
+    size = -(-length // count)  # equal tiles: 577 queries are three tiles of 193, not two and a rest
+    tile = jax.checkpoint(_tile, static_argnums=(5, 6, 7)) if count > 1 else _tile
+    out = [tile(q, k, v, q_segments, kv_segments, start, min(start + size, length), causal)
+           for start in range(0, length, size)]
+    return rearrange(jnp.concatenate(out, 3), "b k g t h -> b t (k g) h")
+
+
+def _tile(q, k, v, q_segments, kv_segments, start, stop, causal):
+    """Queries start..stop of q `[B, K, G, T, H]` against k, v `[B, K, S, H]`.
+
+    It slices here, inside what is recomputed, so that tiles share q, k and v as residuals.
+    """
+    seen = stop if causal else k.shape[2]
+    q, k, v = q[:, :, :, start:stop], k[:, :, :seen], v[:, :, :seen]
+    scores = jnp.einsum("bkgth,bksh->bkgts", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+    mask = None
+    if causal:
+        mask = (jnp.arange(start, stop)[:, None] >= jnp.arange(seen))[None]
+    if q_segments is not None:
+        same = q_segments[:, start:stop, None] == kv_segments[:, None, :seen]
+        mask = same if mask is None else mask & same
     if mask is not None:
-        scores = jnp.where(mask[:, None, None], scores, -1e30)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    return jnp.einsum("bkgts,bskh->btkgh", weights, v)
+        # The barrier keeps the bias [B, t, S] an array: fused, XLA compares again for every head and every pass.
+        bias = jax.lax.optimization_barrier(jnp.where(mask, 0.0, -1e30).astype(jnp.float32))
+        scores = scores + bias[:, None, None]
+    weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
+    # Divided after the product: H columns instead of S.
+    mixed = jnp.einsum("bkgts,bksh->bkgth", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+    return (mixed / weights.sum(-1, keepdims=True)).astype(q.dtype)
 
 
 class Attention(nnx.Module):

@@ -17,11 +17,12 @@ from jaxtyping import Array, Float, Key
 class Linear(nnx.Module):
     """`y = x @ kernel + bias`, plus a low-rank update where `models.lora.add` has put one.
 
-    Shapes: x `[..., I]`, kernel `[I, O]`, bias `[O]`, y `[..., O]` in the dtype of x.
+    Shapes: x `[..., I]`, kernel `[I, O]`, bias `[O]`, y `[..., O]` in the dtype of x. Random kernels keep the variance
+    of their input, times `gain` squared: layers that add to a residual stream of many blocks start smaller.
     """
 
-    def __init__(self, d_in: int, d_out: int, *, bias: bool, rngs: nnx.Rngs):
-        self.kernel = nnx.Param(nnx.initializers.lecun_normal()(rngs.params(), (d_in, d_out)))
+    def __init__(self, d_in: int, d_out: int, *, bias: bool, rngs: nnx.Rngs, gain: float = 1.0):
+        self.kernel = nnx.Param(gain * nnx.initializers.lecun_normal()(rngs.params(), (d_in, d_out)))
         self.bias = nnx.Param(jnp.zeros(d_out)) if bias else None
         self.lora: Lora | None = nnx.data(None)
 

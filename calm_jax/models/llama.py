@@ -33,15 +33,16 @@ class Block(nnx.Module):
     def __init__(self, cfg: config_lib.Llama, rngs: nnx.Rngs):
         self.heads, self.kv_heads, self.theta = cfg.heads, cfg.kv_heads, cfg.rope_theta
         kv_width = cfg.width // cfg.heads * cfg.kv_heads
+        gain = (2 * cfg.depth) ** -0.5
         self.attention_norm = layers.RMSNorm(cfg.width, cfg.eps)
         self.q = layers.Linear(cfg.width, cfg.width, bias=False, rngs=rngs)
         self.k = layers.Linear(cfg.width, kv_width, bias=False, rngs=rngs)
         self.v = layers.Linear(cfg.width, kv_width, bias=False, rngs=rngs)
-        self.o = layers.Linear(cfg.width, cfg.width, bias=False, rngs=rngs)
+        self.o = layers.Linear(cfg.width, cfg.width, bias=False, rngs=rngs, gain=gain)
         self.mlp_norm = layers.RMSNorm(cfg.width, cfg.eps)
         self.gate = layers.Linear(cfg.width, cfg.mlp_width, bias=False, rngs=rngs)
         self.up = layers.Linear(cfg.width, cfg.mlp_width, bias=False, rngs=rngs)
-        self.down = layers.Linear(cfg.mlp_width, cfg.width, bias=False, rngs=rngs)
+        self.down = layers.Linear(cfg.mlp_width, cfg.width, bias=False, rngs=rngs, gain=gain)
 
     def qkv(self, x, positions, keys):
         """Rotated queries `[B, T, N, H]` and keys, and values `[B, T, K, H]`, of the normed input."""
@@ -73,7 +74,8 @@ class Llama(nnx.Module):
 
     def __init__(self, cfg: config_lib.Llama, rngs: nnx.Rngs):
         self.depth = cfg.depth
-        self.embedding = nnx.Param(nnx.initializers.normal(0.02)(rngs.params(), (cfg.vocab, cfg.width)))
+        # Unit variance (ours), as the other layers' outputs: a word must not drown in what attention adds to it.
+        self.embedding = nnx.Param(nnx.initializers.normal(1.0)(rngs.params(), (cfg.vocab, cfg.width)))
         self.blocks = layers.stack(lambda rngs: Block(cfg, rngs), cfg.depth, rngs)
         self.norm = layers.RMSNorm(cfg.width, cfg.eps)
         self.head = layers.Linear(cfg.width, cfg.vocab, bias=False, rngs=rngs)

@@ -32,7 +32,7 @@ class Block(nnx.Module):
         self.attention = Attention(cfg.width, cfg.heads, rngs)
         self.mlp_norm = layers.LayerNorm(cfg.width, cfg.eps)
         self.up = layers.Linear(cfg.width, cfg.mlp_width, bias=True, rngs=rngs)
-        self.down = layers.Linear(cfg.mlp_width, cfg.width, bias=True, rngs=rngs)
+        self.down = layers.Linear(cfg.mlp_width, cfg.width, bias=True, rngs=rngs, gain=(2 * cfg.depth) ** -0.5)
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         x = x + self.attention(self.attention_norm(x))
@@ -81,7 +81,7 @@ class Vit(nnx.Module):
 
     def __init__(self, cfg: config_lib.Vit, rngs: nnx.Rngs):
         self.stem = (PatchStem if cfg.stem == "patch" else ConvStem)(cfg, rngs)
-        normal = nnx.initializers.normal(0.02)
+        normal = nnx.initializers.normal(0.2)  # ours: where a patch lies should be seen from the first step on
         self.cls = nnx.Param(normal(rngs.params(), (cfg.width,)))
         self.positions = nnx.Param(normal(rngs.params(), (cfg.patches + 1, cfg.width)))
         self.pre_norm = layers.LayerNorm(cfg.width, cfg.eps)
