@@ -34,7 +34,10 @@ def run(main: Callable[[], int | None]) -> None:
 
     def parse(argv):
         try:
-            return flags.FLAGS(argv)
+            rest = flags.FLAGS(argv)
+            if flags.FLAGS["verbosity"].using_default_value:
+                flags.FLAGS.verbosity = logging.WARNING  # absl would take INFO, where Orbax tells every file it writes
+            return rest
         except flags.UnrecognizedFlagError as error:
             hint = config_lib.nearest(error.flagname, list(flags.FLAGS)) if "." not in error.flagname else ""
             _fail(f"there is no flag --{error.flagname}{hint}", 2)
@@ -57,7 +60,6 @@ def run(main: Callable[[], int | None]) -> None:
         except (BadRecord, CheckpointError, TrainingError) as error:
             _fail(str(error), 1)
 
-    flags.FLAGS.set_default("verbosity", logging.WARNING)  # Orbax tells every file it writes at INFO
     app.run(guarded, flags_parser=parse)
 
 

@@ -33,6 +33,7 @@ from calm_jax.data.prompts import Encoded, Layout, encode
 from calm_jax.data.samples import BadRecord, Dataset, Sample
 from calm_jax.data.tokenizer import Tokenizer
 
+NAMED = 20  # bad records that are named in the log
 OPEN_ROWS = 16  # rows the planner fills at the same time: more packs tighter and mixes neighbours further apart
 
 
@@ -179,8 +180,9 @@ class Rows:
 
     def _count_bad(self, example: Example, error: BadRecord) -> None:
         key = self.dataset.record(example.index).key
-        if key not in self.bad:
-            logging.warning("skipped %s of %s: %s", key, self.dataset.name, error)
+        if key not in self.bad and len(self.bad) < NAMED:
+            more = "; further ones are counted, not named" if len(self.bad) == NAMED - 1 else ""
+            logging.warning("skipped %s of %s: %s%s", key, self.dataset.name, error, more)
         self.bad[key] = str(error)
 
 

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int
 from calm_jax.models import layers
 
 TILE = 256  # queries a tile at most: the widest array of scores is [B, N, TILE, S]
+CHUNKS = 4  # causal: queries of a chunk read the same keys; 4 compute 5/8 of the square, 8 would 9/16
 
 
 def attend(q: Float[Array, "B T N H"], k: Float[Array, "B S K H"], v: Float[Array, "B S K H"], *, causal: bool = False,
@@ -31,36 +32,55 @@ def attend(q: Float[Array, "B T N H"], k: Float[Array, "B S K H"], v: Float[Arra
 def tiled(q: Float[Array, "B T N H"], k: Float[Array, "B S K H"], v: Float[Array, "B S K H"],
           q_segments: Int[Array, "B T"] | None, kv_segments: Int[Array, "B S"] | None, *,
           causal: bool) -> Float[Array, "B T N H"]:
-    """`attend` in plain XLA, for any backend: query tiles that read only the keys they may see.
+    """`attend` in plain XLA, for any backend: one tile of queries at a time against the keys it may see.
 
-    More than one tile: each is recomputed in the backward pass, so what is kept for it is q, k and v, linear in T.
-    One tile (pictures, Q-Formers, decoding) keeps its weights `[B, N, T, S]`: small, and a product less to do.
+    Up to TILE queries (pictures, Q-Formers, decoding) are one tile, whose weights `[B, N, T, S]` are kept for the
+    backward pass. More are several tiles, recomputed there: kept are q, k and v, and memory is linear in T. Causal
+    queries form up to CHUNKS chunks; the tiles of a chunk see the keys up to its end, and are a loop because XLA
+    CPU orders unrolled tiles for concurrency and then holds the scores of all of them at once.
     """
-    length = q.shape[1]
+    length, seen = q.shape[1], k.shape[1]
     # Heads become a batch dimension of every product; B and K stay two dimensions, each sharded on its own mesh axis.
     q = rearrange(q, "b t (k g) h -> b k g t h", k=k.shape[2])
     k, v = (rearrange(x, "b s k h -> b k s h") for x in (k, v))
-    count = -(-length // TILE)
-    size = -(-length // count)  # equal tiles: 577 queries are three tiles of 193, not two and a rest
-    tile = jax.checkpoint(_tile, static_argnums=(5, 6, 7)) if count > 1 else _tile
-    out = [tile(q, k, v, q_segments, kv_segments, start, min(start + size, length), causal)
-           for start in range(0, length, size)]
+    if length <= TILE:
+        return rearrange(_tile(q, k, v, q_segments, kv_segments, 0, causal), "b k g t h -> b t (k g) h")
+    span = -(-length // min(CHUNKS, -(-length // TILE))) if causal else length
+    out = []
+    for start in range(0, length, span):
+        stop = min(start + span, length)
+        seen = stop if causal else seen
+        ids = (None, None) if q_segments is None else (q_segments[:, start:stop], kv_segments[:, :seen])
+        out.append(_chunk(q[:, :, :, start:stop], k[:, :, :seen], v[:, :, :seen], *ids, start, causal))
     return rearrange(jnp.concatenate(out, 3), "b k g t h -> b t (k g) h")
 
 
-def _tile(q, k, v, q_segments, kv_segments, start, stop, causal):
-    """Queries start..stop of q `[B, K, G, T, H]` against k, v `[B, K, S, H]`.
+def _chunk(q, k, v, q_segments, kv_segments, start, causal):
+    """Queries q `[B, K, G, T, H]`, the first at position `start`, tile after tile against k, v `[B, K, S, H]`."""
+    length = q.shape[3]
+    count = -(-length // TILE)
+    size = -(-length // count)  # equal tiles: 577 queries are three of 193, the last with two rows of padding
+    room = count * size - length
+    tiles = rearrange(jnp.pad(q, ((0, 0),) * 3 + ((0, room), (0, 0))), "b k g (c t) h -> c b k g t h", c=count)
+    if q_segments is not None:
+        q_segments = rearrange(jnp.pad(q_segments, ((0, 0), (0, room))), "b (c t) -> c b t", c=count)
 
-    It slices here, inside what is recomputed, so that tiles share q, k and v as residuals.
-    """
-    seen = stop if causal else k.shape[2]
-    q, k, v = q[:, :, :, start:stop], k[:, :, :seen], v[:, :, :seen]
+    @jax.checkpoint
+    def body(start, tile):
+        return start + size, _tile(tile[0], k, v, tile[1], kv_segments, start, causal)
+
+    out = jax.lax.scan(body, jnp.int32(start), (tiles, q_segments))[1]
+    return rearrange(out, "c b k g t h -> b k g (c t) h")[:, :, :, :length]
+
+
+def _tile(q, k, v, q_segments, kv_segments, start, causal):
+    """Queries q `[B, K, G, t, H]`, the first at position `start`, against all of k, v `[B, K, S, H]` at once."""
     scores = jnp.einsum("bkgth,bksh->bkgts", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
     mask = None
     if causal:
-        mask = (jnp.arange(start, stop)[:, None] >= jnp.arange(seen))[None]
+        mask = (start + jnp.arange(q.shape[3])[:, None] >= jnp.arange(k.shape[2]))[None]
     if q_segments is not None:
-        same = q_segments[:, start:stop, None] == kv_segments[:, None, :seen]
+        same = q_segments[:, :, None] == kv_segments[:, None, :]
         mask = same if mask is None else mask & same
     if mask is not None:
         # The barrier keeps the bias [B, t, S] an array: fused, XLA compares again for every head and every pass.

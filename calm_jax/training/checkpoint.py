@@ -96,7 +96,7 @@ class Checkpoints:
             self._orbax.save(path / ARRAYS, args=ocp.args.PyTreeSave(tree, save_args=jax.tree.map(_chunks, tree)))
         except Exception as error:
             raise _failed(path, error) from error
-        meta = {**meta, "step": step, "version": calm_jax.__version__, "commit": _commit()}
+        meta = {**meta, "step": step, "is_best": best, "version": calm_jax.__version__, "commit": _commit()}
         self._saved_at = time.monotonic()
         self._finisher = threading.Thread(target=self._finish, args=(path, meta, best, step), daemon=True)
         self._finisher.start()
@@ -132,16 +132,12 @@ class Checkpoints:
         finally:
             self._orbax.close()
 
-    def best_step(self) -> int | None:
-        """The step of the checkpoint that validated best, if one was marked."""
-        try:
-            return json.loads((self.folder / BEST).read_text())["step"]
-        except (OSError, ValueError, KeyError):
-            return None
-
     def _prune(self) -> None:
         steps = [int(path.name) for path in folders(self.folder) if is_complete(path)]
-        keep = set(sorted(steps)[-max(self.policy.keep, 1):]) | {self.best_step()}
+        for path in folders(self.folder):
+            if not is_complete(path):  # left by a crash while it was being pruned
+                shutil.rmtree(path)
+        keep = set(sorted(steps)[-max(self.policy.keep, 1):]) | {best_step(self.folder)}
         if self.policy.keep_every_steps:
             keep |= {step for step in steps if step % self.policy.keep_every_steps == 0}
         for step in set(steps) - keep:
@@ -155,19 +151,20 @@ class Checkpoints:
         Raises:
           CheckpointError: there are complete checkpoints, but every one of them is damaged.
         """
-        damaged = []
         for path in reversed(folders(self.folder)):
             if not is_complete(path):
                 shutil.rmtree(path)
                 continue
             try:
-                return read(path)
+                saved = read(path)
+                if saved.meta["is_best"] and best_step(self.folder) != saved.step:  # it died before it could say so
+                    _write_json(self.folder / BEST, {"step": saved.step})
+                return saved
             except CheckpointError as error:
                 logging.warning("%s; trying the one before it", error)
-                damaged.append(path)
                 aside = path.with_name(f"{path.name}.damaged-{int(time.time())}")
                 path.rename(aside)
-        if damaged:
+        if any(self.folder.glob("*.damaged-*")):  # also those of an earlier try: never start anew without being told
             raise CheckpointError(f"every checkpoint in {self.folder} is damaged; they were set aside as "
                                   "*.damaged-*: restore them from a backup, or delete them to start this process anew")
         return None
@@ -178,6 +175,14 @@ def folders(folder: pathlib.Path) -> list[pathlib.Path]:
     if not folder.is_dir():
         return []
     return sorted(path for path in folder.iterdir() if path.is_dir() and path.name.isdigit())
+
+
+def best_step(folder: pathlib.Path) -> int | None:
+    """The step of the checkpoint in a process's folder that validated best, if one was marked."""
+    try:
+        return json.loads((folder / BEST).read_text())["step"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def is_complete(path: pathlib.Path) -> bool:
@@ -204,11 +209,8 @@ def find(path: str | os.PathLike) -> Saved:
     for candidate in candidates:
         complete = [p for p in folders(candidate) if is_complete(p)]
         if complete:
-            best = candidate / BEST
-            if best.is_file():
-                chosen = candidate / f"{json.loads(best.read_text())['step']:08d}"
-                complete = [p for p in complete if p == chosen] or complete
-            return read(complete[-1])
+            chosen = [p for p in complete if int(p.name) == best_step(candidate)]
+            return read((chosen or complete)[-1])
     raise CheckpointError(f"there is no complete checkpoint in {path}; give a workdir of calm_jax.train, or a folder "
                           f"that holds {MARKER}")
 
@@ -255,7 +257,7 @@ def restore(saved: Saved, abstract: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
       CheckpointError: a wanted array is not in the checkpoint or has another shape.
     """
-    tree = {"parameters": nest(abstract["parameters"])}
+    tree = {"parameters": nest(abstract["parameters"])} if abstract["parameters"] else {}  # Orbax fails on {} in a tree
     if "optimizer" in abstract:
         tree["optimizer"] = _named(abstract["optimizer"])
     present = shapes(saved)
@@ -268,7 +270,7 @@ def restore(saved: Saved, abstract: Mapping[str, Any]) -> dict[str, Any]:
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as orbax:
         result = orbax.restore(saved.path / ARRAYS, args=ocp.args.PyTreeRestore(
             tree, restore_args=ocp.checkpoint_utils.construct_restore_args(tree), partial_restore=True))
-    arrays: dict[str, Any] = {"parameters": unnest(result["parameters"])}
+    arrays: dict[str, Any] = {"parameters": unnest(result.get("parameters", {}))}
     if "optimizer" in abstract:
         leaves = [result["optimizer"][name] for name in _named(abstract["optimizer"])]
         arrays["optimizer"] = jax.tree.unflatten(jax.tree.structure(abstract["optimizer"]), leaves)

@@ -7,9 +7,9 @@ import os
 import pathlib
 import sys
 from collections.abc import Mapping
+from typing import Any
 
 import jax
-import tensorboardX
 import tqdm
 
 
@@ -28,7 +28,7 @@ class Log:
         self._path = folder / "metrics.jsonl"
         cut(self._path, process, start)
         self._file = self._path.open("a", buffering=1)
-        self._board = tensorboardX.SummaryWriter(str(folder / "tensorboard" / process), purge_step=start + 1)
+        self._board = _tensorboard().SummaryWriter(str(folder / "tensorboard" / process), purge_step=start + 1)
         self._bar = tqdm.tqdm(total=steps, initial=start, desc=title, unit="step", file=sys.stderr, mininterval=0.5,
                               maxinterval=30, dynamic_ncols=True)
 
@@ -61,6 +61,19 @@ class Log:
             self._bar.close()
             self._file.close()
             self._board.close()
+
+
+def _tensorboard() -> Any:
+    """tensorboardX, which imports torch wherever it is installed, for seconds and nothing: it is hidden meanwhile."""
+    hidden = "torch" not in sys.modules
+    if hidden:
+        sys.modules["torch"] = None
+    try:
+        import tensorboardX
+    finally:
+        if hidden:
+            del sys.modules["torch"]
+    return tensorboardX
 
 
 def cut(path: pathlib.Path, process: str, step: int) -> None:

@@ -149,9 +149,9 @@ def run_process(run: Run, name: str, dataset: Dataset) -> None:
                 meter.read()
                 meter.pending = (number, metrics)
                 log.advance()
-                last = number == process.steps
+                last, stopping = number == process.steps, bool(stop.received)
                 validates = last or (process.eval_every and number % process.eval_every == 0)
-                if not (validates or stop.received or store.due(number)):
+                if not (validates or stopping or store.due(number)):
                     continue
                 meter.read()  # a state is judged before it is saved
                 is_best = False
@@ -162,13 +162,14 @@ def run_process(run: Run, name: str, dataset: Dataset) -> None:
                             f"token accuracy {values['accuracy']:.3f}")
                     is_best = best is None or values["loss"] < best
                     best = values["loss"] if is_best else best
-                if last or is_best or stop.received or store.due(number):
+                if last or is_best or stopping or store.due(number):
                     save(number, is_best)
-                if stop.received and not last:
-                    store.wait()
-                    log.say(f"{stop.received}: saved step {number} in {store.folder}; the same command resumes there")
-                    raise Interrupted(128 + signal.Signals[stop.received].value)
-        store.wait()
+                if stopping:
+                    break
+            store.wait()
+            if stop.received and (number < process.steps or name != config.run[-1]):
+                log.say(f"{stop.received}: saved step {number} in {store.folder}; the same command resumes there")
+                raise Interrupted(128 + signal.Signals[stop.received].value)
     finally:
         log.close()
         store.close()

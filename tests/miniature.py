@@ -1,0 +1,111 @@
+"""Nothing in; the smallest model, batches and runs that still have every part, shared by the tests of training, out."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+
+from calm_jax import config as config_lib
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+
+MODEL = config_lib.Model(
+    vit=config_lib.Vit(image_size=32, patch=8, width=32, depth=2, heads=2, mlp_width=64, stem="conv"),
+    depths=config_lib.Depths(low=0.5, middle=0.5, high=1.0, thematic=1.0),
+    qformer=config_lib.QFormer(width=32, depth=1, heads=2, mlp_width=64, cross_every=1, queries=2),
+    llama=config_lib.Llama(vocab=2048, width=32, depth=2, heads=2, kv_heads=2, mlp_width=64, positions=512),
+    remat="none")
+ROW = config_lib.Row(tokens=192, images=2, answers=64)
+PROCESS = config_lib.Process(dataset="demo", tasks={"caption": 1.0}, parts=("low", "thematic"), row=ROW, batch=2,
+                             steps=4, eval_every=2, eval_batches=1, optimizer=config_lib.Optimizer(peak_lr=1e-2))
+
+
+def config(**changes) -> config_lib.Config:
+    """One process called `only` over the miniature model; `changes` are fields of the Config."""
+    values = {"model": MODEL, "run": ("only",), "processes": {"only": PROCESS}, "log_every": 1,
+              "mesh": config_lib.Mesh(fsdp=-1), **changes}
+    return config_lib.Config(**values)
+
+
+def process(**changes) -> config_lib.Process:
+    return dataclasses.replace(PROCESS, **changes)
+
+
+def batch(model: config_lib.Model, of: config_lib.Process, seed: int = 0) -> dict[str, np.ndarray]:
+    """A random but valid batch: packed segments and padding, images, hard and soft targets, unused places."""
+    rng = np.random.default_rng(seed)
+    rows, row = of.batch, of.row
+    size = sum(model.visual_tokens(part) for part in of.parts)
+    out = {
+        "images": rng.integers(0, 256, (rows, row.images, model.vit.image_size, model.vit.image_size, 3), np.uint8),
+        "tokens": rng.integers(3, model.llama.vocab, (rows, row.tokens), np.int32),
+        "visual": np.full((rows, row.tokens), -1, np.int32),
+        "segments": np.zeros((rows, row.tokens), np.int32),
+        "positions": np.zeros((rows, row.tokens), np.int32),
+        "places": np.zeros((rows, row.answers), np.int32),
+        "labels": rng.integers(3, model.llama.vocab, (rows, row.answers, row.candidates), np.int32),
+        "weights": np.zeros((rows, row.answers, row.candidates), np.float32),
+        "bad": np.zeros(rows, np.int32),
+    }
+    for r in range(rows):
+        cuts = np.sort(rng.choice(np.arange(size + 4, row.tokens - 4), 1))
+        for number, (start, stop) in enumerate(((0, cuts[0]), (cuts[0], row.tokens - int(rng.integers(1, 4)))), 1):
+            out["segments"][r, start:stop] = number
+            out["positions"][r, start:stop] = np.arange(stop - start)
+            image = (number - 1) % row.images
+            seen = min(size, stop - start - 1)
+            out["visual"][r, start + 1:start + 1 + seen] = image * size + np.arange(seen)
+        used = int(rng.integers(1, row.answers + 1))  # rows differ in how much they answer
+        out["places"][r, :used] = rng.integers(0, row.tokens - 5, used)
+        out["weights"][r, :used] = rng.dirichlet(np.ones(row.candidates), used) * rng.choice([0.5, 1.0], (used, 1))
+    return out
+
+
+def overrides(values: dict, path: str = "config") -> list[str]:
+    """Command-line flags that set the fields of a nested dict."""
+    flags = []
+    for name, value in values.items():
+        if isinstance(value, dict):
+            flags += overrides(value, f"{path}.{name}")
+        else:
+            flags.append(f"--{path}.{name}={value!r}" if not isinstance(value, str) else f"--{path}.{name}={value}")
+    return flags
+
+
+# configs/pretrain.py:tiny made as small as MODEL; one of its processes, thirty steps.
+SMALL = {
+    "model": {
+        "vit": {"image_size": 32, "width": 32, "heads": 2, "depth": 2, "mlp_width": 64},
+        "qformer": {"width": 32, "heads": 2, "depth": 1, "mlp_width": 64, "queries": 2},
+        "llama": {"width": 32, "heads": 2, "kv_heads": 2, "depth": 2, "mlp_width": 64}},
+    "processes": {"generic": {"steps": 30, "batch": 2, "eval_every": 10, "eval_batches": 1,
+                              "optimizer": {"peak_lr": 0.01}, "row": {"tokens": 192, "images": 2, "answers": 64}}},
+    "run": ("generic",),
+    "checkpoint": {"every_steps": 4},
+    "log_every": 1,
+}
+
+
+def command(workdir: pathlib.Path, *extra: str, values: dict | None = None) -> list[str]:
+    """The training program on configs/pretrain.py with SMALL (or `values`) as overrides."""
+    return [sys.executable, "-m", "calm_jax.train", "--config", "configs/pretrain.py", "--workdir", str(workdir),
+            *overrides(SMALL if values is None else values), *extra]
+
+
+def environment(cache: pathlib.Path | None = None, devices: int = 1) -> dict[str, str]:
+    """One CPU device or several simulated ones, quick compilation, and a cache, so that a restart costs little."""
+    env = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
+           "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    if cache is not None:
+        env |= {"JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+                "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1"}
+    return env
+
+
+def run(arguments: list[str], env: dict[str, str], timeout: float = 300) -> subprocess.CompletedProcess:
+    return subprocess.run(arguments, cwd=ROOT, env=env, text=True, capture_output=True, timeout=timeout)

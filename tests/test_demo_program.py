@@ -1,0 +1,69 @@
+"""tools.demo: from nothing to a page, and from a page to the same page without doing it all again."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tools import demo
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+
+
+def _run(*arguments, **options):
+    return subprocess.run([sys.executable, "-m", "tools.demo", *arguments], cwd=ROOT, capture_output=True, text=True,
+                          timeout=1500, **options)
+
+
+def test_the_quick_demo_ends_with_a_page_and_goes_on_where_it_stopped(tmp_path):
+    begin = time.monotonic()
+    done = _run("--quick", "--workdir", str(tmp_path / "demo"))
+    first = time.monotonic() - begin
+    assert done.returncode == 0, done.stderr[-2000:]
+    page = pathlib.Path(done.stdout.splitlines()[-1].removeprefix("report: "))
+    assert page == tmp_path / "demo" / "report.html" and page.is_file()
+    text = page.read_text(encoding="utf-8")
+    for name in ("self_supervised", "generic", "comments", "scores", "--control", "--quick"):
+        assert name in text
+    assert "[2/7] control" in done.stdout and "peak memory" in done.stdout
+    seconds = json.loads((tmp_path / "demo" / "seconds.json").read_text())
+
+    begin = time.monotonic()
+    again = _run("--quick", "--workdir", str(tmp_path / "demo"))
+    assert again.returncode == 0, again.stderr[-2000:]
+    assert again.stdout.count("up to date") == 3 and again.stdout.count("complete (3 steps)") == 5
+    assert json.loads((tmp_path / "demo" / "seconds.json").read_text()) == seconds
+    assert time.monotonic() - begin < first
+
+    # A step that fails stops the rest with its code and one sentence.
+    (tmp_path / "demo" / "pretrain" / "config.json").write_text("{")
+    broken = _run("--quick", "--workdir", str(tmp_path / "demo"))
+    assert broken.returncode == 2
+    assert "config.json is damaged" in broken.stderr and "step 1" in broken.stderr.splitlines()[-1]
+    assert "[2/7]" not in broken.stdout
+
+
+def test_commands_are_what_is_typed(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    lines = [demo.command_line(step) for step in demo.steps(pathlib.Path("runs/demo"), quick=False)]
+    assert all(not line.startswith(os.sep) for line in lines)
+    assert lines[1].endswith("-m calm_jax.train --config configs/pretrain.py --workdir runs/demo/control "
+                             "--config.processes.self_supervised.shuffle_labels=True "
+                             "'--config.run=(\"self_supervised\",)'")
+    assert lines[2].endswith("--workdir runs/demo/finetune --config.init=runs/demo/pretrain")
+    assert lines[3].endswith("--control runs/demo/control/checkpoints/self_supervised --out runs/demo/evaluation")
+
+
+@pytest.mark.parametrize("later", ("result", "checkpoint"))
+def test_an_evaluation_is_current_when_it_is_newer_than_its_checkpoints(tmp_path, later):
+    result, marker = tmp_path / "result.json", tmp_path / "model" / "00000001" / "COMPLETE.json"
+    marker.parent.mkdir(parents=True)
+    for number, path in enumerate((marker, result) if later == "result" else (result, marker)):
+        path.write_text("{}")
+        os.utime(path, (1000 + number, 1000 + number))
+    assert demo.Step("", (), result, (tmp_path / "model",)).current == (later == "result")
+    assert not demo.Step("", (), result).current, "a training decides by itself"

@@ -1,0 +1,165 @@
+"""calm_jax.data.pipeline: a batch is a pure function of (seed, step), whatever reads it."""
+
+import dataclasses
+import pickle
+
+import numpy as np
+import pytest
+
+from calm_jax import config as config_lib
+from calm_jax.data import builders, pipeline
+from calm_jax.data.samples import BadRecord
+from calm_jax.data.tokenizer import Tokenizer
+
+MODEL = dataclasses.replace(config_lib.model("tiny"), vit=dataclasses.replace(config_lib.model("tiny").vit,
+                                                                             image_size=32))
+ROW = config_lib.Row(tokens=384, images=3, answers=160, candidates=2)
+PROCESS = config_lib.Process(tasks={"attributes": 2.0, "comment": 1.0}, row=ROW, batch=4)
+PER_STEP = ("images", "tokens", "visual", "segments", "positions", "places", "labels", "weights", "bad")
+
+
+@pytest.fixture(scope="module")
+def demo():
+    return builders.load("demo")
+
+
+def make_rows(dataset, process=PROCESS, seed=0, split="train"):
+    return pipeline.Rows(process, dataset, Tokenizer(), MODEL, seed=seed, split=split)
+
+
+def read(rows, start, stop, shard=(0, 1), **data):
+    return list(pipeline.batches(rows, config_lib.Data(**data), batch=4, start=start, stop=stop, shard=shard))
+
+
+def same(a, b):
+    return all(np.array_equal(a[name], b[name]) for name in PER_STEP)
+
+
+def test_starting_later_gives_the_same_batches(demo):
+    whole = read(make_rows(demo), 0, 6)
+    assert [b["tokens"].shape for b in whole] == [(4, 384)] * 6
+    for start in (1, 3, 5):
+        assert all(same(a, b) for a, b in zip(whole[start:], read(make_rows(demo), start, 6), strict=True))
+    assert not same(whole[0], whole[1])
+    assert not same(whole[0], read(make_rows(demo, seed=1), 0, 1)[0])
+
+
+def test_worker_processes_change_nothing(demo):
+    threads, workers = read(make_rows(demo), 0, 3), read(make_rows(demo), 0, 3, workers=1)
+    assert all(same(a, b) for a, b in zip(threads, workers, strict=True))
+
+
+def test_two_processes_share_the_rows_of_one(demo):
+    whole = read(make_rows(demo), 0, 3)
+    parts = [read(make_rows(demo), 0, 3, shard=(i, 2)) for i in range(2)]
+    for step, batch in enumerate(whole):
+        for name in PER_STEP:
+            np.testing.assert_array_equal(batch[name], np.concatenate([part[step][name] for part in parts]))
+    with pytest.raises(config_lib.ConfigError, match="do not divide among 3 processes"):
+        read(make_rows(demo), 0, 1, shard=(0, 3))
+
+
+def test_an_epoch_holds_every_record_once(demo):
+    rows = make_rows(demo)
+    rows.plan(0)
+    first = [example for row in rows._rows for example in row]
+    assert sorted(e.index for e in first) == sorted(demo.indices("train").tolist())
+    before = len(rows._rows)
+    rows.plan(before)
+    second = [example for row in rows._rows[before:] for example in row]
+    assert sorted(e.index for e in second) == sorted(e.index for e in first)
+    assert [e.index for e in second] != [e.index for e in first]
+    assert {e.epoch for e in second} == {1}
+    share = np.mean([e.task == "comment" for e in first + second])
+    assert 0.25 < share < 0.42  # weights 2 : 1
+
+
+def test_rows_are_laid_out_as_documented(demo):
+    rows = make_rows(demo)
+    for number in range(8):
+        row, examples = rows.row(number), rows.plan(number)
+        assert row["segments"].max() == len(examples)
+        used = row["segments"] > 0
+        assert not used[np.argmin(used):].any() or used.all()  # padding only behind
+        for segment in range(1, len(examples) + 1):
+            places = np.flatnonzero(row["segments"] == segment)
+            np.testing.assert_array_equal(row["positions"][places], np.arange(len(places)))
+        answers = row["weights"].sum(-1) > 0
+        assert (row["segments"][row["places"][answers]] == row["segments"][row["places"][answers] + 1]).all()
+        np.testing.assert_array_equal(row["tokens"][row["places"][answers] + 1], row["labels"][answers, 0])
+        slots = row["visual"].max() // rows.layout.size + 1
+        assert slots <= ROW.images and row["images"][:slots].any((1, 2, 3)).all()
+        assert not row["images"][slots:].any()
+
+
+def test_packing_wastes_little(demo):
+    rows = make_rows(demo)
+    rows.plan(0)
+    images = np.mean([row["images"].any((1, 2, 3)).mean() for row in map(rows.row, range(20))])
+    assert images > 0.9  # images are what the encoder pays for
+
+
+class Spoiled:
+    """The demo with one record whose picture cannot be read."""
+
+    def __init__(self, dataset, index):
+        self.name, self._dataset, self._index = "spoiled", dataset, index
+        self.indices, self.record = dataset.indices, dataset.record
+
+    def pixels(self, index):
+        if index == self._index:
+            raise BadRecord(f"picture {index} is truncated")
+        return self._dataset.pixels(index)
+
+
+def test_a_corrupt_picture_is_masked_counted_and_named_and_shifts_nothing(demo):
+    rows = make_rows(demo)
+    spoiled_index = rows.plan(1)[0].index
+    spoiled = make_rows(Spoiled(demo, spoiled_index))
+    bad = 0
+    for number in range(6):
+        good_row, row = rows.row(number), spoiled.row(number)
+        for name in ("tokens", "visual", "segments", "positions", "places", "labels"):
+            np.testing.assert_array_equal(good_row[name], row[name])
+        hit = [i for i, example in enumerate(rows.plan(number), 1) if example.index == spoiled_index]
+        changed = np.flatnonzero((good_row["weights"] != row["weights"]).any(-1))
+        assert set(good_row["segments"][good_row["places"][changed]]) <= set(hit)
+        assert row["bad"] == len(hit)
+        bad += int(row["bad"])
+    assert bad >= 1
+    assert list(spoiled.bad) == [demo.record(spoiled_index).key]
+    assert "truncated" in next(iter(spoiled.bad.values()))
+
+
+def test_a_conversation_longer_than_a_row_is_named_and_skipped(demo):
+    process = dataclasses.replace(PROCESS, row=config_lib.Row(tokens=40, images=2, answers=64))
+    with pytest.raises(config_lib.ConfigError, match=r"no record .* can be used; .* a row has 40"):
+        make_rows(demo, process).plan(0)
+
+
+def test_shuffled_labels_keep_texts_and_change_pictures(demo):
+    process = dataclasses.replace(PROCESS, tasks={"attributes": 1.0})
+    rows, shuffled = make_rows(demo, process), make_rows(demo, dataclasses.replace(process, shuffle_labels=True))
+    different = 0
+    for number in range(4):
+        a, b = rows.row(number), shuffled.row(number)
+        np.testing.assert_array_equal(a["tokens"], b["tokens"])
+        different += not np.array_equal(a["images"], b["images"])
+    assert different == 4
+
+
+def test_rows_survive_pickling(demo):
+    rows = make_rows(demo)
+    clone = pickle.loads(pickle.dumps(rows))
+    assert same(rows.row(3), clone.row(3))
+
+
+def test_an_empty_split_is_refused(demo):
+    class Empty:
+        name = "empty"
+
+        def indices(self, split):
+            return np.zeros(0, np.int64)
+
+    with pytest.raises(config_lib.ConfigError, match="'empty' has no pictures in its train split"):
+        make_rows(Empty())

@@ -1,0 +1,243 @@
+"""Any mesh gives one device's loss and gradients; nothing large is replicated; no visual token leaves its row.
+
+The checks run in one process with eight simulated CPU devices, which prints their results as JSON.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import itertools
+import json
+import math
+import re
+import sys
+
+import jax
+import miniature
+import numpy as np
+import pytest
+from jax.sharding import AbstractMesh, AxisType
+
+from calm_jax import config as config_lib
+from calm_jax.models.parameters import Geometry
+from calm_jax.training import filters, optimizer, sharding
+from calm_jax.training.step import State, Step, compile_train
+
+MESHES = [sizes for sizes in itertools.product((1, 2, 4, 8), repeat=3) if math.prod(sizes) == 8]
+ROWS = 16  # divides among eight devices also in two micro-batches
+VISUAL = 96  # channels of the language model, so that a visual pool has a shape that nothing else has
+
+# Eight heads and widths that divide by eight; one LoRA, so that its rules are used too.
+WIDE = dataclasses.replace(
+    miniature.MODEL,
+    vit=dataclasses.replace(miniature.MODEL.vit, heads=8, mlp_width=64),
+    qformer=dataclasses.replace(miniature.MODEL.qformer, heads=8),
+    llama=dataclasses.replace(miniature.MODEL.llama, width=VISUAL, heads=8, kv_heads=8, mlp_width=64, vocab=256),
+    lora=config_lib.Lora(rank=4, dropout=0.0))
+# Three heads, odd widths: an axis that does not divide is left out.
+ODD = dataclasses.replace(
+    miniature.MODEL,
+    vit=dataclasses.replace(miniature.MODEL.vit, width=36, heads=3, mlp_width=50),
+    qformer=dataclasses.replace(miniature.MODEL.qformer, width=30, heads=3, mlp_width=42),
+    llama=dataclasses.replace(miniature.MODEL.llama, width=36, heads=3, kv_heads=3, mlp_width=50, vocab=251))
+PROCESS = miniature.process(batch=ROWS, row=config_lib.Row(tokens=64, images=2, answers=12, candidates=3))
+
+
+# ---- what runs on eight devices ---------------------------------------------------------------------------------
+
+
+def a_step(model: config_lib.Model, accumulate: int, mesh: jax.sharding.Mesh | None) -> Step:
+    process = dataclasses.replace(PROCESS, accumulate=accumulate)
+    tx, schedule = optimizer.make(process.optimizer, process.steps)
+    return Step(Geometry.of(model), process, tx, schedule, np.float32, freeze_vit=False, dropout=False, mesh=mesh)
+
+
+def drawn(model: config_lib.Model) -> dict[str, np.ndarray]:
+    """Random parameters, none of them zero."""
+    rng = np.random.default_rng(1)
+    scale = lambda shape: 0.5 * shape[-2] ** -0.5 if len(shape) > 1 else 0.5  # noqa: E731
+    return {path: (rng.standard_normal(leaf.shape) * scale(leaf.shape) + path.endswith("scale")).astype(np.float32)
+            for path, leaf in Geometry.of(model).shapes.items()}
+
+
+def gradients(model: config_lib.Model, accumulate: int, sizes: tuple[int, int, int] | None):
+    batch, parameters = miniature.batch(model, PROCESS), drawn(model)
+    if sizes is None:
+        grads, metrics = jax.jit(a_step(model, accumulate, None).gradients)(parameters, {}, batch, None)
+        return jax.device_get((grads, metrics))
+    mesh = sharding.make_mesh(config_lib.Mesh(*sizes))
+    layout = sharding.parameters(Geometry.of(model).shapes, mesh)
+    compute = jax.jit(a_step(model, accumulate, mesh).gradients, out_shardings=(layout, None))
+    placed = {path: jax.device_put(value, layout[path]) for path, value in parameters.items()}
+    return jax.device_get(compute(placed, {}, sharding.put(batch, mesh), None))
+
+
+def difference(ours, theirs) -> float:
+    """The largest absolute difference of loss and gradients."""
+    leaves = zip(jax.tree.leaves((ours[0], ours[1]["loss"])), jax.tree.leaves((theirs[0], theirs[1]["loss"])), strict=True)
+    return max(float(np.abs(a - b).max()) for a, b in leaves)
+
+
+def compiled(flat: bool) -> str:
+    """HLO of the compiled train step on fsdp=8; `flat`: the negative control, a visual pool flat over the batch."""
+    from calm_jax.models.calm import Calm
+    mesh = sharding.make_mesh(config_lib.Mesh(fsdp=8))
+    step = a_step(WIDE, 1, mesh)
+    if flat:
+        def embed(self, tokens, visual, pool):
+            rows, size, width = pool.shape
+            everything = pool.reshape(rows * size, width)
+            index = visual + jax.numpy.arange(rows)[:, None] * size
+            seen = everything[jax.numpy.maximum(index, 0)]
+            return jax.numpy.where((visual >= 0)[..., None], seen, self.llama.embed(tokens, pool.dtype))
+        Calm.embed = embed
+    shapes = step.geometry.shapes
+    layout = sharding.parameters(shapes, mesh)
+    moments = sharding.optimizer(step.tx, shapes, layout, mesh)
+    single = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    state = State(jax.ShapeDtypeStruct((), np.int32), dict(shapes), jax.eval_shape(step.tx.init, dict(shapes)))
+    train = compile_train(step, State(single, layout, moments), {})
+    batch = jax.eval_shape(lambda: miniature.batch(WIDE, PROCESS))
+    return train.lower(state, {}, batch, jax.eval_shape(lambda: jax.random.key(0))).compile().as_text()
+
+
+def exchanged(hlo: str) -> list[tuple[str, tuple[int, ...]]]:
+    """(collective, shape) of every array that one makes in compiled HLO."""
+    found = []
+    kinds = r"all-gather|all-to-all|collective-permute|all-reduce|reduce-scatter"
+    for line in hlo.splitlines():
+        match = re.search(rf"= (.*?) ({kinds})(-start)?\(", line)
+        for shape in re.findall(r"\w+\[([\d,]*)\]", match.group(1)) if match else ():
+            found.append((match.group(2), tuple(int(size) for size in shape.split(",") if size)))
+    return found
+
+
+def on_eight_devices() -> None:
+    assert len(jax.devices()) == 8
+    result: dict = {"differences": {}, "collectives": {}}
+    for name, model, accumulate, meshes in (
+            ("wide", WIDE, 1, MESHES), ("wide", WIDE, 2, MESHES), ("odd", ODD, 1, [(1, 1, 8), (1, 8, 1)])):
+        one = gradients(model, accumulate, None)
+        for sizes in meshes:
+            result["differences"][f"{name} {accumulate} {sizes}"] = difference(gradients(model, accumulate, sizes), one)
+        result[f"loss {name} {accumulate}"] = float(one[1]["loss"])
+        result[f"largest {name}"] = max(float(np.abs(leaf).max()) for leaf in jax.tree.leaves(one[0]))
+    for flat in (False, True):
+        result["collectives"][str(flat)] = exchanged(compiled(flat))
+    print(json.dumps(result))
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory) -> dict:
+    env = miniature.environment(tmp_path_factory.getbasetemp() / "compiled", devices=8)
+    done = miniature.run([sys.executable, "-c", "import test_sharding; test_sharding.on_eight_devices()"], env)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout)
+
+
+def test_every_mesh_gives_the_loss_and_gradients_of_one_device(measured):
+    assert len(measured["differences"]) == 2 * len(MESHES) + 2 and len(MESHES) == 10
+    assert measured["loss wide 1"] == pytest.approx(measured["loss wide 2"], abs=1e-5)
+    assert measured["largest wide"] > 0.01  # there is something to differ in
+    wrong = {mesh: value for mesh, value in measured["differences"].items() if not value < 1e-5}
+    print(f"largest difference over {len(measured['differences'])} meshes: {max(measured['differences'].values()):.2e}")
+    assert not wrong
+
+
+def pools(collectives) -> list:
+    """Collectives that make the visual tokens of all rows: [B, I * N, D] in any arrangement with all of its values."""
+    size = PROCESS.row.images * sum(WIDE.visual_tokens(part) for part in PROCESS.parts)
+    return [(kind, shape) for kind, shape in collectives
+            if kind in ("all-gather", "all-to-all", "collective-permute") and VISUAL in shape
+            and math.prod(shape) >= ROWS * size * VISUAL]
+
+
+def test_no_visual_token_of_another_row_is_gathered(measured):
+    assert any(kind == "all-gather" for kind, _ in measured["collectives"]["False"])  # weights are, as FSDP has it
+    assert not pools(measured["collectives"]["False"])
+
+
+def test_the_check_for_gathered_visual_tokens_can_fail(measured):
+    size = PROCESS.row.images * sum(WIDE.visual_tokens(part) for part in PROCESS.parts)
+    seen = [shape for kind, shape in measured["collectives"]["True"] if tuple(shape) == (ROWS * size, VISUAL)]
+    assert seen, measured["collectives"]["True"]
+
+
+# ---- arithmetic on shapes, in this process ----------------------------------------------------------------------
+
+
+def eight(data: int = 1, fsdp: int = 8, tensor: int = 1) -> AbstractMesh:
+    return AbstractMesh((data, fsdp, tensor), sharding.AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+@pytest.mark.parametrize("variant", ["7b", "13b"])
+def test_no_large_parameter_is_replicated_on_fsdp_8(variant):
+    shapes = Geometry.of(config_lib.model(variant)).shapes
+    layout = sharding.parameters(shapes, eight())
+    whole = {path: shapes[path].size * 4 for path in shapes
+             if math.prod(layout[path].shard_shape(shapes[path].shape)) == shapes[path].size}
+    assert not {path: size for path, size in whole.items() if size > 1e6}
+    share = sum(math.prod(layout[path].shard_shape(leaf.shape)) for path, leaf in shapes.items())
+    assert share < 1.01 / 8 * sum(leaf.size for leaf in shapes.values())
+
+
+@pytest.mark.parametrize("variant", config_lib.VARIANTS)
+@pytest.mark.parametrize("stem", ["patch", "conv"])
+@pytest.mark.parametrize("rank", [0, 8])
+def test_every_parameter_matches_exactly_one_rule(variant, stem, rank):
+    model = config_lib.model(variant)
+    vit = dataclasses.replace(model.vit, stem=stem)
+    if stem == "conv" and vit.patch & (vit.patch - 1):
+        vit = dataclasses.replace(vit, patch=16)
+    shapes = Geometry.of(dataclasses.replace(model, vit=vit, lora=config_lib.Lora(rank=rank))).shapes
+    for path in shapes:
+        rules = [name for name, (regexes, _) in sharding.TABLE.items()
+                 if any(re.fullmatch(regex, path) for regex in regexes)]
+        assert len(rules) == 1, (path, rules)
+    assert sharding.rules(shapes).keys() == shapes.keys()
+    assert any("/lora/" in path for path in shapes) == bool(rank)
+    text = sharding.table(shapes, eight())
+    assert all(rule in text for rule in set(sharding.rules(shapes).values()))
+
+
+def test_a_parameter_without_a_rule_is_named():
+    with pytest.raises(config_lib.ConfigError, match="llama/blocks/bell matches none of"):
+        sharding.rules({"llama/embedding": None, "llama/blocks/bell": None})
+
+
+def test_a_batch_that_does_not_divide_the_mesh_is_refused_with_a_batch_that_does():
+    sharding.check_batch(miniature.process(batch=16, accumulate=2), eight(), "scores")
+    with pytest.raises(config_lib.ConfigError, match=r"processes.scores: batch=12 over accumulate=1 makes 12 rows .* "
+                       r"data\*fsdp=8 devices; choose a batch that is a multiple of 8"):
+        sharding.check_batch(miniature.process(batch=12), eight(), "scores")
+    with pytest.raises(config_lib.ConfigError, match="choose a batch that is a multiple of 16"):
+        sharding.check_batch(miniature.process(batch=8, accumulate=2), eight(2, 4, 1), "scores")
+    sharding.check_batch(miniature.process(batch=1), eight(1, 1, 8), "scores")  # tensor does not split rows
+
+
+@pytest.mark.parametrize(("sizes", "said"), [
+    ((3, 1, 1), "mesh data=3 fsdp=1 tensor=1 does not multiply to the 8 devices present; set one of them to -1"),
+    ((-1, 3, 1), "does not multiply to the 8 devices"),
+    ((-1, -1, 1), "at most one may be -1"),
+    ((0, 8, 1), "the others are positive"),
+])
+def test_a_mesh_that_does_not_fit_the_devices_is_refused(sizes, said):
+    with pytest.raises(config_lib.ConfigError, match=said):
+        sharding.make_mesh(config_lib.Mesh(*sizes), devices=[None] * 8)
+
+
+@pytest.mark.parametrize(("file", "variant", "process"), [("pretrain", "7b", "generic"), ("finetune", "7b", "scores")])
+def test_moments_are_sharded_like_their_parameters(file, variant, process):
+    spec = importlib.util.spec_from_file_location(file, miniature.ROOT / "configs" / f"{file}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    config = config_lib.from_config_dict(module.get_config(variant))
+    shapes = Geometry.of(config.model).shapes
+    learns = filters.trainable(shapes, config.processes[process])
+    trained = {path: leaf for path, leaf in shapes.items() if learns[path]}
+    layout = {path: place for path, place in sharding.parameters(shapes, eight()).items() if learns[path]}
+    tx, _ = optimizer.make(config.processes[process].optimizer, 10)
+    moments = jax.tree.leaves(sharding.optimizer(tx, trained, layout, eight()))
+    for path in trained:
+        assert sum(place == layout[path] for place in moments) >= 2

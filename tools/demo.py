@@ -1,0 +1,202 @@
+"""Photographs that come with Python packages in; a trained tiny model, its evaluation and a report page out.
+
+    python -m tools.demo [--workdir runs/demo] [--quick]
+
+Runs the project's own programs one after the other, and prints each command before it runs, so that any of them can be
+repeated by hand. The same command again goes on where the last one stopped. `--quick` takes a few steps with a still
+smaller model: it shows that everything works here, and learns nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import pathlib
+import resource
+import shlex
+import signal
+import subprocess
+import sys
+import time
+
+from absl import app, flags
+
+from calm_jax.evaluation import report
+
+_WORKDIR = flags.DEFINE_string("workdir", None, "folder of everything; default: runs/demo, or runs/demo-quick")
+_QUICK = flags.DEFINE_bool("quick", False, "a few steps of a smaller model, to see that it works")
+
+TITLE = "calm_jax: the tiny model, trained from scratch"
+LEAD = ("CALM, a multimodal language model that looks at photographs and says how beautiful they are and why, trained "
+        "here from nothing through all four processes of its paper, in the geometry “tiny”.")
+NOTES = (
+    "What this is not: a judge of beauty. The model is tiny, starts from random numbers and learns from six "
+    "photographs; three more are kept for the tests on this page. The paper's models start from CLIP and Vicuna, with "
+    "7 or 13 thousand million parameters in the language model.",
+    "The scores and comments it learns from, and is measured by, are composed by us from degradations that we made and "
+    "therefore know, such as blur, noise or a colour cast. No human judged these pictures. The page shows that the "
+    "machinery learns what it is taught, and how far that carries to photographs it has not seen.",
+)
+QUICK_NOTE = "This page was made with --quick: a handful of steps, so every answer is expected to be nonsense."
+
+_SMALL = {  # a geometry that compiles and runs fast
+    "model.vit.image_size": 48, "model.vit.depth": 2, "model.vit.width": 32, "model.vit.heads": 2,
+    "model.vit.mlp_width": 64, "model.qformer.depth": 1, "model.qformer.width": 32, "model.qformer.heads": 2,
+    "model.qformer.mlp_width": 64, "model.qformer.queries": 2, "model.llama.depth": 1, "model.llama.width": 32,
+    "model.llama.heads": 2, "model.llama.kv_heads": 2, "model.llama.mlp_width": 64, "log_every": 1}
+# The same shapes, schedule and parts in every process: one program serves all of them.
+_FEW = {"steps": 3, "batch": 2, "eval_batches": 1, "eval_every": 0, "optimizer.peak_lr": 1e-3, "row.tokens": 448,
+        "row.images": 3, "row.answers": 192, "parts": '("low","middle","high","thematic")'}
+# Compiled code that runs slowly is the right thing for three steps.
+_FAST_COMPILER = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """One command: its headline, the arguments of `python -m`, the file that it writes, and what it is made from.
+
+    `result` of a training is its metrics; an evaluation whose result is newer than all checkpoints in `sources` is
+    not repeated.
+    """
+
+    title: str
+    arguments: tuple[str, ...]
+    result: pathlib.Path
+    sources: tuple[pathlib.Path, ...] = ()
+
+    @property
+    def current(self) -> bool:
+        if not self.sources or not self.result.is_file():
+            return False
+        made = [marker.stat().st_mtime for source in self.sources for marker in source.rglob("COMPLETE.json")]
+        return bool(made) and max(made) < self.result.stat().st_mtime
+
+
+def steps(workdir: pathlib.Path, quick: bool) -> list[Step]:
+    """The commands of the demo, in their order."""
+
+    def training(name, title, config, processes, *more):
+        overrides = dict(_SMALL) | {f"processes.{process}.{field}": value for process in processes
+                                    for field, value in _FEW.items()} if quick else {}
+        return Step(title, ("calm_jax.train", "--config", config, "--workdir", str(workdir / name), *more,
+                            *(f"--config.{field}={value}" for field, value in overrides.items())),
+                    workdir / name / "metrics.jsonl")
+
+    def evaluation(task, title, model, control=None):
+        return Step(title, ("calm_jax.evaluate", "--workdir", str(model), "--task", task, "--dataset", "demo",
+                            *(("--control", str(control)) if control else ()), "--out", str(workdir / "evaluation")),
+                    workdir / "evaluation" / f"{task}-demo-test.json", (model, *((control,) if control else ())))
+
+    taught, control, tuned = (workdir / name / "checkpoints" for name in ("pretrain", "control", "finetune"))
+    stage_one, stage_two = ("self_supervised", "generic"), ("comments", "scores")
+    return [
+        training("pretrain", "pretrain: text-guided self-supervision, then generic pairs", "configs/pretrain.py",
+                 stage_one),
+        training("control", "control: the same self-supervision with shuffled labels", "configs/pretrain.py",
+                 stage_one, "--config.processes.self_supervised.shuffle_labels=True",
+                 '--config.run=("self_supervised",)'),
+        training("finetune", "finetune: comments, then scores", "configs/finetune.py", stage_two,
+                 f"--config.init={workdir / 'pretrain'}"),
+        evaluation("attributes", "evaluation: attributes, beside the control", taught / "self_supervised",
+                   control / "self_supervised"),
+        evaluation("commenting", "evaluation: comments", tuned / "comments"),
+        evaluation("scoring", "evaluation: scores", tuned / "scores"),
+    ]
+
+
+def interpreter() -> str:
+    """How to call this Python from here, without a path that means something on this machine only."""
+    inside = os.path.relpath(sys.executable)
+    return "python" if inside.startswith("..") else inside
+
+
+def command_line(step: Step) -> str:
+    """The step as it is typed."""
+    return shlex.join([interpreter(), "-m", *step.arguments])
+
+
+def run(step: Step, environment: dict[str, str]) -> int:
+    """Runs a step to its end and returns its exit code; SIGINT and SIGTERM reach it, and it saves before it goes."""
+    child = subprocess.Popen([sys.executable, "-m", *step.arguments], env=environment)
+    before = signal.signal(signal.SIGTERM, lambda *_: child.send_signal(signal.SIGTERM))
+    try:
+        while True:
+            try:
+                return child.wait()
+            except KeyboardInterrupt:  # the terminal sent it to the child as well
+                continue
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def environment(workdir: pathlib.Path, quick: bool) -> dict[str, str]:
+    """What the steps share: a cache of compiled programs, so that each is compiled once."""
+    values = {"JAX_COMPILATION_CACHE_DIR": str((workdir / "cache").absolute()),
+              "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    if quick:
+        values["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FAST_COMPILER}".strip()
+    return os.environ | values
+
+
+def demo(workdir: pathlib.Path, quick: bool) -> int:
+    """Runs what is not done yet, writes the page, and returns an exit code."""
+    plan = steps(workdir, quick)
+    workdir.mkdir(parents=True, exist_ok=True)
+    ledger = workdir / "seconds.json"  # of each step, over all runs of this program
+    spent: dict[str, float] = json.loads(ledger.read_text()) if ledger.is_file() else {}
+    for number, step in enumerate(plan, 1):
+        print(f"\n[{number}/{len(plan) + 1}] {step.title}", flush=True)
+        if step.current:
+            print(f"up to date: {step.result}", flush=True)
+            continue
+        print(f"$ {command_line(step)}", flush=True)
+        before, begin = _changed(step.result), time.monotonic()
+        code = run(step, environment(workdir, quick))
+        if _changed(step.result) != before:  # a training that was complete already costs no time worth telling
+            spent[step.title] = spent.get(step.title, 0.0) + time.monotonic() - begin
+            ledger.write_text(json.dumps(spent, indent=1))
+        if code:
+            print(f"\nerror: step {number} ({step.title}) ended with exit code {code}; its message stands above, and "
+                  "the same command goes on from here", file=sys.stderr, flush=True)
+            return code if code > 0 else 128 - code
+    print(f"\n[{len(plan) + 1}/{len(plan) + 1}] report", flush=True)
+    page = write_report(workdir, plan, spent, quick)
+    print("\ntime of each step, seconds:")
+    for step in plan:
+        print(f"  {spent.get(step.title, 0.0):>7.0f}  {step.title}")
+    print(f"  {sum(spent.values()):>7.0f}  in all")
+    print(f"peak memory of a step: {_peak() / 2**30:.2f} GiB")
+    print(f"report: {page}", flush=True)
+    return 0
+
+
+def write_report(workdir: pathlib.Path, plan: list[Step], spent: dict[str, float], quick: bool) -> pathlib.Path:
+    """The page of everything that was run."""
+    commands = [report.Command(step.title, command_line(step), spent.get(step.title)) for step in plan]
+    whole = shlex.join([interpreter(), "-m", "tools.demo", "--workdir", str(workdir), *(["--quick"] if quick else [])])
+    return report.write(
+        workdir / "report.html", title=TITLE, lead=LEAD, notes=((QUICK_NOTE, *NOTES) if quick else NOTES),
+        workdirs={name: workdir / name for name in ("pretrain", "control", "finetune")},
+        results=[json.loads(step.result.read_text()) for step in plan if step.sources],
+        commands=[report.Command("everything on this page, one after the other", whole), *commands], truth="composed")
+
+
+def _changed(path: pathlib.Path) -> int:
+    return path.stat().st_mtime_ns if path.is_file() else 0
+
+
+def _peak() -> int:
+    """Bytes of the largest child so far; Linux counts in KiB, macOS in bytes."""
+    return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def main(_) -> int:
+    if not pathlib.Path("configs/pretrain.py").is_file():
+        print("error: run it in the root of the repository, where configs/ lies", file=sys.stderr)
+        return 2
+    return demo(pathlib.Path(_WORKDIR.value or ("runs/demo-quick" if _QUICK.value else "runs/demo")), _QUICK.value)
+
+
+if __name__ == "__main__":
+    app.run(main)
