@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pathlib
+import runpy
 import sys
 from collections.abc import Callable
 
@@ -34,6 +36,8 @@ def run(main: Callable[[], int | None]) -> None:
 
     def parse(argv):
         try:
+            if "config" in flags.FLAGS:
+                _check_config(argv)
             rest = flags.FLAGS(argv)
             if flags.FLAGS["verbosity"].using_default_value:
                 flags.FLAGS.verbosity = logging.WARNING  # absl would take INFO, where Orbax tells every file it writes
@@ -43,9 +47,9 @@ def run(main: Callable[[], int | None]) -> None:
             _fail(f"there is no flag --{error.flagname}{hint}", 2)
         except flags.Error as error:
             _fail(str(error), 2)
-        except (AttributeError, KeyError) as error:
-            _fail(_unknown_field(argv, error), 2)
-        except (TypeError, ValueError, FileNotFoundError, config_lib.ConfigError) as error:
+        except config_lib.ConfigError as error:
+            _fail(str(error), 2)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             _fail(str(error).splitlines()[0], 2)
 
     def guarded(_):
@@ -63,21 +67,36 @@ def run(main: Callable[[], int | None]) -> None:
     app.run(guarded, flags_parser=parse)
 
 
-def _unknown_field(argv: list[str], error: Exception) -> str:
-    """ml_collections knows that a field is missing, not which names are near: walk the overrides ourselves."""
-    values = flags.FLAGS["config"].value if "config" in flags.FLAGS else None
-    for argument in argv[1:]:
-        name = argument.lstrip("-").split("=")[0]
-        if not name.startswith("config.") or values is None:
-            continue
-        node = values
-        path = "config"
-        for piece in name.split(".")[1:]:
-            known = list(node.keys()) if hasattr(node, "keys") else []
-            if piece not in known:
-                return f"{path}.{piece} is not a field{config_lib.nearest(piece, known)}"
-            node, path = node[piece], f"{path}.{piece}"
-    return str(error)
+def _check_config(argv: list[str]) -> None:
+    """Looks at --config and its overrides before ml_collections does, whose errors are tracebacks without a remedy.
+
+    Raises:
+      ConfigError: there is no such file, it fails, or an override names an unknown field (the nearest is given).
+    """
+    words = [word.lstrip("-") if word.startswith("-") else word for word in argv[1:]]
+    given = [word.partition("=")[2] for word in words if word.startswith("config=")]
+    given += [words[i + 1] for i, word in enumerate(words[:-1]) if word == "config"]
+    if not given:
+        return
+    path, _, variant = given[-1].partition(":")
+    if not pathlib.Path(path).is_file():
+        raise config_lib.ConfigError(f"there is no configuration file {path}; ours are configs/pretrain.py and "
+                                     "configs/finetune.py, with a variant behind a colon")
+    try:
+        values = runpy.run_path(path)["get_config"](*[variant] if variant else [])
+    except config_lib.ConfigError:
+        raise
+    except Exception as error:
+        raise config_lib.ConfigError(f"the configuration {given[-1]} fails: {error!r}") from None
+    for word in words:
+        if word.startswith("config."):
+            node, known = values, "config"
+            for piece in word.partition("=")[0].split(".")[1:]:
+                names = list(node.keys()) if hasattr(node, "keys") else []
+                if piece not in names:
+                    raise config_lib.ConfigError(f"{known}.{piece} is not a field"
+                                                 + (config_lib.nearest(piece, names) if names else ""))
+                node, known = node[piece], f"{known}.{piece}"
 
 
 def _fail(sentence: str, code: int) -> None:

@@ -138,6 +138,8 @@ class Optimizer:
     eps: float = field(1e-8, "Adam epsilon", "ours")
     weight_decay: float = field(0.0, "decoupled weight decay of matrices", "LLaVA-1.5")
     clip: float = field(1.0, "largest global gradient norm; 0 = no clipping", "ours")
+    scale: dict[str, float] = field({}, "regex of paths -> factor of their learning rate; the first match counts",
+                                    "ours")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -233,7 +235,7 @@ def nearest(name: str, valid: typing.Iterable[str]) -> str:
 
 def to_config_dict(config: Config) -> ml_collections.ConfigDict:
     """The dataclass tree as a ConfigDict, so that command-line flags can override single fields."""
-    return ml_collections.ConfigDict(dataclasses.asdict(config))
+    return ml_collections.ConfigDict(dataclasses.asdict(config), allow_dotted_keys=True)  # regexes are keys, too
 
 
 def from_config_dict(values: ml_collections.ConfigDict | dict[str, Any]) -> Config:
@@ -322,10 +324,10 @@ def model(variant: str) -> Model:
             remat="none")
     if variant == "tiny":
         return Model(
-            vit=Vit(image_size=96, patch=8, width=96, depth=4, heads=3, mlp_width=288, stem="conv"),
+            vit=Vit(image_size=64, patch=8, width=96, depth=4, heads=3, mlp_width=288, stem="conv"),
             depths=Depths(thematic=1.0),
             qformer=QFormer(width=96, depth=2, heads=3, mlp_width=288, cross_every=1, queries=4),
-            llama=Llama(vocab=2048, width=128, depth=3, heads=4, kv_heads=4, mlp_width=344, positions=1024),
+            llama=Llama(vocab=2048, width=128, depth=2, heads=4, kv_heads=4, mlp_width=344, positions=1024),
             remat="none")
     raise ConfigError(f"there is no variant {variant!r}{nearest(variant, VARIANTS)}")
 

@@ -21,9 +21,6 @@ from calm_jax.data.tokenizer import Tokenizer
 from calm_jax.models.parameters import Geometry
 from calm_jax.training import loop, sharding
 
-_CONFIG = command.define_config()
-_WORKDIR = flags.DEFINE_string("workdir", None, "folder of checkpoints, metrics, curves; default: runs/CONFIG-VARIANT")
-
 
 def train(config: config_lib.Config, workdir: pathlib.Path) -> None:
     """Runs every process of the config that is not complete yet.
@@ -70,13 +67,17 @@ def claim(workdir: pathlib.Path, config: config_lib.Config) -> None:
         partial.replace(path)
 
 
-def main() -> None:
-    config = command.config(_CONFIG)
-    name = "-".join(pathlib.Path(part).stem for part in command.config_file().split(":"))
-    train(config, pathlib.Path(_WORKDIR.value or f"runs/{name}"))
-
-
 def cli() -> None:
+    """The program. Flags are defined here, so that importing this module beside another program is harmless."""
+    chosen = command.define_config()
+    workdir = flags.DEFINE_string("workdir", None, "folder of checkpoints, metrics and curves; default: "
+                                  "runs/CONFIG-VARIANT")
+
+    def main():
+        config = command.config(chosen)
+        name = "-".join(pathlib.Path(part).stem for part in command.config_file().split(":"))
+        train(config, pathlib.Path(workdir.value or f"runs/{name}"))
+
     command.run(main)
 
 

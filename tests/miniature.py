@@ -99,7 +99,8 @@ def command(workdir: pathlib.Path, *extra: str, values: dict | None = None) -> l
 
 def environment(cache: pathlib.Path | None = None, devices: int = 1) -> dict[str, str]:
     """One CPU device or several simulated ones, quick compilation, and a cache, so that a restart costs little."""
-    env = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
+    env = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+           "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
     if cache is not None:
         env |= {"JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
@@ -107,5 +108,5 @@ def environment(cache: pathlib.Path | None = None, devices: int = 1) -> dict[str
     return env
 
 
-def run(arguments: list[str], env: dict[str, str], timeout: float = 300) -> subprocess.CompletedProcess:
+def run(arguments: list[str], env: dict[str, str], timeout: float = 900) -> subprocess.CompletedProcess:
     return subprocess.run(arguments, cwd=ROOT, env=env, text=True, capture_output=True, timeout=timeout)

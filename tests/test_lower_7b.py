@@ -1,4 +1,4 @@
-"""The `7b` training steps trace and lower for eight devices without a weight being allocated, quickly and in little memory."""
+"""The `7b` training steps lower for eight devices, quickly, in little memory, and without a weight being allocated."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ CODE = textwrap.dedent("""
               "weights": ((row.answers, row.candidates), jnp.float32),
               **{n: ((row.tokens,), jnp.int32) for n in ("tokens", "visual", "segments", "positions")}}
     batch = {n: jax.ShapeDtypeStruct((process.batch, *s), d, sharding=place) for n, (s, d) in shapes.items()}
-    step = Step(geometry, process, tx, schedule, jnp.bfloat16, freeze_vit=not any(p.startswith("vit/") for p in trained),
-                dropout=False, mesh=mesh)
+    step = Step(geometry, process, tx, schedule, jnp.bfloat16, dropout=False, mesh=mesh,
+                freeze_vit=not any(p.startswith("vit/") for p in trained))
     key = jax.eval_shape(lambda: jax.random.key(0))
     compiled = compile_train(step, State(single, {p: layout[p] for p in trained}, moments),
                              {p: layout[p] for p in frozen})
@@ -64,7 +64,8 @@ CODE = textwrap.dedent("""
 @pytest.mark.parametrize(("config", "process", "trained"), [
     ("finetune", "scores", 6.9e9), ("pretrain", "self_supervised", 0.3e9)])
 def test_the_7b_step_lowers_for_eight_devices_without_weights(config, process, trained):
-    done = miniature.run([sys.executable, "-c", CODE, f"configs/{config}.py", process], miniature.environment(devices=8))
+    program = [sys.executable, "-c", CODE, f"configs/{config}.py", process]
+    done = miniature.run(program, miniature.environment(devices=8))
     assert done.returncode == 0, done.stderr[-3000:]
     result = json.loads(done.stdout)
     print(f"{config}.py:7b {process}: {result['seconds']:.1f} s, peak {result['peak'] / 2**30:.2f} GiB, trained "

@@ -94,7 +94,8 @@ def arrays(workdir: Path) -> dict[str, np.ndarray]:
     saved = checkpoint.read(folder(workdir) / f"{STEPS:08d}")
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as orbax:
         tree = orbax.restore(saved.path / checkpoint.ARRAYS)
-    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
 
 
 def records(workdir: Path) -> list[dict]:
@@ -268,7 +269,7 @@ def test_a_checkpoint_without_its_marker_does_not_exist(two):
     assert latest(two).step == 28
     assert not (two / f"{STEPS:08d}").exists()
     (two / "00000028" / "COMPLETE.json").unlink()
-    with pytest.raises(checkpoint.CheckpointError, match="no complete checkpoint"):
+    with pytest.raises(checkpoint.CheckpointError, match=r"no complete checkpoint"):
         checkpoint.find(two)
     assert latest(two) is None  # nothing was ever complete: the process starts at its beginning
 
@@ -277,7 +278,7 @@ def test_when_every_checkpoint_is_damaged_the_run_stops_and_nothing_is_deleted(t
     for path in checkpoint.folders(two):
         flip(path / "meta.json", 0)
     for _ in range(2):  # the second try must not take the empty folder for a fresh start
-        with pytest.raises(checkpoint.CheckpointError, match="every checkpoint in .* is damaged; they were set aside"):
+        with pytest.raises(checkpoint.CheckpointError, match=r"every checkpoint in .* is damaged; they were set aside"):
             latest(two)
     assert len(list(two.glob("*.damaged-*"))) == 2
 

@@ -89,13 +89,14 @@ def steps(workdir: pathlib.Path, quick: bool) -> list[Step]:
                     workdir / "evaluation" / f"{task}-demo-test.json", (model, *((control,) if control else ())))
 
     taught, control, tuned = (workdir / name / "checkpoints" for name in ("pretrain", "control", "finetune"))
-    stage_one, stage_two = ("self_supervised", "generic"), ("comments", "scores")
+    stage_one, stage_two = ("language", "self_supervised", "generic"), ("comments", "scores")
     return [
         training("pretrain", "pretrain: text-guided self-supervision, then generic pairs", "configs/pretrain.py",
                  stage_one),
         training("control", "control: the same self-supervision with shuffled labels", "configs/pretrain.py",
-                 stage_one, "--config.processes.self_supervised.shuffle_labels=True",
-                 '--config.run=("self_supervised",)'),
+                 stage_one, "--config.processes.language.shuffle_labels=True",
+                 "--config.processes.self_supervised.shuffle_labels=True",
+                 '--config.run=("language","self_supervised")'),
         training("finetune", "finetune: comments, then scores", "configs/finetune.py", stage_two,
                  f"--config.init={workdir / 'pretrain'}"),
         evaluation("attributes", "evaluation: attributes, beside the control", taught / "self_supervised",

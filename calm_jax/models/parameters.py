@@ -66,6 +66,11 @@ def match(parameters: Mapping[str, object], patterns: Mapping[str, tuple[str, ..
     """
     chosen: dict[str, str] = {}
     wrong: list[str] = []
+    for regex in (regex for regexes in patterns.values() for regex in regexes):
+        try:
+            re.compile(regex)
+        except re.error as error:
+            raise config_lib.ConfigError(f"{regex!r} in the {what} is no regular expression: {error}") from None
     for path in parameters:
         names = [name for name, regexes in patterns.items() if any(re.fullmatch(r, path) for r in regexes)]
         if len(names) == 1:

@@ -310,13 +310,18 @@ def _named(tree: Any) -> dict[str, Any]:
 
 
 def _chunks(leaf: Any) -> ocp.SaveArgs:
-    """One layer a chunk at most, and tiles of 1/64 of a layer: a reader of one of 8 parts along either axis reads
-    no more than its part. One chunk a leaf would make every reader read everything."""
+    """One layer a chunk at most, cut into at least 8 x 8 tiles: a reader of one of 8 parts along either axis reads
+    no more than its part. One chunk a leaf would make every reader read everything.
+
+    Orbax halves the longer side first, so that an oblong matrix needs more cuts until its short side has eight parts.
+    """
     size = leaf.size * leaf.dtype.itemsize
     if leaf.ndim < 2 or size < LARGE:
         return ocp.SaveArgs()
-    layer = math.prod(leaf.shape[-2:]) * leaf.dtype.itemsize
-    return ocp.SaveArgs(chunk_byte_size=max(layer // 64, 1 << 16), shard_axes=tuple(range(leaf.ndim - 2)))
+    short, long = sorted(leaf.shape[-2:])
+    tiles = 64 * 2 ** math.ceil(math.log2(long / short))
+    return ocp.SaveArgs(chunk_byte_size=max(short * long * leaf.dtype.itemsize // tiles, 1 << 14),
+                        shard_axes=tuple(range(leaf.ndim - 2)))
 
 
 def write_marker(path: pathlib.Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import jax
 import optax
 
@@ -19,4 +21,12 @@ def make(cfg: config_lib.Optimizer, steps: int) -> tuple[optax.GradientTransform
         matrices = lambda params: jax.tree.map(lambda leaf: leaf.ndim > 1, params)  # noqa: E731
         chain.append(optax.add_decayed_weights(cfg.weight_decay, mask=matrices))
     chain.append(optax.scale_by_learning_rate(schedule))
+    if cfg.scale:
+        chain.append(optax.stateless(lambda updates, _: {path: factor(cfg, path) * leaf
+                                                         for path, leaf in updates.items()}))
     return optax.chain(*chain), schedule
+
+
+def factor(cfg: config_lib.Optimizer, path: str) -> float:
+    """What the learning rate of a parameter is multiplied by."""
+    return next((value for regex, value in cfg.scale.items() if re.fullmatch(regex, path)), 1.0)

@@ -1,0 +1,259 @@
+"""Checkpoints as files: chunks that eight readers can share, what is kept, and a sentence for whatever goes wrong."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from calm_jax import config as config_lib
+from calm_jax.models.parameters import Geometry
+from calm_jax.training import checkpoint, sharding
+
+META = {"process": "only", "best": None, "base": "", "seed": 0, "config": {}, "tokenizer": "", "trained": []}
+
+
+def arrays(scale: float = 1.0) -> dict:
+    return {"parameters": {"a/kernel": jnp.full((4, 3), scale), "a/bias": jnp.arange(3.0)},
+            "optimizer": (jnp.asarray(7), {"a/kernel": jnp.full((4, 3), 2 * scale)})}
+
+
+@pytest.fixture
+def store(tmp_path):
+    made = checkpoint.Checkpoints(tmp_path / "only", config_lib.Checkpoint(keep=2))
+    yield made
+    made.close()
+
+
+def save(store, step: int, **options) -> checkpoint.Saved:
+    store.save(step, arrays(step), META, **options)
+    store.wait()
+    return checkpoint.read(store.folder / f"{step:08d}")
+
+
+def abstract(tree):
+    single = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=single), tree)
+
+
+def steps(store) -> list[int]:
+    return [int(path.name) for path in checkpoint.folders(store.folder)]
+
+
+# ---- what is written is read ------------------------------------------------------------------------------------
+
+
+def test_what_is_saved_is_restored_whole_or_in_parts(store):
+    saved = save(store, 3)
+    assert saved.step == 3 and saved.meta["process"] == "only" and "version" in saved.meta
+    whole = checkpoint.restore(saved, abstract(arrays()))
+    for ours, theirs in zip(jax.tree.leaves(whole), jax.tree.leaves(arrays(3.0)), strict=True):
+        assert np.array_equal(ours, theirs) and ours.dtype == theirs.dtype
+    some = checkpoint.restore(saved, {"parameters": {"a/bias": abstract(arrays())["parameters"]["a/bias"]}})
+    assert list(some["parameters"]) == ["a/bias"] and "optimizer" not in some
+    state = checkpoint.restore(saved, {"parameters": {}, "optimizer": abstract(arrays()["optimizer"])})
+    assert state["parameters"] == {} and int(state["optimizer"][0]) == 7
+    assert checkpoint.shapes(saved) == {"a/kernel": (4, 3), "a/bias": (3,)}
+
+
+def test_another_model_is_refused_by_name_and_shape(store):
+    saved, single = save(store, 3), jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    leaf = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32, sharding=single)  # noqa: E731
+    with pytest.raises(checkpoint.CheckpointError, match=r"a/kernel is \[4, 3\] in the checkpoint .*00000003 and "
+                       r"\[4, 5\] in this config; use the config it was trained with"):
+        checkpoint.restore(saved, {"parameters": {"a/kernel": leaf(4, 5)}})
+    with pytest.raises(checkpoint.CheckpointError, match=r"does not hold b/kernel: it is of another model"):
+        checkpoint.restore(saved, {"parameters": {"b/kernel": leaf(4, 3)}})
+
+
+def test_a_folder_without_checkpoints_is_refused(tmp_path):
+    with pytest.raises(checkpoint.CheckpointError, match=r"there is no complete checkpoint in .*absent; give a"):
+        checkpoint.find(tmp_path / "absent")
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(checkpoint.CheckpointError, match=r"config.json is damaged; the folder is no usable workdir"):
+        checkpoint.find(tmp_path)
+
+
+# ---- what is kept -----------------------------------------------------------------------------------------------
+
+
+def test_the_newest_the_best_and_the_multiples_are_kept(store):
+    store.policy = dataclasses.replace(store.policy, keep=2, keep_every_steps=4)
+    for step in range(1, 10):
+        save(store, step, best=step == 3)
+    assert steps(store) == [3, 4, 8, 9] and checkpoint.best_step(store.folder) == 3
+    save(store, 10, best=True)
+    assert steps(store) == [4, 8, 9, 10]  # the best before is let go only when the better one is complete
+    assert checkpoint.find(store.folder).step == 10
+
+
+def test_at_least_one_is_kept(store):
+    store.policy = dataclasses.replace(store.policy, keep=0)
+    for step in (1, 2):
+        save(store, step)
+    assert steps(store) == [2]
+
+
+def test_the_best_is_found_first_and_the_newest_resumed(store):
+    save(store, 1, best=True)
+    save(store, 2)
+    assert checkpoint.find(store.folder).step == 1 and store.latest().step == 2
+
+
+def test_saving_a_step_again_replaces_nothing_that_is_complete(store):
+    first = save(store, 1)
+    store.save(1, arrays(9.0), META, best=True)
+    store.wait()
+    assert checkpoint.read(first.path).meta == first.meta and checkpoint.best_step(store.folder) == 1
+
+
+@pytest.mark.parametrize("policy", [config_lib.Checkpoint(every_steps=3, every_minutes=0)])
+def test_checkpoints_are_due_by_steps_or_minutes(tmp_path, policy, monkeypatch):
+    store = checkpoint.Checkpoints(tmp_path, policy)
+    assert [step for step in range(1, 10) if store.due(step)] == [3, 6, 9]
+    store.policy = config_lib.Checkpoint(every_steps=0, every_minutes=5)
+    now = checkpoint.time.monotonic()
+    monkeypatch.setattr(checkpoint.time, "monotonic", lambda: now + 301)
+    assert store.due(1)
+    store.close()
+
+
+# ---- what is unfinished -----------------------------------------------------------------------------------------
+
+
+def test_an_unfinished_folder_is_ignored_by_readers_and_removed_on_resumption(store):
+    save(store, 1)
+    half = store.folder / "00000002"
+    (half / "arrays.orbax-checkpoint-tmp").mkdir(parents=True)
+    assert checkpoint.find(store.folder).step == 1
+    assert store.latest().step == 1
+    assert steps(store) == [1]
+
+
+def test_what_a_crash_left_half_pruned_is_removed_by_the_next_save(store):
+    (store.folder / "00000001" / "arrays").mkdir(parents=True)  # its marker went first
+    save(store, 5)
+    assert steps(store) == [5]
+
+
+def test_an_unfinished_folder_of_the_same_step_is_written_anew(store):
+    (store.folder / "00000005" / "arrays").mkdir(parents=True)
+    assert save(store, 5).step == 5
+
+
+# ---- a full disk ------------------------------------------------------------------------------------------------
+
+
+def test_a_full_disk_is_one_sentence_and_harms_nothing(store, monkeypatch):
+    save(store, 1)
+    write = checkpoint._write_json
+
+    def full(path, value):
+        if path.name == checkpoint.MARKER:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(path, value)
+
+    monkeypatch.setattr(checkpoint, "_write_json", full)
+    store.save(2, arrays(), META)
+    with pytest.raises(checkpoint.CheckpointError, match=r"no space left for the checkpoint .*00000002; free some "
+                       "space and run the same command again: it resumes from the last complete checkpoint"):
+        store.wait()
+    monkeypatch.undo()
+    assert store.latest().step == 1 and steps(store) == [1]
+    assert save(store, 2).step == 2  # and once there is space, saving goes on
+
+
+@pytest.mark.parametrize("where", ["save", "wait_until_finished"])
+def test_a_disk_that_fills_while_orbax_writes_is_the_same_sentence(store, monkeypatch, where):
+    save(store, 1)
+
+    def full(*_, **__):
+        raise ValueError("RESOURCE_EXHAUSTED: Error writing file: No space left on device\nmore lines")
+
+    monkeypatch.setattr(store._orbax, where, full)
+    with pytest.raises(checkpoint.CheckpointError, match=r"no space left for the checkpoint .*00000002") as error:
+        store.save(2, arrays(), META)
+        store.wait()
+    assert "\n" not in str(error.value)
+    monkeypatch.undo()
+    store._orbax.wait_until_finished()
+    assert store.latest().step == 1
+
+
+def test_a_folder_that_may_not_be_written_is_one_sentence(tmp_path):
+    (tmp_path / "file").write_text("")
+    store = checkpoint.Checkpoints(tmp_path / "file" / "only", config_lib.Checkpoint())
+    with pytest.raises(checkpoint.CheckpointError, match=r"could not be saved: .*Not a directory"):
+        store.save(1, arrays(), META)
+    store.close()
+
+
+# ---- chunks -----------------------------------------------------------------------------------------------------
+
+
+def chunk_shapes(saved: checkpoint.Saved) -> dict[str, tuple[int, ...]]:
+    """path -> shape of a stored chunk, from the arrays' own descriptions."""
+    metadata = json.loads((saved.path / checkpoint.ARRAYS / "array_metadatas" / "process_0").read_text())
+    return {entry["array_metadata"]["param_name"]: tuple(entry["array_metadata"]["chunk_shape"])
+            for entry in metadata["array_metadatas"]}
+
+
+def touched(shape, chunk, axis: int, parts: int = 8) -> float:
+    """What a reader of one of `parts` parts along `axis` reads, as a multiple of its share; the worst of the parts."""
+    worst = 0.0
+    for part in range(parts):
+        start, stop = part * shape[axis] // parts, (part + 1) * shape[axis] // parts
+        first, last = start // chunk[axis], -(-stop // chunk[axis])
+        worst = max(worst, (min(last * chunk[axis], shape[axis]) - first * chunk[axis]) / (stop - start))
+    return worst
+
+
+def test_a_large_leaf_is_stored_in_tiles_of_one_layer_that_eight_readers_share(tmp_path):
+    store = checkpoint.Checkpoints(tmp_path / "only", config_lib.Checkpoint())
+    shape = (4, 2048, 2048)
+    value = np.arange(math.prod(shape), dtype=np.float32).reshape(shape)
+    store.save(1, {"parameters": {"x/kernel": jnp.asarray(value)}, "optimizer": ()}, META)
+    store.close()
+    saved = checkpoint.read(tmp_path / "only" / "00000001")
+    chunk = next(chunk for name, chunk in chunk_shapes(saved).items() if "kernel" in name)
+    print(f"{shape} is stored in chunks of {chunk}: {math.prod(chunk) * 4 / 2**20:.2f} MiB")
+    assert chunk[0] == 1
+    assert max(touched(shape, chunk, 1), touched(shape, chunk, 2)) <= 1.1
+    single = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    leaf = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=single)
+    restored = checkpoint.restore(saved, {"parameters": {"x/kernel": leaf}})
+    assert np.array_equal(restored["parameters"]["x/kernel"], value)
+
+
+def test_the_stacked_matrices_of_7b_are_shared_by_eight_readers_whatever_their_mesh():
+    """By Orbax's own arithmetic: written whole, read along either axis; written in eight parts, read by the same."""
+    from orbax.checkpoint._src.arrays import subchunking
+    mesh = jax.sharding.AbstractMesh((1, 8, 1), sharding.AXES, axis_types=(jax.sharding.AxisType.Auto,) * 3)
+    shapes = Geometry.of(config_lib.model("7b")).shapes
+    layout, checked = sharding.parameters(shapes, mesh), 0
+    for path, leaf in shapes.items():
+        if leaf.ndim < 3 or leaf.size * 4 < checkpoint.LARGE:
+            continue
+        options = checkpoint._chunks(leaf)
+        part = layout[path].shard_shape(leaf.shape)
+        for written in (leaf.shape, part):
+            chunk = subchunking.choose_chunk_shape(leaf.shape, written, leaf.dtype, options.chunk_byte_size,
+                                                   shard_axes=options.shard_axes)
+            assert math.prod(chunk[:-2]) == 1, (path, chunk)
+            for axis in (leaf.ndim - 2, leaf.ndim - 1):
+                if leaf.shape[axis] % 8 == 0 and (written == leaf.shape or part[axis] < leaf.shape[axis]):
+                    assert touched(leaf.shape, chunk, axis) <= 1.1, (path, leaf.shape, chunk, axis)
+        checked += 1
+    assert checked > 15
+
+
+def test_names_are_nested_and_flattened_without_loss():
+    flat = {"a/b/kernel": 1, "a/b/bias": 2, "c": 3}
+    assert checkpoint.unnest(checkpoint.nest(flat)) == flat
+    assert checkpoint.nest(flat) == {"a": {"b": {"kernel": 1, "bias": 2}}, "c": 3}

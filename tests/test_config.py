@@ -1,0 +1,156 @@
+"""Every config file in every variant parses, fits its model, and covers its parameters; every field is documented."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import subprocess
+import sys
+import typing
+
+import miniature
+import pytest
+
+from calm_jax import config as config_lib
+from calm_jax.data import builders, tasks
+from calm_jax.data.prompts import Layout
+from calm_jax.models.parameters import Geometry
+from calm_jax.training import filters, sharding
+
+FILES = sorted(path.stem for path in (miniature.ROOT / "configs").glob("*.py") if not path.stem.startswith("_"))
+
+
+def load(file: str, variant: str = "") -> config_lib.Config:
+    spec = importlib.util.spec_from_file_location(f"config_{file}", miniature.ROOT / "configs" / f"{file}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return config_lib.from_config_dict(module.get_config(variant))
+
+
+@pytest.mark.parametrize("variant", config_lib.VARIANTS)
+@pytest.mark.parametrize("file", FILES)
+def test_every_config_fits_its_model(file, variant):
+    config = load(file, variant)
+    assert config.run
+    shapes = Geometry.of(config.model).shapes
+    assert sharding.rules(shapes).keys() == shapes.keys()
+    for name in config.run:
+        process = config.processes[name]
+        learns = filters.trainable(shapes, process)
+        assert learns.keys() == shapes.keys() and filters.table(shapes, learns)
+        assert process.dataset in builders.names()
+        assert set(process.tasks) <= set(tasks.TASKS)
+        assert Layout.of(config.model, process.parts).size < process.row.tokens  # a picture fits into a row
+        assert process.eval_every <= process.steps
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_tiny_is_the_default_and_unknown_variants_are_refused(file):
+    assert load(file) == load(file, "tiny")
+    with pytest.raises((config_lib.ConfigError, KeyError), match="7B"):
+        load(file, "7B")
+
+
+def test_the_peak_learning_rates_of_7b_are_those_of_the_paper():
+    stage_one, stage_two = load("pretrain", "7b"), load("finetune", "7b")
+    rates = [config.processes[name].optimizer.peak_lr for config in (stage_one, stage_two) for name in config.run]
+    assert rates == [1e-3, 1e-3, 2.5e-5, 7e-5]
+
+
+def test_what_the_7b_processes_train_is_what_the_paper_trains():
+    def parts(file, name):
+        config = load(file, "7b")
+        shapes = Geometry.of(config.model).shapes
+        learns = filters.trainable(shapes, config.processes[name])
+        groups = {path: "/".join(path.split("/")[:2]) if path.startswith("mfam") else path.split("/")[0]
+                  for path in shapes}
+        return {groups[path] for path in shapes if learns[path]}, {groups[path] for path in shapes if not learns[path]}
+
+    assert parts("pretrain", "self_supervised") == ({"mfam/qformers"}, {"mfam/thematic", "vit", "llama"})
+    assert parts("pretrain", "generic") == ({"mfam/thematic"}, {"mfam/qformers", "vit", "llama"})
+    for name in ("comments", "scores"):
+        assert parts("finetune", name) == ({"mfam/qformers", "mfam/thematic", "llama"}, {"vit"})
+
+
+def test_the_7b_geometry_has_as_many_parameters_as_its_models():
+    shapes = Geometry.of(config_lib.model("7b")).shapes
+    count = lambda prefix: sum(leaf.size for path, leaf in shapes.items() if path.startswith(prefix))  # noqa: E731
+    assert count("llama/") == 6_738_415_616  # LLaMA-2-7B
+    assert count("vit/") == 303_507_456 - 2 * 1024  # CLIP ViT-L/14-336's encoder without the norm behind it
+
+
+def fields(kind=config_lib.Config) -> typing.Iterator[tuple[type, dataclasses.Field]]:
+    for entry in dataclasses.fields(kind):
+        yield kind, entry
+        below = typing.get_type_hints(kind)[entry.name]
+        if dataclasses.is_dataclass(below):
+            yield from fields(below)
+    if kind is config_lib.Config:
+        yield from fields(config_lib.Process)
+
+
+def test_python_m_calm_jax_config_prints_every_field_with_its_source():
+    text = subprocess.run([sys.executable, "-m", "calm_jax.config"], cwd=miniature.ROOT, text=True, check=True,
+                          capture_output=True).stdout
+    lines = text.splitlines()
+    names = [line.split(" = ")[0] for line in lines[::2]]
+    assert len(names) == len(set(names)) > 60
+    for below in lines[1::2]:
+        assert below.startswith("    ") and below.rstrip().endswith("]") and "[]" not in below
+    for kind, entry in fields():
+        assert entry.metadata["doc"] and entry.metadata["source"], (kind, entry.name)
+        nested = dataclasses.is_dataclass(typing.get_type_hints(kind)[entry.name]) or entry.name == "processes"
+        assert nested or any(name.endswith(f".{entry.name}") for name in names), entry.name
+
+
+def test_no_field_is_declared_twice_with_the_same_meaning():
+    documents = [(entry.name, entry.metadata["doc"]) for _, entry in {(k, e.name): (k, e) for k, e in fields()}.values()
+                 if entry.name not in ("eps", "heads", "mlp_width", "depth", "width")]
+    assert len(documents) == len(set(documents))
+
+
+def test_a_config_survives_the_way_through_a_config_dict_and_json():
+    import json
+    config = load("finetune", "7b")
+    assert config_lib.from_config_dict(config_lib.to_config_dict(config)) == config
+    assert config_lib.from_config_dict(json.loads(json.dumps(dataclasses.asdict(config)))) == config
+
+
+def changed(path: str, value):
+    tree = dataclasses.asdict(load("finetune", "tiny"))
+    node = tree
+    *above, last = path.split(".")
+    for name in above:
+        node = node[name]
+    node[last] = value
+    return tree
+
+
+@pytest.mark.parametrize(("path", "value", "said"), [
+    ("model.vit.widht", 64, "config.model.vit.widht is not a field; the nearest is 'width'"),
+    ("model.vit.width", "64", "config.model.vit.width takes a whole number, not '64'"),
+    ("model.vit.width", 100, "model.vit.width=100 is no multiple of heads=3"),
+    ("model.vit.stem", "cnov", "config.model.vit.stem='cnov' is not one of its values; the nearest is 'conv'"),
+    ("model.vit", 3, "config.model.vit is a group of fields, not 3"),
+    ("processes.scores.parts", ("low", "hihg"), "parts='hihg' is not one of its values; the nearest is 'high'"),
+    ("processes.scores.train", "vit", "takes a tuple"),
+    ("processes.scores.accumulate", 3, "batch=8 does not divide into accumulate=3 micro-batches"),
+    ("processes.scores.tasks", {}, "a process needs at least one task"),
+    ("processes.scores.row.tokens", 4096, "row.tokens=4096 exceeds model.llama.positions=1024"),
+    ("run", ("comment", "scores"), "run names the process 'comment', which `processes` does not define; the nearest "
+                                   "is 'comments'"),
+    ("seed", True, "config.seed takes a whole number, not True"),
+])
+def test_what_is_wrong_is_named_with_the_remedy(path, value, said):
+    with pytest.raises(config_lib.ConfigError) as error:
+        config_lib.from_config_dict(changed(path, value))
+    assert said in str(error.value)
+
+
+def test_differences_leave_runtime_fields_out():
+    old = dataclasses.asdict(load("finetune", "tiny"))
+    assert config_lib.differences(old, changed("mesh.fsdp", 4)) == []
+    assert config_lib.differences(old, changed("checkpoint.keep", 9)) == []
+    assert config_lib.differences(old, changed("seed", 1)) == ["config.seed: 0 -> 1"]
+    assert config_lib.differences(old, changed("processes.scores.optimizer.peak_lr", 1.0)) == [
+        "config.processes.scores.optimizer.peak_lr: 0.001 -> 1.0"]

@@ -1,0 +1,89 @@
+"""Every command the README and the docs show: the files, flags and targets it names exist, and the short ones run."""
+
+import pathlib
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+
+from calm_jax import config as config_lib
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", ROOT / "launch/README.md", *sorted((ROOT / "docs").glob("*.md"))]
+MODULES = ("calm_jax.train", "calm_jax.evaluate", "calm_jax.config", "tools.demo", "tools.bench",
+           "tools.train_tokenizer")
+
+
+def commands() -> list[tuple[str, str]]:
+    """(page, command) for each line of the code blocks that starts like a command; comments are cut off."""
+    found = []
+    for page in PAGES:
+        for block in re.findall(r"```(?:bash|sh)?\n(.*?)```", page.read_text(), re.DOTALL):
+            for line in block.splitlines():
+                text = line.split("  #")[0].strip()
+                if text.startswith(("make ", "python -m ", "pip install", "bash ")):
+                    found.append((page.name, text))
+    return found
+
+
+def test_there_are_commands():
+    text = "\n".join(command for _, command in commands())
+    for needed in ("make demo", "make test", "python -m calm_jax.train --config configs/finetune.py",
+                   "python -m calm_jax.evaluate", "python -m tools.bench train"):
+        assert needed in text
+
+
+@pytest.mark.parametrize(("page", "command"), sorted(set(commands())))
+def test_a_shown_command_exists(page, command):
+    words = shlex.split(command)
+    if words[0] == "make":
+        targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+        assert set(words[1:]) <= set(targets)
+    elif words[0] == "pip":
+        extras = re.findall(r"calm_jax\[(.*?)\]|\.\[(.*?)\]", command)
+        section = (ROOT / "setup.cfg").read_text()
+        for extra in ",".join(a or b for a, b in extras).split(","):
+            assert not extra or re.search(rf"^{extra} =", section, re.MULTILINE)
+    elif words[0] == "bash":
+        assert (ROOT / words[1]).is_file()
+    else:
+        assert words[2] in MODULES, f"{page}: add {words[2]} to MODULES here, or correct the page"
+        source = (ROOT / (words[2].replace(".", "/") + ".py")).read_text() + (ROOT / "calm_jax/command.py").read_text()
+        for word in words[3:]:
+            if word.startswith("--config."):
+                check_field(word)
+            elif word.startswith("--") and word != "--config":
+                name = word[2:].split("=")[0]
+                assert f'"{name}"' in source or f"--{name}" in source, f"{page}: {words[2]} has no flag --{name}"
+            elif "configs/" in word:
+                path, _, variant = word.split("=")[-1].partition(":")
+                assert (ROOT / path).is_file() and variant in ("", *config_lib.VARIANTS, "VARIANT")
+
+
+def check_field(word: str) -> None:
+    """`--config.a.b=value` names a field; NAME and process names stand for any process."""
+    source, kind = word[len("--config."):].split("=")[0].split("."), config_lib.Config
+    import dataclasses
+    import typing
+    for index, name in enumerate(source):
+        hints = typing.get_type_hints(kind)
+        assert name in hints, f"{word}: {name} is not a field"
+        kind = hints[name]
+        if typing.get_origin(kind) is dict:
+            assert index + 1 < len(source)
+            rest = source[index + 2:]
+            if rest:
+                check = "--config.processes_.".replace("processes_.", "") + ".".join(rest)
+                inner = typing.get_type_hints(typing.get_args(kind)[1])
+                assert rest[0] in inner, f"{check}: {rest[0]} is not a field"
+            return
+        if not dataclasses.is_dataclass(kind):
+            return
+
+
+def test_the_table_of_fields_prints():
+    text = subprocess.run([sys.executable, "-m", "calm_jax.config"], cwd=ROOT, capture_output=True, text=True,
+                          check=True).stdout
+    assert "config.model.vit.image_size = 336" in text and "paper" in text and "ours" in text
