@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 import typing
 from typing import Any
 
@@ -138,8 +139,17 @@ class Optimizer:
     eps: float = field(1e-8, "Adam epsilon", "ours")
     weight_decay: float = field(0.0, "decoupled weight decay of matrices", "LLaVA-1.5")
     clip: float = field(1.0, "largest global gradient norm; 0 = no clipping", "ours")
-    scale: dict[str, float] = field({}, "regex of paths -> factor of their learning rate; the first match counts",
-                                    "ours")
+    scale: tuple[str, ...] = field((), "REGEX=FACTOR: parameters whose learning rate is multiplied; the first match "
+                                   "counts", "ours")
+
+    def __post_init__(self):
+        for entry in self.scale:
+            regex, _, factor = entry.rpartition("=")
+            try:
+                re.compile(regex)
+                float(factor)
+            except (re.error, ValueError):
+                raise ConfigError(f"scale={entry!r} is not REGEX=FACTOR, such as 'vit/.*=0.1'") from None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -235,7 +245,7 @@ def nearest(name: str, valid: typing.Iterable[str]) -> str:
 
 def to_config_dict(config: Config) -> ml_collections.ConfigDict:
     """The dataclass tree as a ConfigDict, so that command-line flags can override single fields."""
-    return ml_collections.ConfigDict(dataclasses.asdict(config), allow_dotted_keys=True)  # regexes are keys, too
+    return ml_collections.ConfigDict(dataclasses.asdict(config))
 
 
 def from_config_dict(values: ml_collections.ConfigDict | dict[str, Any]) -> Config:

@@ -24,7 +24,7 @@ def get_config(variant: str = "tiny"):
     model = c.model(variant)
     rows, steps, rates, row = SIZES[variant]
     scratch = variant in ("tiny", "small")
-    adam = {"b2": 0.95, "scale": {"(vit|mfam)/.*": 0.1}} if scratch else {}
+    adam = {"b2": 0.95, "scale": ("(vit|mfam)/.*=0.1",)} if scratch else {}
     processes = {
         name: c.Process(
             tasks=tasks, row=row, batch=rows, steps=count, optimizer=c.Optimizer(peak_lr=rate, **adam),

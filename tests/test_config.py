@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import json
 import subprocess
 import sys
 import typing
@@ -110,14 +111,13 @@ def test_no_field_is_declared_twice_with_the_same_meaning():
 
 
 def test_a_config_survives_the_way_through_a_config_dict_and_json():
-    import json
     config = load("finetune", "7b")
     assert config_lib.from_config_dict(config_lib.to_config_dict(config)) == config
     assert config_lib.from_config_dict(json.loads(json.dumps(dataclasses.asdict(config)))) == config
 
 
 def changed(path: str, value):
-    tree = dataclasses.asdict(load("finetune", "tiny"))
+    tree = dataclasses.asdict(load("finetune", "7b"))
     node = tree
     *above, last = path.split(".")
     for name in above:
@@ -129,14 +129,14 @@ def changed(path: str, value):
 @pytest.mark.parametrize(("path", "value", "said"), [
     ("model.vit.widht", 64, "config.model.vit.widht is not a field; the nearest is 'width'"),
     ("model.vit.width", "64", "config.model.vit.width takes a whole number, not '64'"),
-    ("model.vit.width", 100, "model.vit.width=100 is no multiple of heads=3"),
+    ("model.vit.width", 100, "model.vit.width=100 is no multiple of heads=16"),
     ("model.vit.stem", "cnov", "config.model.vit.stem='cnov' is not one of its values; the nearest is 'conv'"),
     ("model.vit", 3, "config.model.vit is a group of fields, not 3"),
     ("processes.scores.parts", ("low", "hihg"), "parts='hihg' is not one of its values; the nearest is 'high'"),
     ("processes.scores.train", "vit", "takes a tuple"),
-    ("processes.scores.accumulate", 3, "batch=8 does not divide into accumulate=3 micro-batches"),
+    ("processes.scores.accumulate", 3, "batch=128 does not divide into accumulate=3 micro-batches"),
     ("processes.scores.tasks", {}, "a process needs at least one task"),
-    ("processes.scores.row.tokens", 4096, "row.tokens=4096 exceeds model.llama.positions=1024"),
+    ("processes.scores.row.tokens", 8192, "row.tokens=8192 exceeds model.llama.positions=4096"),
     ("run", ("comment", "scores"), "run names the process 'comment', which `processes` does not define; the nearest "
                                    "is 'comments'"),
     ("seed", True, "config.seed takes a whole number, not True"),
@@ -148,9 +148,9 @@ def test_what_is_wrong_is_named_with_the_remedy(path, value, said):
 
 
 def test_differences_leave_runtime_fields_out():
-    old = dataclasses.asdict(load("finetune", "tiny"))
+    old = dataclasses.asdict(load("finetune", "7b"))
     assert config_lib.differences(old, changed("mesh.fsdp", 4)) == []
     assert config_lib.differences(old, changed("checkpoint.keep", 9)) == []
     assert config_lib.differences(old, changed("seed", 1)) == ["config.seed: 0 -> 1"]
     assert config_lib.differences(old, changed("processes.scores.optimizer.peak_lr", 1.0)) == [
-        "config.processes.scores.optimizer.peak_lr: 0.001 -> 1.0"]
+        "config.processes.scores.optimizer.peak_lr: 7e-05 -> 1.0"]

@@ -29,13 +29,15 @@ def test_the_quick_demo_ends_with_a_page_and_goes_on_where_it_stopped(tmp_path):
     text = page.read_text(encoding="utf-8")
     for name in ("self_supervised", "generic", "comments", "scores", "--control", "--quick"):
         assert name in text
-    assert "[2/7] control" in done.stdout and "peak memory" in done.stdout
+    assert "[1/7] control" in done.stdout and "peak memory" in done.stdout
     seconds = json.loads((tmp_path / "demo" / "seconds.json").read_text())
 
     begin = time.monotonic()
     again = _run("--quick", "--workdir", str(tmp_path / "demo"))
     assert again.returncode == 0, again.stderr[-2000:]
+    log = (tmp_path / "demo" / "control.log").read_text()
     assert again.stdout.count("up to date") == 3 and again.stdout.count("complete (3 steps)") == 5
+    assert log.count("complete (3 steps)") == 2
     assert json.loads((tmp_path / "demo" / "seconds.json").read_text()) == seconds
     assert time.monotonic() - begin < first
 
@@ -43,17 +45,18 @@ def test_the_quick_demo_ends_with_a_page_and_goes_on_where_it_stopped(tmp_path):
     (tmp_path / "demo" / "pretrain" / "config.json").write_text("{")
     broken = _run("--quick", "--workdir", str(tmp_path / "demo"))
     assert broken.returncode == 2
-    assert "config.json is damaged" in broken.stderr and "step 1" in broken.stderr.splitlines()[-1]
-    assert "[2/7]" not in broken.stdout
+    assert "config.json is damaged" in broken.stderr and "step 2" in broken.stderr.splitlines()[-1]
+    assert "[3/7]" not in broken.stdout
 
 
 def test_commands_are_what_is_typed(monkeypatch):
     monkeypatch.chdir(ROOT)
     lines = [demo.command_line(step) for step in demo.steps(pathlib.Path("runs/demo"), quick=False)]
     assert all(not line.startswith(os.sep) for line in lines)
-    assert lines[1].endswith("-m calm_jax.train --config configs/pretrain.py --workdir runs/demo/control "
+    assert lines[0].endswith("-m calm_jax.train --config configs/pretrain.py --workdir runs/demo/control "
+                             "--config.processes.language.shuffle_labels=True "
                              "--config.processes.self_supervised.shuffle_labels=True "
-                             "'--config.run=(\"self_supervised\",)'")
+                             "'--config.run=(\"language\",\"self_supervised\")'")
     assert lines[2].endswith("--workdir runs/demo/finetune --config.init=runs/demo/pretrain")
     assert lines[3].endswith("--control runs/demo/control/checkpoints/self_supervised --out runs/demo/evaluation")
 

@@ -57,13 +57,21 @@ class Step:
     """One command: its headline, the arguments of `python -m`, the file that it writes, and what it is made from.
 
     `result` of a training is its metrics; an evaluation whose result is newer than all checkpoints in `sources` is
-    not repeated.
+    not repeated. A step with a `log` runs beside those after it, up to the first that needs it: one training of this
+    size keeps one core busy, not two.
     """
 
     title: str
     arguments: tuple[str, ...]
     result: pathlib.Path
     sources: tuple[pathlib.Path, ...] = ()
+    log: pathlib.Path | None = None
+
+    @property
+    def provides(self) -> tuple[pathlib.Path, ...]:
+        """Folders of checkpoints that later steps may read."""
+        checkpoints = self.result.parent / "checkpoints"
+        return tuple(checkpoints / name for name in ("language", "self_supervised", "generic", "comments", "scores"))
 
     @property
     def current(self) -> bool:
@@ -76,12 +84,12 @@ class Step:
 def steps(workdir: pathlib.Path, quick: bool) -> list[Step]:
     """The commands of the demo, in their order."""
 
-    def training(name, title, config, processes, *more):
+    def training(name, title, config, processes, *more, log=None):
         overrides = dict(_SMALL) | {f"processes.{process}.{field}": value for process in processes
                                     for field, value in _FEW.items()} if quick else {}
         return Step(title, ("calm_jax.train", "--config", config, "--workdir", str(workdir / name), *more,
                             *(f"--config.{field}={value}" for field, value in overrides.items())),
-                    workdir / name / "metrics.jsonl")
+                    workdir / name / "metrics.jsonl", log=log)
 
     def evaluation(task, title, model, control=None):
         return Step(title, ("calm_jax.evaluate", "--workdir", str(model), "--task", task, "--dataset", "demo",
@@ -91,12 +99,13 @@ def steps(workdir: pathlib.Path, quick: bool) -> list[Step]:
     taught, control, tuned = (workdir / name / "checkpoints" for name in ("pretrain", "control", "finetune"))
     stage_one, stage_two = ("language", "self_supervised", "generic"), ("comments", "scores")
     return [
+        training("control", "control: the same self-supervision with shuffled labels (beside the next steps)",
+                 "configs/pretrain.py", stage_one, "--config.processes.language.shuffle_labels=True",
+                 "--config.processes.self_supervised.shuffle_labels=True",
+                 '--config.run=("language","self_supervised")',
+                 log=workdir / "control.log"),
         training("pretrain", "pretrain: text-guided self-supervision, then generic pairs", "configs/pretrain.py",
                  stage_one),
-        training("control", "control: the same self-supervision with shuffled labels", "configs/pretrain.py",
-                 stage_one, "--config.processes.language.shuffle_labels=True",
-                 "--config.processes.self_supervised.shuffle_labels=True",
-                 '--config.run=("language","self_supervised")'),
         training("finetune", "finetune: comments, then scores", "configs/finetune.py", stage_two,
                  f"--config.init={workdir / 'pretrain'}"),
         evaluation("attributes", "evaluation: attributes, beside the control", taught / "self_supervised",
@@ -117,9 +126,16 @@ def command_line(step: Step) -> str:
     return shlex.join([interpreter(), "-m", *step.arguments])
 
 
-def run(step: Step, environment: dict[str, str]) -> int:
-    """Runs a step to its end and returns its exit code; SIGINT and SIGTERM reach it, and it saves before it goes."""
-    child = subprocess.Popen([sys.executable, "-m", *step.arguments], env=environment)
+def start(step: Step, environment: dict[str, str]) -> subprocess.Popen:
+    """Starts a step; one with a log writes there."""
+    if step.log is None:
+        return subprocess.Popen([sys.executable, "-m", *step.arguments], env=environment)
+    with step.log.open("a") as stream:
+        return subprocess.Popen([sys.executable, "-m", *step.arguments], env=environment, stdout=stream, stderr=stream)
+
+
+def finish(child: subprocess.Popen) -> int:
+    """Waits for a step and returns its exit code; SIGINT and SIGTERM reach it, and it saves before it goes."""
     before = signal.signal(signal.SIGTERM, lambda *_: child.send_signal(signal.SIGTERM))
     try:
         while True:
@@ -146,28 +162,47 @@ def demo(workdir: pathlib.Path, quick: bool) -> int:
     workdir.mkdir(parents=True, exist_ok=True)
     ledger = workdir / "seconds.json"  # of each step, over all runs of this program
     spent: dict[str, float] = json.loads(ledger.read_text()) if ledger.is_file() else {}
-    for number, step in enumerate(plan, 1):
-        print(f"\n[{number}/{len(plan) + 1}] {step.title}", flush=True)
-        if step.current:
-            print(f"up to date: {step.result}", flush=True)
-            continue
-        print(f"$ {command_line(step)}", flush=True)
-        before, begin = _changed(step.result), time.monotonic()
-        code = run(step, environment(workdir, quick))
+    beside: list[tuple[int, Step, subprocess.Popen, int, float]] = []
+
+    def settle(number: int, step: Step, child: subprocess.Popen, before: int, begin: float) -> int:
+        code = finish(child)
         if _changed(step.result) != before:  # a training that was complete already costs no time worth telling
             spent[step.title] = spent.get(step.title, 0.0) + time.monotonic() - begin
             ledger.write_text(json.dumps(spent, indent=1))
         if code:
-            print(f"\nerror: step {number} ({step.title}) ended with exit code {code}; its message stands above, and "
+            where = f"in {step.log}" if step.log else "above"
+            print(f"\nerror: step {number} ({step.title}) ended with exit code {code}; its message stands {where}, and "
                   "the same command goes on from here", file=sys.stderr, flush=True)
-            return code if code > 0 else 128 - code
+        return code if code >= 0 else 128 - code
+
+    try:
+        for number, step in enumerate(plan, 1):
+            print(f"\n[{number}/{len(plan) + 1}] {step.title}", flush=True)
+            for waiting in [item for item in beside if set(step.sources) & set(item[1].provides)]:
+                print(f"waiting for {waiting[1].title}", flush=True)
+                beside.remove(waiting)
+                if code := settle(*waiting):
+                    return code
+            if step.current:
+                print(f"up to date: {step.result}", flush=True)
+                continue
+            print(f"$ {command_line(step)}" + (f"   (output: {step.log})" if step.log else ""), flush=True)
+            before, begin = _changed(step.result), time.monotonic()
+            started = (number, step, start(step, environment(workdir, quick)), before, begin)
+            if step.log:
+                beside.append(started)
+            elif code := settle(*started):
+                return code
+    finally:
+        for _, _, child, _, _ in beside:  # only after a failure: it saves, and the same command goes on
+            child.terminate()
+            child.wait()
     print(f"\n[{len(plan) + 1}/{len(plan) + 1}] report", flush=True)
     page = write_report(workdir, plan, spent, quick)
     print("\ntime of each step, seconds:")
     for step in plan:
         print(f"  {spent.get(step.title, 0.0):>7.0f}  {step.title}")
-    print(f"  {sum(spent.values()):>7.0f}  in all")
-    print(f"peak memory of a step: {_peak() / 2**30:.2f} GiB")
+    print(f"peak memory of a process: {_peak() / 2**30:.2f} GiB, and at most two run at a time")
     print(f"report: {page}", flush=True)
     return 0
 

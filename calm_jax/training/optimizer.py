@@ -29,4 +29,7 @@ def make(cfg: config_lib.Optimizer, steps: int) -> tuple[optax.GradientTransform
 
 def factor(cfg: config_lib.Optimizer, path: str) -> float:
     """What the learning rate of a parameter is multiplied by."""
-    return next((value for regex, value in cfg.scale.items() if re.fullmatch(regex, path)), 1.0)
+    for regex, _, value in (entry.rpartition("=") for entry in cfg.scale):
+        if re.fullmatch(regex, path):
+            return float(value)
+    return 1.0
