@@ -11,7 +11,30 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Key
+
+
+def by_rows(x: Float[Array, "B ..."], *, whole: bool = True) -> Float[Array, "B ..."]:
+    """x with its rows split over the data and fsdp axes of the mesh in use; without a mesh, x as it is.
+
+    Weights are split along fsdp too: where the two meet, XLA would rather split channels and hold every row of the
+    batch on every device than gather the weights.
+
+    Args:
+      whole: the other axes are split over nothing, as in the residual stream; else XLA may split channels over tensor.
+    """
+    return _placed(x, ("data", "fsdp"), *[None if whole else PartitionSpec.UNCONSTRAINED] * (x.ndim - 1))
+
+
+def by_vocabulary(table: Float[Array, "V D"]) -> Float[Array, "V D"]:
+    """An embedding table gathered along fsdp, so that every row looks its words up where it is."""
+    return _placed(table, "tensor", None)
+
+
+def _placed(x: Array, *axes: Any) -> Array:
+    mesh = jax.sharding.get_abstract_mesh()
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*axes)) if "fsdp" in mesh.axis_names else x
 
 
 class Linear(nnx.Module):
@@ -32,7 +55,7 @@ class Linear(nnx.Module):
             y = y + self.bias[...].astype(x.dtype)
         if self.lora is not None:
             y = y + self.lora(x, key)
-        return y
+        return by_rows(y, whole=False)
 
 
 class Lora(nnx.Module):
@@ -61,7 +84,7 @@ class LayerNorm(nnx.Module):
         mean = x32.mean(-1, keepdims=True)
         centred = x32 - mean
         y = centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + self.eps)
-        return (y * self.scale[...] + self.bias[...]).astype(x.dtype)
+        return by_rows((y * self.scale[...] + self.bias[...]).astype(x.dtype))
 
 
 class RMSNorm(nnx.Module):
@@ -73,7 +96,7 @@ class RMSNorm(nnx.Module):
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
         x32 = x.astype(jnp.float32)
         y = x32 * jax.lax.rsqrt(jnp.square(x32).mean(-1, keepdims=True) + self.eps)
-        return (y * self.scale[...]).astype(x.dtype)
+        return by_rows((y * self.scale[...]).astype(x.dtype))
 
 
 def stack(make: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx.Rngs) -> Any:

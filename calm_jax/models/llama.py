@@ -81,7 +81,7 @@ class Llama(nnx.Module):
         self.head = layers.Linear(cfg.width, cfg.vocab, bias=False, rngs=rngs)
 
     def embed(self, tokens: Int[Array, "B T"], dtype: Any) -> Float[Array, "B T D"]:
-        return self.embedding[...].astype(dtype)[tokens]
+        return layers.by_rows(layers.by_vocabulary(self.embedding[...].astype(dtype))[tokens])
 
     def __call__(self, x: Float[Array, "B T D"], positions: Int[Array, "B T"], segments: Int[Array, "B T"], *,
                  remat: str = "none", key: Key[Array, ""] | None = None) -> Float[Array, "B T D"]:

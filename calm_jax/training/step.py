@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
@@ -58,8 +59,9 @@ class Step:
         Logits exist at supervised positions only, [B, K, V]; soft targets are spread over C candidates.
         """
         model = self.geometry.bind({**trained, **frozen})
-        hidden = model(batch, self.process.parts, dtype=self.dtype, freeze_vit=self.freeze_vit, key=key)
-        logits = model.answer_logits(hidden, batch["places"])
+        with contextlib.nullcontext() if self.mesh is None else jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
+            hidden = model(batch, self.process.parts, dtype=self.dtype, freeze_vit=self.freeze_vit, key=key)
+            logits = model.answer_logits(hidden, batch["places"])
         log_likelihood = (jnp.take_along_axis(logits, batch["labels"], axis=-1)
                           - jax.nn.logsumexp(logits, axis=-1, keepdims=True))
         right = (logits.argmax(-1) == batch["labels"][..., 0]) & (batch["weights"][..., 0] > 0)
