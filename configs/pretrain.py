@@ -17,7 +17,7 @@ from calm_jax import config as c
 
 # rows a step, steps of language, self-supervised and generic, shape of a row (ours)
 SIZES = {
-    "tiny": (4, (250, 900, 100), c.Row(tokens=384, images=3, answers=160)),
+    "tiny": (4, (250, 600, 100), c.Row(tokens=384, images=3, answers=160)),
     "small": (16, (2_000, 20_000, 5_000), c.Row(tokens=1024, images=4, answers=256)),
     "7b": (256, (0, 4_000, 2_180), c.Row()),
     "13b": (256, (0, 4_000, 2_180), c.Row()),
