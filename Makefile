@@ -37,8 +37,8 @@ lint: test-env
 
 # The test lock pins torch's plain version: a CPU build is enough, and any build of that version will do.
 lock: test-env
-	$(BIN)/uv pip compile setup.cfg --extra demo --python-version 3.11 --no-header --no-annotate --no-emit-find-links -q -o requirements.lock
-	echo 'torch==2.13.0' | $(BIN)/uv pip compile setup.cfg --extra test --extra dev -c requirements.lock -c - --python-version 3.11 --no-header --no-annotate --no-emit-find-links -q -o requirements-test.lock
+	$(BIN)/uv pip compile setup.cfg --extra demo --python-version 3.11 --no-header --no-annotate -q -o requirements.lock
+	echo 'torch==2.13.0' | $(BIN)/uv pip compile setup.cfg --extra test --extra dev -c requirements.lock -c - --python-version 3.11 --no-header --no-annotate -q -o requirements-test.lock
 	sed -i 's/+cpu$$//' requirements-test.lock
 
 clean:
