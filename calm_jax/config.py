@@ -336,7 +336,7 @@ def model(variant: str) -> Model:
         return Model(
             vit=Vit(image_size=64, patch=8, width=96, depth=4, heads=3, mlp_width=288, stem="conv"),
             depths=Depths(thematic=1.0),
-            qformer=QFormer(width=96, depth=2, heads=3, mlp_width=288, cross_every=1, queries=4),
+            qformer=QFormer(width=96, depth=2, heads=3, mlp_width=288, cross_every=1, queries=8),
             llama=Llama(vocab=2048, width=128, depth=2, heads=4, kv_heads=4, mlp_width=344, positions=1024),
             remat="none")
     raise ConfigError(f"there is no variant {variant!r}{nearest(variant, VARIANTS)}")

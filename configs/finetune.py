@@ -11,7 +11,7 @@ learns too (with the MFAM at a tenth of the rate, see pretrain.py), at learning 
 from calm_jax import config as c
 
 SIZES = {  # rows a step, steps of the two processes, peak learning rates, shape of a row (ours but the 7b rates)
-    "tiny": (4, (150, 150), (1.5e-3, 1.5e-3), c.Row(tokens=480, images=3, answers=160)),
+    "tiny": (2, (300, 300), (1.5e-3, 1.5e-3), c.Row(tokens=480, images=3, answers=160)),
     "small": (16, (5_000, 5_000), (5e-4, 5e-4), c.Row(tokens=1024, images=4, answers=256)),
     "7b": (128, (1_640, 1_840), (2.5e-5, 7e-5), c.Row()),
     "13b": (128, (1_640, 1_840), (2.5e-5, 7e-5), c.Row()),

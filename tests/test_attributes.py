@@ -88,7 +88,9 @@ MEASURES = {
 def test_grades_move_their_measurement_in_order(photographs, name, size):
     measure, sign = MEASURES[name]
     attribute = attributes.get(name)
-    for picture in photographs[size][:-1]:
+    answerable = [picture for picture in photographs[size][:-1] if name not in attributes.unanswerable(picture)]
+    assert len(answerable) >= 8
+    for picture in answerable:
         # Whatever the seed: the weakest version of a grade lies above the strongest of the grade below.
         values = [[sign * measure(attributes.apply(picture, Edit(name, grade, seed))) for seed in range(3)]
                   for grade in range(len(attribute.grades))]
@@ -100,6 +102,8 @@ def test_grades_move_their_measurement_in_order(photographs, name, size):
 def test_an_edit_is_visible_repeatable_and_varied(photographs, name):
     attribute = attributes.get(name)
     for picture in photographs[96][:-1]:
+        if name in attributes.unanswerable(picture):
+            continue
         for grade in attribute.flaws:
             edited = attributes.apply(picture, Edit(name, grade, 7))
             assert edited.shape == picture.shape and edited.dtype == np.uint8
@@ -192,7 +196,7 @@ def test_the_rules_name_attributes_and_hold():
         assert not attributes.together(pair)
     for edited, hidden in attributes.NOT_ASKED.items():
         assert edited in NAMES and set(hidden) <= set(NAMES) - {edited}
-    assert attributes.together(("sharpness", "noise"))
+    assert attributes.together(("sharpness", "contrast"))
     assert not attributes.consistent({"exposure": 2, "saturation": 2})
     assert attributes.consistent({"exposure": 1, "saturation": 2})
 

@@ -28,6 +28,15 @@ def test_intervals_widen_with_dependence():
     assert metrics.interval(statistic, ["a"] * 200, seed=1) == metrics.interval(statistic, ["a"] * 200, seed=1)
 
 
+def test_the_interval_of_a_mean_is_the_same_two_stage_bootstrap():
+    rng = np.random.default_rng(1)
+    groups = [f"photo{i}" for i in range(5) for _ in range(4 + 7 * i)]  # photographs with unlike numbers of answers
+    values = rng.normal(size=len(groups)) + 0.1 * np.asarray([int(g[-1]) for g in groups])
+    slow, fast = metrics.interval(lambda i: values[i].mean(), groups), metrics.mean_interval(values, groups)
+    assert np.allclose(slow, fast, atol=0.1 * (slow[1] - slow[0]))
+    assert metrics.mean_interval(np.ones(9), ["a"] * 9) == (1.0, 1.0)
+
+
 def answer(subject, kind, group, key, true, said):
     return protocols.Answered(subject, kind, group, key, (), "?", true, said, said)
 

@@ -31,8 +31,8 @@ TITLE = "calm_jax: the tiny model, trained from scratch"
 LEAD = ("CALM, a multimodal language model that looks at photographs and says how beautiful they are and why, trained "
         "here from nothing through all four processes of its paper, in the geometry “tiny”.")
 NOTES = (
-    "What this is not: a judge of beauty. The model is tiny, starts from random numbers and learns from six "
-    "photographs; three more are kept for the tests on this page. The paper's models start from CLIP and Vicuna, with "
+    "What this is not: a judge of beauty. The model is tiny, starts from random numbers and learns from nine "
+    "photographs; four more are kept for the tests on this page. The paper's models start from CLIP and Vicuna, with "
     "7 or 13 thousand million parameters in the language model.",
     "The scores and comments it learns from, and is measured by, are composed by us from degradations that we made and "
     "therefore know, such as blur, noise or a colour cast. No human judged these pictures. The page shows that the "
@@ -148,9 +148,14 @@ def finish(child: subprocess.Popen) -> int:
 
 
 def environment(workdir: pathlib.Path, quick: bool) -> dict[str, str]:
-    """What the steps share: a cache of compiled programs, so that each is compiled once."""
+    """What the steps share: a cache of compiled programs, so that each is compiled once, and large pages.
+
+    XLA's CPU backend allocates its working memory anew in every step; in large pages (glibc, where Linux grants
+    them) a step of `tiny` takes 0.82 of the time.
+    """
+    tunables = ":".join(filter(None, (os.environ.get("GLIBC_TUNABLES"), "glibc.malloc.hugetlb=1")))
     values = {"JAX_COMPILATION_CACHE_DIR": str((workdir / "cache").absolute()),
-              "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+              "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "GLIBC_TUNABLES": tunables}
     if quick:
         values["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FAST_COMPILER}".strip()
     return os.environ | values

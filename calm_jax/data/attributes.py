@@ -83,7 +83,7 @@ _LEVELS = np.arange(256, dtype=np.float32)
 
 
 def _blur(pixels, grade, rng):
-    sigma = _around((0.0, 0.011, 0.028)[grade], rng) * max(pixels.shape[:2])
+    sigma = _around((0.0, 0.013, 0.036)[grade], rng) * max(pixels.shape[:2])
     return np.asarray(Image.fromarray(pixels).filter(ImageFilter.GaussianBlur(sigma)))
 
 
@@ -234,6 +234,7 @@ _ORDER = {name: place for place, name in enumerate(ATTRIBUTES)}
 # Two edits of which one would make the other's label false or invisible are never made together.
 NOT_TOGETHER: Mapping[frozenset[str], str] = types.MappingProxyType({
     frozenset(("sharpness", "compression")): "a blurred picture has no detail on which light compression shows",
+    frozenset(("sharpness", "noise")): "coarse noise covers the detail whose loss would show",
     frozenset(("noise", "compression")): "coarse quantisation removes fine grain and keeps coarse grain",
     frozenset(("saturation", "compression")): "coarse quantisation takes colour away by itself",
     frozenset(("exposure", "contrast")): "a shift in stops is a gain too: it alters the contrast",
@@ -251,6 +252,7 @@ NOT_TOGETHER: Mapping[frozenset[str], str] = types.MappingProxyType({
 # edited attribute -> attributes that are not asked about when they themselves are neutral, because the edit makes
 # the neutral answer doubtful.
 NOT_ASKED: Mapping[str, Mapping[str, str]] = types.MappingProxyType({
+    "noise": {"sharpness": "coarse noise covers fine detail"},
     "compression": {"sharpness": "quantisation removes fine detail",
                     "saturation": "coarse quantisation takes colour away", "tint": "and falsifies what is left of it"},
     "exposure": {"contrast": "a shift in stops alters the contrast",
@@ -290,8 +292,8 @@ def ordered(edits: Iterable[Edit]) -> tuple[Edit, ...]:
 
 @functools.cache
 def exclusions(name: str) -> int:
-    """How many rules restrict what may be asked or done beside this attribute, itself counted: at least 1."""
-    return 1 + sum(name in pair for pair in NOT_TOGETHER) + sum(name in hidden for hidden in NOT_ASKED.values())
+    """How many attributes an edit of this one can not be made beside, itself counted: at least 1."""
+    return 1 + sum(name in pair for pair in NOT_TOGETHER)
 
 
 def consistent(grades: Mapping[str, int]) -> bool:

@@ -1,7 +1,7 @@
 """A task's name and a record in, a Sample out. Draws come from the given generator only; no pixel is read.
 
-`attributes` is the text-guided self-supervision of the paper (unlabeled pictures, augmentations, pseudo-labels);
-`caption`, `comment` and `score` turn what a dataset knows of a picture into instruction and answer. The instructions
+`attributes` and `comparisons` are the text-guided self-supervision of the paper (unlabeled pictures, augmentations,
+pseudo-labels): questions about one edited picture, and about two versions of a picture. `caption`, `comment` and `score` turn what a dataset knows of a picture into instruction and answer. The instructions
 are ours; the form of the score, one decimal and a full stop, is the paper's.
 """
 
@@ -61,13 +61,15 @@ _MENTION_PAIR = (
 
 _BRIEFLY = ("Answer in a word.", "In a word?", "Be brief.")
 
-SHORT_SHARE = 0.5  # of the absolute questions asked for the bare grade: its word carries the whole label (ours)
-PAIR_SHARE = 0.3  # of the attribute Samples that compare two versions of a picture
+SHORT_SHARE = 0.8  # of the absolute questions asked for the bare grade: its word carries the whole label (ours)
 # Fewest and most questions asked about a level of one picture, where its attributes allow so many.
 QUESTIONS: Mapping[str, tuple[int, int]] = types.MappingProxyType({"low": (3, 5), "middle": (3, 3), "high": (2, 3)})
 MOST_EDITS = 2  # of one level
-# Share of the neutral draws that are asked: exclusions reject edits more often than neutral grades, this evens it out.
-NEUTRAL_SHARE = 0.7
+# Share of the neutral draws that are asked. Exclusions reject edits of some attributes and neutral grades of others;
+# these shares were tuned until the grades of every attribute come about equally often.
+NEUTRAL_SHARE: Mapping[str, float] = types.MappingProxyType({
+    "orientation": 0.9, "tilt": 0.7, "occlusion": 0.6, "sharpness": 0.9, "exposure": 1.0, "contrast": 0.33,
+    "saturation": 0.9, "tint": 0.65, "vignetting": 0.7, "noise": 0.35, "compression": 0.28})
 
 
 def make(task: str, dataset: Dataset, index: int, rng: np.random.Generator, parts: Parts) -> Sample:
@@ -110,19 +112,17 @@ def _seed(rng: np.random.Generator) -> int:
     return int(rng.integers(2**31))
 
 
-def _attributes(record: Record, rng: np.random.Generator, parts: Parts):
+def _levels(parts: Parts) -> Parts:
     levels = tuple(level for level in config_lib.LEVELS if level in parts)
     if not levels:
-        raise config_lib.ConfigError(f"the task attributes asks the levels {', '.join(config_lib.LEVELS)}, but "
+        raise config_lib.ConfigError(f"attributes are asked at the levels {', '.join(config_lib.LEVELS)}, but "
                                      f"parts={parts}; add one of them to the process")
-    if rng.random() < PAIR_SHARE:
-        return _comparison(record, rng, levels)
-    return _grades(record, rng, levels)
+    return levels
 
 
-def _grades(record: Record, rng: np.random.Generator, levels: Parts):
+def _attributes(record: Record, rng: np.random.Generator, parts: Parts):
     """Absolute questions about one edited picture; a level's visual tokens come once, with its first question."""
-    drawn = _draw_grades(record, rng, levels)
+    drawn = _draw_grades(record, rng, _levels(parts))
     edits = attributes.ordered(
         Edit(name, grade, _seed(rng)) for asked in drawn.values() for name, grade in asked.items()
         if grade != attributes.get(name).neutral)
@@ -136,7 +136,7 @@ def _grades(record: Record, rng: np.random.Generator, levels: Parts):
             prompt = (question,) if place else (Mention(0, (level,)), f" {question}")
             turns.append(Turn(prompt, Answer(answer), f"{name}={grade}"))
     if not turns:  # every question of these levels is unfit for this picture; comparisons never are
-        return _comparison(record, rng, levels)
+        return _comparisons(record, rng, parts)
     return (ImageRef(record.image.index, record.image.window, edits),), tuple(turns), None
 
 
@@ -155,7 +155,7 @@ def _draw_grades(record: Record, rng: np.random.Generator, levels: Parts) -> dic
             attribute = attributes.get(name)
             grade = int(rng.integers(len(attribute.grades)))
             edited = grade != attribute.neutral
-            kept = room if edited else rng.random() < NEUTRAL_SHARE
+            kept = room if edited else rng.random() < NEUTRAL_SHARE[name]
             if len(asked) == wanted or not kept or not attributes.consistent({**grades, name: grade}):
                 continue
             room -= edited
@@ -165,9 +165,9 @@ def _draw_grades(record: Record, rng: np.random.Generator, levels: Parts) -> dic
     return drawn
 
 
-def _comparison(record: Record, rng: np.random.Generator, levels: Parts):
+def _comparisons(record: Record, rng: np.random.Generator, parts: Parts):
     """One or two questions about two versions that differ in one grade; right whatever the picture itself is like."""
-    attribute = _pick(rng, tuple(attribute for attribute in attributes.of_level(_pick(rng, levels))
+    attribute = _pick(rng, tuple(attribute for attribute in attributes.of_level(_pick(rng, _levels(parts)))
                                  if attribute.relative or attribute.name not in record.unfit))
     grades = rng.choice(len(attribute.grades), size=2, replace=False)
     images = tuple(
@@ -222,6 +222,7 @@ def _some(parts: Parts, task: str) -> Parts:
 
 TASKS: Mapping[str, Callable] = types.MappingProxyType({
     "attributes": _attributes,
+    "comparisons": _comparisons,
     "caption": _caption,
     "comment": _comment,
     "score": _score,

@@ -28,9 +28,10 @@ def _correlation(function, predicted, true) -> float:
     return float(function(predicted, true)[0])
 
 
-def majority_share(answers: Sequence[str]) -> float:
-    """The accuracy of always giving the most frequent answer."""
-    return max(np.unique(np.asarray(answers), return_counts=True)[1]) / len(answers)
+def majority(answers: Sequence[str]) -> str:
+    """The most frequent answer."""
+    values, counts = np.unique(np.asarray(answers), return_counts=True)
+    return str(values[counts.argmax()])
 
 
 def interval(statistic: Callable[[Int[np.ndarray, "m"]], float], groups: Sequence[str], *,
@@ -47,4 +48,21 @@ def interval(statistic: Callable[[Int[np.ndarray, "m"]], float], groups: Sequenc
         drawn = (members[i] for i in rng.integers(len(members), size=len(members)))
         values.append(statistic(np.concatenate([rng.choice(m, size=len(m)) for m in drawn])))
     low, high = np.nanpercentile(values, [50 * (1 - level), 50 * (1 + level)])
+    return float(low), float(high)
+
+
+def mean_interval(values: Float[np.ndarray, "n"], groups: Sequence[str], *, level: float = 0.95,
+                  seed: int = 0) -> tuple[float, float]:
+    """`interval` of the mean, in time proportional to n: what counts is how often each value is drawn."""
+    rng = np.random.default_rng(seed)
+    values = np.asarray(values, float)
+    names, member = np.unique(np.asarray(groups), return_inverse=True)
+    drawn = rng.multinomial(len(names), np.full(len(names), 1 / len(names)), size=RESAMPLES)
+    sums, sizes = np.zeros(RESAMPLES), np.zeros(RESAMPLES)
+    for number in range(len(names)):
+        mine = values[member == number]
+        count = drawn[:, number] * len(mine)
+        sums += rng.multinomial(count, np.full(len(mine), 1 / len(mine))) @ mine
+        sizes += count
+    low, high = np.percentile(sums / sizes, [50 * (1 - level), 50 * (1 + level)])
     return float(low), float(high)

@@ -70,13 +70,18 @@ def _ask(generator: Generator, dataset: Dataset, samples: Sequence[Sample], limi
     return list(tqdm.tqdm(answers, total=len(samples), desc=what, unit="answer", mininterval=0.5))
 
 
-def attributes(generator: Generator, dataset: Dataset, split: str, *, draws: int = 2) -> list[Answered]:
-    """Asks about every record of a split, `draws` times with other edits, at the levels the generator computes."""
+def attributes(generator: Generator, dataset: Dataset, split: str, *, draws: int = 3) -> list[Answered]:
+    """Asks about every record of a split, at the levels the generator computes.
+
+    Args:
+      draws: how often, each time with other edits; single pictures and comparisons alternate, single ones first.
+    """
     asked: list[tuple[Sample, int]] = []
     for index in dataset.indices(split):
         for draw in range(draws):
             rng = np.random.default_rng([SEED, int(index), draw])
-            sample = tasks.make("attributes", dataset, int(index), rng, generator.layout.parts)
+            sample = tasks.make(("attributes", "comparisons")[draw % 2], dataset, int(index), rng,
+                                generator.layout.parts)
             doubtful = set().union(*(images.render_noting(dataset.pixels(ref.index), ref, generator.size)[1]
                                      for ref in sample.images))
             asked += [(alone, int(index)) for alone in _alone(sample) if alone.turns[0].subject not in doubtful]
@@ -111,8 +116,9 @@ def opinions(generator: Generator, dataset: Dataset, split: str, task: str) -> l
 def attribute_table(answered: Sequence[Answered], control: Sequence[Answered] = ()) -> list[dict]:
     """One row an attribute and kind of question, in the order of the levels.
 
-    Each has `n`, `accuracy`, `majority` (always the most frequent answer), `gain` over it and, where the same
-    questions were put to a `control` model, its accuracy and the gain over that; 95 % intervals over photographs.
+    Each has `n`, `accuracy`, `majority` (that of always giving the one answer that is right most often here: the best
+    that can be had without looking), `gain` over it and, where the same questions were put to a `control` model, its
+    accuracy and the gain over that; 95 % intervals over photographs.
     """
     others = {_place(item): item for item in control}
     order = {name: (config_lib.PARTS.index(attribute.level), name)
@@ -122,22 +128,18 @@ def attribute_table(answered: Sequence[Answered], control: Sequence[Answered] = 
     for kind, subject in keys:
         items = [item for item in answered if (item.kind, item.subject) == (kind, subject)]
         right = np.asarray([item.right for item in items], float)
-        truths = np.unique([item.true for item in items], return_inverse=True)[1]
-        counts = np.eye(truths.max() + 1)[truths]
+        constant = metrics.majority([item.true for item in items])
+        blind = np.asarray([item.true == constant for item in items], float)
         groups = [item.group for item in items]
-
-        def gain(indices, right=right, counts=counts):
-            return right[indices].mean() - counts[indices].mean(0).max()
-
         row = {"kind": kind, "subject": subject, "level": attributes_lib.get(subject).level, "n": len(items),
-               "accuracy": right.mean(), "accuracy_interval": metrics.interval(lambda i, r=right: r[i].mean(), groups),
-               "majority": counts.mean(0).max(), "gain": gain(np.arange(len(items))),
-               "gain_interval": metrics.interval(gain, groups),
+               "accuracy": right.mean(), "accuracy_interval": metrics.mean_interval(right, groups),
+               "majority": blind.mean(), "gain": (right - blind).mean(),
+               "gain_interval": metrics.mean_interval(right - blind, groups),
                "photographs": {g: right[np.asarray(groups) == g].mean() for g in sorted(set(groups))}}
         if others:
             theirs = np.asarray([others[_place(item)].right for item in items], float)
             row |= {"control": theirs.mean(), "control_gain": (right - theirs).mean(),
-                    "control_gain_interval": metrics.interval(lambda i, d=right - theirs: d[i].mean(), groups)}
+                    "control_gain_interval": metrics.mean_interval(right - theirs, groups)}
         rows.append(row)
     return rows
 

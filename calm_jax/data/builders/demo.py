@@ -1,8 +1,9 @@
-"""Nothing in, a small dataset out: versions of nine photographs that come with Python packages, no download needed.
+"""Nothing in, a small dataset out: versions of 13 photographs that come with Python packages, no download needed.
 
 The photographs belong to scikit-image, scikit-learn and matplotlib (`pip install calm_jax[demo]`). A record is a
-seeded window of one of them with no, one or two known degradations. Training and validation share six photographs
-(validation uses windows that no training window nearly equals); the three of the test split are never trained on.
+seeded window of one of them with no, one or two known degradations. Training and validation share nine photographs,
+four of them black and white (validation uses windows that no training window nearly equals); the four of the test
+split, colour photographs about which nearly every question can be asked, are never trained on.
 
 Captions are written by us after looking at the photographs. Comments and scores are **composed, not human**: a comment
 joins a fact about the photograph with the bank's words for its known degradations, and the score is 8.4 less a fixed
@@ -89,16 +90,6 @@ PHOTOGRAPHS = (
          "A rich field of galaxies in many colours."),
         ("tilt", "orientation", "exposure", "contrast", "saturation", "vignetting", "tint")),
     Photograph(
-        "motorcycle", "skimage", "data/motorcycle_left.png", "train", (0.18, 0.28, 0.92, 0.90),
-        ("A red motorcycle stands in a garage.",
-         "A red motorcycle with a black seat is parked on a concrete floor.",
-         "A motorcycle is parked in front of shelves and a wooden bench.",
-         "Side view of a motorcycle in a cluttered garage.",
-         "A red motorcycle leans on its stand."),
-        ("The red tank of the motorcycle is the strongest colour.",
-         "The motorcycle stands in front of a busy background.",
-         "A plain side view of a motorcycle in a garage.")),
-    Photograph(
         "flower", "sklearn", "datasets/images/flower.jpg", "train", (0.26, 0.18, 0.70, 0.86),
         ("An orange dahlia blooms in front of dark green leaves.",
          "A round orange flower with many petals.",
@@ -119,6 +110,60 @@ PHOTOGRAPHS = (
         ("The dark uniform stands out against the blue background.",
          "The officer looks calmly and directly at the camera.",
          "A formal portrait of a naval officer.")),
+    Photograph(
+        "cameraman", "skimage", "data/camera.png", "train", (0.10, 0.12, 0.66, 0.90),
+        ("A man looks through a camera on a tripod.",
+         "A photographer in a dark coat works with a camera on a tripod.",
+         "A man in a black coat stands on a lawn behind his camera.",
+         "A cameraman at work on an open field.",
+         "A man with a camera, and a city far behind him."),
+        ("The dark coat stands out against the pale sky.",
+         "The legs of the tripod lead the eye to the camera.",
+         "A black and white picture of a man at work."),
+        ("saturation",)),
+    Photograph(
+        "bricks", "skimage", "data/brick.png", "train", (0.45, 0.45, 0.55, 0.55),
+        ("A floor of long bricks seen from above.",
+         "Rows of narrow bricks with pale joints.",
+         "Many bricks lie side by side in straight lines.",
+         "A pavement made of bricks.",
+         "Bricks form a regular pattern."),
+        ("The pale joints draw a regular pattern.",
+         "The rows of bricks run away from the camera.",
+         "A plain black and white study of a pavement."),
+        ("saturation", "tilt", "orientation", "contrast")),
+    Photograph(
+        "gravel", "skimage", "data/gravel.png", "train", (0.45, 0.45, 0.55, 0.55),
+        ("A ground covered with small broken stones.",
+         "Gravel seen from above.",
+         "Countless little stones lie close together.",
+         "Many angular stones fill the picture.",
+         "A bed of gravel."),
+        ("The many edges of the stones make a lively pattern.",
+         "The picture has no centre, and every part of it is alike.",
+         "A black and white study of gravel."),
+        ("saturation", "tilt", "orientation")),
+    Photograph(
+        "coins", "skimage", "data/coins.png", "train", (0.35, 0.35, 0.65, 0.65),
+        ("Old coins lie in rows on a dark ground.",
+         "A collection of ancient coins seen from above.",
+         "Many worn coins of several sizes are laid out in lines.",
+         "Rows of antique coins on black cloth.",
+         "Ancient coins with heads and figures."),
+        ("The bright coins stand out against the dark ground.",
+         "The coins are set out in even rows.",
+         "A black and white picture of a collection of coins."),
+        ("saturation", "tilt", "orientation", "exposure")),
+    Photograph(
+        "motorcycle", "skimage", "data/motorcycle_left.png", "test", (0.18, 0.28, 0.92, 0.90),
+        ("A red motorcycle stands in a garage.",
+         "A red motorcycle with a black seat is parked on a concrete floor.",
+         "A motorcycle is parked in front of shelves and a wooden bench.",
+         "Side view of a motorcycle in a cluttered garage.",
+         "A red motorcycle leans on its stand."),
+        ("The red tank of the motorcycle is the strongest colour.",
+         "The motorcycle stands in front of a busy background.",
+         "A plain side view of a motorcycle in a garage.")),
     Photograph(
         "cat", "skimage", "data/chelsea.png", "test", (0.20, 0.10, 0.80, 0.85),
         ("A tabby cat with green eyes looks past the camera.",
