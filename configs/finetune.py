@@ -11,7 +11,7 @@ learns too (with the MFAM at a tenth of the rate, see pretrain.py), at learning 
 from calm_jax import config as c
 
 SIZES = {  # rows a step, steps of the two processes, peak learning rates, shape of a row (ours but the 7b rates)
-    "tiny": (2, (300, 300), (1.5e-3, 1.5e-3), c.Row(tokens=480, images=3, answers=160)),
+    "tiny": (2, (450, 450), (2e-3, 2e-3), c.Row(tokens=480, images=3, answers=160)),
     "small": (16, (5_000, 5_000), (5e-4, 5e-4), c.Row(tokens=1024, images=4, answers=256)),
     "7b": (128, (1_640, 1_840), (2.5e-5, 7e-5), c.Row()),
     "13b": (128, (1_640, 1_840), (2.5e-5, 7e-5), c.Row()),
@@ -29,7 +29,7 @@ def get_config(variant: str = "tiny"):
         name: c.Process(
             tasks=tasks, row=row, batch=rows, steps=count, optimizer=c.Optimizer(peak_lr=rate, **adam),
             train=(".*",) if scratch else (r"mfam/.*", r"llama/.*"), freeze=() if scratch else (r"vit/.*",),
-            eval_every=max(count // 2, 1))
+            eval_every=max(-(-count // 2), 1))
         for name, tasks, count, rate in zip(
             ("comments", "scores"), ({"comment": 1.0}, {"score": 1.0}), steps, rates, strict=True)
     }

@@ -17,7 +17,7 @@ from calm_jax import config as c
 
 # rows a step, steps of language, self-supervised and generic, shape of a row (ours)
 SIZES = {
-    "tiny": (2, (500, 1_600, 200), c.Row(tokens=384, images=3, answers=160)),
+    "tiny": (2, (500, 1_500, 200), c.Row(tokens=384, images=3, answers=160)),
     "small": (16, (2_000, 20_000, 5_000), c.Row(tokens=1024, images=4, answers=256)),
     "7b": (256, (0, 4_000, 2_180), c.Row()),
     "13b": (256, (0, 4_000, 2_180), c.Row()),
@@ -31,7 +31,7 @@ def get_config(variant: str = "tiny"):
     rows, (language, unlabeled, pairs), row = SIZES[variant]
     scratch = variant in ("tiny", "small")
     # Comparisons are the harder half and twice as long: the smallest model spends little on them.
-    tasks = {"attributes": 0.9, "comparisons": 0.1} if variant == "tiny" else {"attributes": 0.7, "comparisons": 0.3}
+    tasks = {"attributes": 0.85, "comparisons": 0.15} if variant == "tiny" else {"attributes": 0.7, "comparisons": 0.3}
     encoder_llm = ("vit/.*", "llama/.*")
     optimizer = c.Optimizer(peak_lr=1e-3)
     processes = {}
@@ -46,10 +46,10 @@ def get_config(variant: str = "tiny"):
         tasks=tasks, parts=c.LEVELS, row=row, batch=rows, steps=unlabeled, optimizer=optimizer,
         train=(".*",) if scratch else (r"mfam/qformers/.*",),
         freeze=() if scratch else (r"mfam/thematic/.*", *encoder_llm),
-        eval_every=max(unlabeled // 3, 1))
+        eval_every=max(-(-unlabeled // 3), 1))
     processes["generic"] = c.Process(
         tasks={"caption": 1.0}, parts=("thematic",), row=row, batch=rows, steps=pairs, optimizer=optimizer,
         train=(".*",) if scratch else (r"mfam/thematic/.*",),
         freeze=() if scratch else (r"mfam/qformers/.*", *encoder_llm),
-        eval_every=max(pairs // 2, 1))
+        eval_every=max(-(-pairs // 2), 1))
     return c.to_config_dict(c.Config(model=model, run=tuple(processes), processes=processes))

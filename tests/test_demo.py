@@ -25,7 +25,7 @@ def test_unknown_datasets_and_splits_are_refused(demo):
 
 def test_splits_are_apart(demo):
     splits = {split: demo.indices(split) for split in ("train", "validation", "test")}
-    assert {split: len(indices) for split, indices in splits.items()} == {"train": 360, "validation": 90, "test": 96}
+    assert {split: len(indices) for split, indices in splits.items()} == {"train": 1080, "validation": 90, "test": 96}
     assert sorted(np.concatenate(list(splits.values()))) == list(range(len(demo)))
     names = {split: {demo.record(int(i)).key.split("-")[0] for i in indices} for split, indices in splits.items()}
     assert names["train"] == names["validation"] and len(names["train"]) == 9

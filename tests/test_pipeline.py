@@ -137,6 +137,19 @@ def test_a_conversation_longer_than_a_row_is_named_and_skipped(demo):
         make_rows(demo, process).plan(0)
 
 
+def test_records_refused_while_planning_count_as_bad_in_the_row_that_was_filled(demo):
+    wide = make_rows(demo)
+    lengths = [len(wide.encode(wide.sample(example)).tokens) for number in range(20) for example in wide.plan(number)]
+    row = dataclasses.replace(PROCESS.row, tokens=int(np.median(lengths)))
+    rows = make_rows(demo, dataclasses.replace(PROCESS, row=row))
+    count = 1
+    while rows.plan(count)[0].epoch == 0:
+        count += 1
+    kept = sum(len(rows.plan(number)) for number in range(count))
+    refused = sum(int(rows.row(number)["bad"]) for number in range(count))
+    assert refused > 20 and kept + refused == len(demo.indices("train"))
+
+
 def test_shuffled_labels_keep_texts_and_change_pictures(demo):
     process = dataclasses.replace(PROCESS, tasks={"attributes": 1.0})
     rows, shuffled = make_rows(demo, process), make_rows(demo, dataclasses.replace(process, shuffle_labels=True))

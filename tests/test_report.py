@@ -111,7 +111,7 @@ def text(results, workdirs, tmp_path_factory):
     commands = [report.Command("train <it>", "python -m calm_jax.train --config configs/pretrain.py", 61.0),
                 report.Command("not timed", "true")]
     out = report.write(tmp_path_factory.mktemp("page") / "deep" / "report.html", workdirs=workdirs, results=results,
-                       title="A page & more", lead="What it is.", notes=("Beware.",), commands=commands,
+                       title="A page & more", lead="What it is.", notes=("Beware.",), commands=commands, seconds=83.0,
                        truth="composed")
     return out.read_text(encoding="utf-8")
 
@@ -146,7 +146,8 @@ def test_every_attribute_of_the_table_is_shown(text, results):
 def test_figures_notes_and_commands_are_on_the_page(text):
     shown = "".join(Page(text).text)
     for piece in ("A page & more", "What it is.", "Beware.", "python -m calm_jax.train --config configs/pretrain.py",
-                  "61 s", "train <it>", "PLCC", "parse failures", "control: validation", "calm_jax 0", "generic"):
+                  "61 s", "83 s for all", "train <it>", "PLCC", "parse failures", "control: validation", "calm_jax 0",
+                  "generic"):
         assert piece in shown, piece
 
 

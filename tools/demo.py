@@ -38,6 +38,7 @@ NOTES = (
     "therefore know, such as blur, noise or a colour cast. No human judged these pictures. The page shows that the "
     "machinery learns what it is taught, and how far that carries to photographs it has not seen.",
 )
+EVERYTHING = "everything on this page"
 QUICK_NOTE = "This page was made with --quick: a handful of steps, so every answer is expected to be nonsense."
 
 _SMALL = {  # a geometry that compiles and runs fast
@@ -167,13 +168,14 @@ def demo(workdir: pathlib.Path, quick: bool) -> int:
     workdir.mkdir(parents=True, exist_ok=True)
     ledger = workdir / "seconds.json"  # of each step, over all runs of this program
     spent: dict[str, float] = json.loads(ledger.read_text()) if ledger.is_file() else {}
+    began, earlier = time.monotonic(), spent.pop(EVERYTHING, 0.0)
     beside: list[tuple[int, Step, subprocess.Popen, int, float]] = []
 
     def settle(number: int, step: Step, child: subprocess.Popen, before: int, begin: float) -> int:
         code = finish(child)
         if _changed(step.result) != before:  # a training that was complete already costs no time worth telling
             spent[step.title] = spent.get(step.title, 0.0) + time.monotonic() - begin
-            ledger.write_text(json.dumps(spent, indent=1))
+            ledger.write_text(json.dumps({**spent, EVERYTHING: earlier + time.monotonic() - began}, indent=1))
         if code:
             where = f"in {step.log}" if step.log else "above"
             print(f"\nerror: step {number} ({step.title}) ended with exit code {code}; its message stands {where}, and "
@@ -203,16 +205,19 @@ def demo(workdir: pathlib.Path, quick: bool) -> int:
             child.terminate()
             child.wait()
     print(f"\n[{len(plan) + 1}/{len(plan) + 1}] report", flush=True)
-    page = write_report(workdir, plan, spent, quick)
+    seconds = earlier + time.monotonic() - began
+    page = write_report(workdir, plan, spent, seconds, quick)
     print("\ntime of each step, seconds:")
     for step in plan:
         print(f"  {spent.get(step.title, 0.0):>7.0f}  {step.title}")
+    print(f"  {seconds:>7.0f}  {EVERYTHING}; trainings ran side by side")
     print(f"peak memory of a process: {_peak() / 2**30:.2f} GiB, and at most two run at a time")
     print(f"report: {page}", flush=True)
     return 0
 
 
-def write_report(workdir: pathlib.Path, plan: list[Step], spent: dict[str, float], quick: bool) -> pathlib.Path:
+def write_report(workdir: pathlib.Path, plan: list[Step], spent: dict[str, float], seconds: float,
+                 quick: bool) -> pathlib.Path:
     """The page of everything that was run."""
     commands = [report.Command(step.title, command_line(step), spent.get(step.title)) for step in plan]
     whole = shlex.join([interpreter(), "-m", "tools.demo", "--workdir", str(workdir), *(["--quick"] if quick else [])])
@@ -220,7 +225,7 @@ def write_report(workdir: pathlib.Path, plan: list[Step], spent: dict[str, float
         workdir / "report.html", title=TITLE, lead=LEAD, notes=((QUICK_NOTE, *NOTES) if quick else NOTES),
         workdirs={name: workdir / name for name in ("pretrain", "control", "finetune")},
         results=[json.loads(step.result.read_text()) for step in plan if step.sources],
-        commands=[report.Command("everything on this page, one after the other", whole), *commands], truth="composed")
+        commands=[report.Command(EVERYTHING, whole), *commands], seconds=seconds, truth="composed")
 
 
 def _changed(path: pathlib.Path) -> int:

@@ -63,6 +63,7 @@ class Rows:
         if not len(self._indices):
             raise config_lib.ConfigError(f"the dataset {dataset.name!r} has no pictures in its {split} split")
         self._rows: list[tuple[Example, ...]] = []
+        self._refused: list[int] = []  # of each row: records that were refused while it was being filled
         self._epochs = 0
         self._lock = threading.Lock()
 
@@ -78,7 +79,9 @@ class Rows:
         with self._lock:
             while row >= len(self._rows):
                 before = len(self._rows)
-                self._rows.extend(self._plan_epoch(self._epochs))
+                for examples, refused in self._plan_epoch(self._epochs):
+                    self._rows.append(examples)
+                    self._refused.append(refused)
                 self._epochs += 1
                 if len(self._rows) == before:
                     name, reason = next(iter(self.bad.items()))
@@ -86,14 +89,16 @@ class Rows:
                                                  f"the first one, {name}: {reason}")
             return self._rows[row]
 
-    def _plan_epoch(self, epoch: int) -> Iterator[tuple[Example, ...]]:
-        """Every record once, in a seeded order, each put into the fullest open row with room for it."""
+    def _plan_epoch(self, epoch: int) -> Iterator[tuple[tuple[Example, ...], int]]:
+        """Every record once, in a seeded order, each put into the fullest open row with room for it; beside each row
+        the number of records that were refused since the row before."""
         row = self.process.row
         rng = np.random.default_rng([self.seed, epoch, 1])
         names, weights = zip(*self.process.tasks.items(), strict=True)
         drawn = rng.choice(len(names), size=len(self._indices), p=np.asarray(weights) / sum(weights))
         capacity = np.asarray([row.tokens, row.images, row.answers])
         unfinished: list[tuple[np.ndarray, list[Example]]] = []
+        refused = 0
         for index, task in zip(rng.permutation(self._indices), drawn, strict=True):
             example = Example(epoch, int(index), names[task])
             try:
@@ -104,6 +109,7 @@ class Rows:
                                     f"a row has {row.tokens}, {row.images} and {row.answers}")
             except BadRecord as error:
                 self._count_bad(example, error)
+                refused += 1
                 continue
             fitting = [i for i, (used, _) in enumerate(unfinished) if (used + need <= capacity).all()]
             if fitting:
@@ -113,9 +119,11 @@ class Rows:
             else:
                 unfinished.append((need, [example]))
                 if len(unfinished) > OPEN_ROWS:
-                    yield tuple(unfinished.pop(0)[1])
+                    yield tuple(unfinished.pop(0)[1]), refused
+                    refused = 0
         for _, examples in unfinished:
-            yield tuple(examples)
+            yield tuple(examples), refused
+            refused = 0
 
     def sample(self, example: Example) -> Sample:
         """The conversation of an example; with `shuffle_labels` its pictures are edited by an unrelated draw."""
@@ -135,8 +143,11 @@ class Rows:
         return encode(sample, self.tokenizer, self.layout, candidates=self.process.row.candidates)
 
     def row(self, number: int) -> dict[str, np.ndarray]:
-        """The arrays of one row (without the leading axis), plus `bad`: how many of its records were masked."""
-        return self.pack(self.plan(number))
+        """The arrays of one row (without the leading axis), plus `bad`: how many of its records were masked,
+        and how many were refused while it was filled."""
+        row = self.pack(self.plan(number))
+        row["bad"] += self._refused[number]
+        return row
 
     def pack(self, examples: tuple[Example, ...]) -> dict[str, np.ndarray]:
         """Reads and edits the pictures of `examples` and lays their conversations out one after the other."""

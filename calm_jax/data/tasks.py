@@ -1,8 +1,9 @@
 """A task's name and a record in, a Sample out. Draws come from the given generator only; no pixel is read.
 
 `attributes` and `comparisons` are the text-guided self-supervision of the paper (unlabeled pictures, augmentations,
-pseudo-labels): questions about one edited picture, and about two versions of a picture. `caption`, `comment` and `score` turn what a dataset knows of a picture into instruction and answer. The instructions
-are ours; the form of the score, one decimal and a full stop, is the paper's.
+pseudo-labels): questions about one edited picture, and about two versions of a picture. `caption`, `comment` and
+`score` turn what a dataset knows of a picture into instruction and answer. The instructions are ours; the form of the
+score, one decimal and a full stop, is the paper's.
 """
 
 from __future__ import annotations

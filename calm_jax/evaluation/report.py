@@ -30,14 +30,12 @@ import calm_jax
 from calm_jax import config as config_lib
 from calm_jax.data import attributes, builders, images
 from calm_jax.data.samples import Dataset, Edit, ImageRef
+from calm_jax.evaluation import plots
 from calm_jax.inference.scorer import HIGHEST, LOWEST, read_score
 
 CARDS, PAIRS, QUESTIONS = 12, 6, 4  # pictures in the gallery, comparisons behind it, questions on a card
 SHARP = 192  # least side, pixels, at which a picture is drawn: small encoders see less than is pleasant to look at
 QUALITY = 93  # of the page's JPEGs, well above what `compression` calls visible
-# Drawn by matplotlib in these colours, then replaced by the page's own, which differ by light and dark.
-_INK, _GRID = "#010203", "#040506"
-BLUE, ORANGE, GREY, GREEN, VIOLET = "#3b82c4", "#d9782d", "#8a8f98", "#3a9d6a", "#9a6bd1"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +49,7 @@ class Command:
 
 def write(out: str | os.PathLike, *, workdirs: Mapping[str, str | os.PathLike], results: Sequence[Mapping[str, Any]],
           title: str, lead: str = "", notes: Sequence[str] = (), commands: Sequence[Command] = (),
-          truth: str = "true") -> pathlib.Path:
+          seconds: float | None = None, truth: str = "true") -> pathlib.Path:
     """Writes the page and returns its path.
 
     Args:
@@ -62,6 +60,7 @@ def write(out: str | os.PathLike, *, workdirs: Mapping[str, str | os.PathLike], 
       lead: one sentence that says what this is.
       notes: sentences a reader must know before believing anything.
       commands: how to reproduce it.
+      seconds: how long everything took; less than the sum of the commands where some ran side by side.
       truth: the word for where the true scores come from, such as `composed`.
 
     Raises:
@@ -79,7 +78,7 @@ def write(out: str | os.PathLike, *, workdirs: Mapping[str, str | os.PathLike], 
     asked = found.get("attributes")
     page = {
         "title": title, "lead": lead, "notes": notes, "commands": commands, "truth": truth,
-        "facts": facts(runs, commands),
+        "facts": facts(runs, seconds),
         "split": next((result["split"] for result in results), ""),
         "gallery": gallery(found, painter),
         "named": comments_in_figures(found.get("commenting")),
@@ -166,7 +165,7 @@ class _Run:
         return np.asarray([p[0] for p in points], float), np.asarray([p[1] for p in points], float)
 
 
-def facts(runs: Sequence[_Run], commands: Sequence[Command]) -> list[tuple[str, str]]:
+def facts(runs: Sequence[_Run], seconds: float | None) -> list[tuple[str, str]]:
     """When, where, with what and how long, as (name, text)."""
     versions = []
     for package in ("jax", "flax"):
@@ -181,13 +180,12 @@ def facts(runs: Sequence[_Run], commands: Sequence[Command]) -> list[tuple[str, 
             if len(steps):
                 label = " on shuffled labels" if run.shuffled(process) else ""
                 trained.append(f"{process}{label}, {int(steps[-1])} steps")
-    spent = [command.seconds for command in commands if command.seconds is not None]
     rows = [
         ("written", datetime.datetime.now(datetime.UTC).strftime("%d %B %Y, %H:%M UTC")),
         ("trained", "; ".join(trained)),
         ("machine", f"{_cores()} CPU cores, {platform.system()} {platform.machine()}"),
         ("software", ", ".join([f"calm_jax {calm_jax.__version__}", *versions, f"Python {platform.python_version()}"])),
-        ("time", f"{duration(sum(spent))} for all commands below" if spent else ""),
+        ("time", f"{duration(seconds)} for all commands below" if seconds is not None else ""),
     ]
     return [(name, text) for name, text in rows if text]
 
@@ -375,48 +373,6 @@ def _whisker(value: Any, interval: Any, scale: tuple[float, float]) -> dict[str,
 # ---- plots -----------------------------------------------------------------------------------------------------------
 
 
-def plot(name: str, draw, *, width: float = 4.2, height: float = 2.9) -> str:
-    """An SVG element to stand inside a page: text stays text, and ink and grid take the page's colours.
-
-    Args:
-      name: unique on the page; keeps the ids of several plots apart.
-      draw: function of the axes.
-      width, height: inches of 72 units.
-    """
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
-    from matplotlib.style import context
-    style = {"svg.fonttype": "none", "svg.hashsalt": name, "font.size": 9.5, "text.color": _INK,
-             "axes.labelcolor": _INK, "axes.edgecolor": _GRID, "axes.grid": True, "grid.color": _GRID,
-             "grid.linewidth": 0.6, "xtick.color": _INK, "ytick.color": _INK, "axes.spines.top": False,
-             "axes.spines.right": False, "legend.frameon": False, "legend.fontsize": 9, "axes.axisbelow": True,
-             "xtick.major.size": 0, "ytick.major.size": 0}
-    with context(style):
-        figure_ = Figure(figsize=(width, height), layout="constrained")
-        FigureCanvasSVG(figure_)
-        draw(figure_.add_subplot())
-        file = io.StringIO()
-        figure_.savefig(file, format="svg", transparent=True)
-    svg = file.getvalue()
-    svg = svg[svg.index("<svg"):]
-    svg = re.sub(r"<metadata>.*?</metadata>\s*", "", svg, flags=re.DOTALL)
-    svg = re.sub(r"<style[^>]*>.*?</style>\s*", "", svg, flags=re.DOTALL)  # would hold for the whole page
-    svg = re.sub(r' xmlns(:xlink)?="[^"]*"| version="[^"]*"| (width|height)="[\d.]+pt"', "", svg.split(">", 1)[0]
-                 ) + ">" + svg.split(">", 1)[1]
-    prefix = re.sub(r"\W+", "-", name)
-    svg = re.sub(r'\bid="', f'id="{prefix}-', svg)
-    svg = svg.replace("xlink:href=\"#", f'xlink:href="#{prefix}-').replace("url(#", f"url(#{prefix}-")
-    svg = re.sub(r"font: ([\d.]+px) [^;\"]*", r"font-size: \1", svg)
-    svg = svg.replace(_INK, "currentColor").replace(_GRID, "var(--line)")
-    return svg.replace("<svg", f'<svg class="plot" role="img" aria-label="{prefix}"', 1)
-
-
-def smooth(values: np.ndarray, span: float = 0.12) -> np.ndarray:
-    """A running mean over `span` of the points, centred; the ends average what there is."""
-    reach = max(int(len(values) * span / 2), 1)
-    return np.asarray([values[max(i - reach, 0):i + reach + 1].mean() for i in range(len(values))])
-
-
 def curves(runs: Sequence[_Run]) -> list[dict[str, Any]]:
     """One panel a process: loss, token accuracy and learning rate; runs on shuffled labels beside their namesakes."""
     panels = []
@@ -425,7 +381,7 @@ def curves(runs: Sequence[_Run]) -> list[dict[str, Any]]:
             if run.shuffled(process) and any(process in other.processes and not other.shuffled(process)
                                              for other in runs):
                 continue
-            lines = [("", run, BLUE)] + [("control: ", other, ORANGE) for other in runs
+            lines = [("", run, plots.BLUE)] + [("control: ", other, plots.ORANGE) for other in runs
                                          if other is not run and process in other.processes and other.shuffled(process)]
             name = f"{run.name} {process}"
             last = run.series(process, "validation", "loss")[1], run.series(process, "validation", "accuracy")[1]
@@ -433,10 +389,11 @@ def curves(runs: Sequence[_Run]) -> list[dict[str, Any]]:
                 "process": process, "run": run.name, "controlled": len(lines) > 1,
                 "loss": float(last[0][-1]) if len(last[0]) else None,
                 "accuracy": float(last[1][-1]) if len(last[1]) else None,
-                "plots": [plot(f"{name} loss", functools.partial(_draw, lines, process, "loss", "loss (nats a token)")),
-                          plot(f"{name} accuracy",
-                               functools.partial(_draw, lines, process, "accuracy", "token accuracy")),
-                          plot(f"{name} rate", functools.partial(_draw_rate, run, process))]})
+                "plots": [plots.plot(f"{name} loss",
+                                     functools.partial(_draw, lines, process, "loss", "loss (nats a token)")),
+                          plots.plot(f"{name} accuracy",
+                                     functools.partial(_draw, lines, process, "accuracy", "token accuracy")),
+                          plots.plot(f"{name} rate", functools.partial(_draw_rate, run, process))]})
     return panels
 
 
@@ -445,10 +402,10 @@ def _draw(lines, process, value, label, axes) -> None:
         steps, values = run.series(process, "train", value)
         if len(steps):
             axes.plot(steps, values, color=colour, alpha=0.28, linewidth=0.8)
-            axes.plot(steps, smooth(values), color=colour, linewidth=1.6, label=f"{prefix}train, smoothed")
+            axes.plot(steps, plots.smooth(values), color=colour, linewidth=1.6, label=f"{prefix}train, smoothed")
         steps, values = run.series(process, "validation", value)
         if len(steps):
-            axes.plot(steps, values, "o", color=colour, markersize=5, markeredgecolor=_INK, markeredgewidth=0.6,
+            axes.plot(steps, values, "o", color=colour, markersize=5, markeredgecolor=plots.INK, markeredgewidth=0.6,
                       label=f"{prefix}validation")
     if value == "accuracy":
         axes.set_ylim(0, 1)
@@ -463,7 +420,7 @@ def _draw(lines, process, value, label, axes) -> None:
 
 def _draw_rate(run, process, axes) -> None:
     steps, values = run.series(process, "train", "lr")
-    axes.plot(steps, 1e3 * values, color=VIOLET, linewidth=1.6)
+    axes.plot(steps, 1e3 * values, color=plots.VIOLET, linewidth=1.6)
     axes.set_ylim(bottom=0)
     axes.set_title("learning rate, thousandths", loc="left", fontsize=9.5)
     axes.set_xlabel("step")
@@ -481,12 +438,12 @@ def scores(result: Mapping[str, Any] | None, truth: str) -> dict[str, Any] | Non
             points.setdefault(answer["group"], []).append((true, said))
 
     def draw(axes):
-        axes.plot([LOWEST, HIGHEST], [LOWEST, HIGHEST], color=GREY, linewidth=1, linestyle="--")
-        for (name, pairs_), colour, mark in zip(sorted(points.items()), (BLUE, ORANGE, GREEN, VIOLET) * 100,
-                                                "osD^" * 100, strict=False):
+        axes.plot([LOWEST, HIGHEST], [LOWEST, HIGHEST], color=plots.GREY, linewidth=1, linestyle="--")
+        colours = (plots.BLUE, plots.ORANGE, plots.GREEN, plots.VIOLET)
+        for (name, pairs_), colour, mark in zip(sorted(points.items()), colours * 100, "osD^" * 100, strict=False):
             # More than a few photographs are points of one kind: a legend of a thousand names helps nobody.
             few = len(points) <= 4
-            axes.plot(*np.asarray(pairs_).T, mark if few else "o", color=colour if few else BLUE, alpha=0.7,
+            axes.plot(*np.asarray(pairs_).T, mark if few else "o", color=colour if few else plots.BLUE, alpha=0.7,
                       markersize=5, markeredgewidth=0, label=name if few else None)
         axes.set(xlim=(LOWEST, HIGHEST), ylim=(LOWEST, HIGHEST), xlabel=f"{truth} score", ylabel="score the model said")
         axes.set_aspect("equal")
@@ -496,7 +453,7 @@ def scores(result: Mapping[str, Any] | None, truth: str) -> dict[str, Any] | Non
     table = result["table"]
     names = (("plcc", "PLCC", "linear correlation"), ("srcc", "SRCC", "rank correlation"),
              ("mae", "MAE", "mean absolute error, points"))
-    return {"plot": plot("scores", draw, width=4.6, height=4.4), "n": table["n"],
+    return {"plot": plots.plot("scores", draw, width=4.6, height=4.4), "n": table["n"],
             "failures": table["parse_failures"],
             "distinct": len({said for pairs_ in points.values() for _, said in pairs_}),
             "rows": [(name, meaning, table.get(key), table.get(f"{key}_interval")) for key, name, meaning in names]}

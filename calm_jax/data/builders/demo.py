@@ -198,7 +198,7 @@ PHOTOGRAPHS = (
          "A clear view of a traditional pavilion in daylight.")),
 )
 
-VERSIONS = {"train": 40, "validation": 10, "test": 24}  # of each photograph
+VERSIONS = {"train": 120, "validation": 10, "test": 24}  # of each photograph
 
 
 def path_of(photograph: Photograph) -> Path:
