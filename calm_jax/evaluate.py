@@ -49,7 +49,9 @@ def evaluate(path: str, task: str, dataset_name: str, split: str, control: str |
 
 def _answers(path, task, dataset, split):
     model = restore.model(path)
-    trained = model.config.processes[model.saved.meta["process"]]
+    trained = model.config.processes.get(model.saved.meta["process"])
+    if trained is None:
+        raise config_lib.ConfigError(f"{model.saved.path} was converted and never trained; train from it first")
     parts = trained.parts if task != "attributes" else config_lib.LEVELS
     generator = Generator(model.config.model, model.parameters, model.tokenizer, parts, model.dtype)
     if task == "attributes":

@@ -152,14 +152,14 @@ def test_an_unfinished_folder_of_the_same_step_is_written_anew(store):
 
 def test_a_full_disk_is_one_sentence_and_harms_nothing(store, monkeypatch):
     save(store, 1)
-    write = checkpoint._write_json
+    write = checkpoint.write_json
 
     def full(path, value):
         if path.name == checkpoint.MARKER:
             raise OSError(errno.ENOSPC, "No space left on device")
         write(path, value)
 
-    monkeypatch.setattr(checkpoint, "_write_json", full)
+    monkeypatch.setattr(checkpoint, "write_json", full)
     store.save(2, arrays(), META)
     with pytest.raises(checkpoint.CheckpointError, match=r"no space left for the checkpoint .*00000002; free some "
                        "space and run the same command again: it resumes from the last complete checkpoint"):
@@ -240,7 +240,7 @@ def test_the_stacked_matrices_of_7b_are_shared_by_eight_readers_whatever_their_m
     for path, leaf in shapes.items():
         if leaf.ndim < 3 or leaf.size * 4 < checkpoint.LARGE:
             continue
-        options = checkpoint._chunks(leaf)
+        options = checkpoint.chunks(leaf)
         part = layout[path].shard_shape(leaf.shape)
         for written in (leaf.shape, part):
             chunk = subchunking.choose_chunk_shape(leaf.shape, written, leaf.dtype, options.chunk_byte_size,

@@ -221,7 +221,7 @@ def test_convolutional_stem():
     table = tables.vit(cfg)
     rows = tables.Table(tuple(dataclasses.replace(row, path=row.path.removeprefix("stem/"))
                               for row in table.rows if row.path.startswith("stem/")))
-    convs = [torch.nn.Conv2d(3, 16, 3, 2), torch.nn.Conv2d(16, 32, 3, 2)]
+    convs = [torch.nn.Conv2d(3, 32, 3, 2), torch.nn.Conv2d(32, 32, 3, 2)]
     stem = randomised(torch.nn.ModuleList([*convs, torch.nn.Linear(32, 32)]), 3)
     ours = build(lambda: ConvStem(cfg, nnx.Rngs(0)), rows,
                  {f"embeddings.stem.{name}": value for name, value in weights(stem).items()})

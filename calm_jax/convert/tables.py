@@ -20,7 +20,7 @@ from calm_jax import config as config_lib
 Shapes = Mapping[str, tuple[int, ...]]
 
 
-class WeightError(ValueError):
+class WeightError(config_lib.ConfigError):
     """Tensors and leaves that do not correspond; the message has one line for each of them."""
 
     def __init__(self, problems: Iterable[str]):
@@ -305,9 +305,7 @@ def match(table: Table, found: Shapes, shapes: Shapes) -> dict[str, Entry]:
     places: dict[str, Entry] = {}
     taken: dict[str, str] = {}
     for name, shape in found.items():
-        key = name
-        for pattern, replacement in table.renames:
-            key = re.sub(pattern, replacement, key)
+        key = _renamed(table, name)
         if key not in wanted:
             if not _ignored(table.ignored, key):
                 problems.append(f"unexpected: {name} {tuple(shape)}")
@@ -321,6 +319,14 @@ def match(table: Table, found: Shapes, shapes: Shapes) -> dict[str, Entry]:
     if problems:
         raise WeightError(problems)
     return places
+
+
+def fits(table: Table, found: Shapes, shapes: Shapes, pattern: str) -> bool:
+    """Whether all tensors of the leaves whose path matches `pattern` in full are found, in the shapes needed."""
+    rows = tuple(row for row in table.rows if re.fullmatch(pattern, row.path))
+    entries, _ = expand(dataclasses.replace(table, rows=rows), shapes)
+    renamed = {_renamed(table, name): tuple(shape) for name, shape in found.items()}
+    return all(renamed.get(entry.key) == entry.shape for entry in entries)
 
 
 def to_jax(table: Table, tensors: Mapping[str, np.ndarray], shapes: Shapes) -> dict[str, np.ndarray]:
@@ -358,6 +364,12 @@ def to_torch(table: Table, leaves: Mapping[str, np.ndarray]) -> dict[str, np.nda
     for constant in table.constants:
         tensors[constant.key] = np.full_like(tensors[constant.like], constant.value)
     return tensors
+
+
+def _renamed(table: Table, name: str) -> str:
+    for pattern, replacement in table.renames:
+        name = re.sub(pattern, replacement, name)
+    return name
 
 
 def _ignored(rules: Iterable[Ignored], name: str) -> bool:

@@ -93,9 +93,9 @@ class Checkpoints:
         tree = {"parameters": nest(arrays["parameters"]), "optimizer": _named(arrays["optimizer"])}
         try:
             path.mkdir(parents=True)
-            self._orbax.save(path / ARRAYS, args=ocp.args.PyTreeSave(tree, save_args=jax.tree.map(_chunks, tree)))
+            self._orbax.save(path / ARRAYS, args=ocp.args.PyTreeSave(tree, save_args=jax.tree.map(chunks, tree)))
         except Exception as error:
-            raise _failed(path, error) from error
+            raise failed(path, error) from error
         meta = {**meta, "step": step, "is_best": best, "version": calm_jax.__version__, "commit": _commit()}
         self._saved_at = time.monotonic()
         self._finisher = threading.Thread(target=self._finish, args=(path, meta, best, step), daemon=True)
@@ -107,14 +107,14 @@ class Checkpoints:
             if meta is not None:
                 self._orbax.wait_until_finished()
                 if jax.process_index() == 0:
-                    _write_json(path / META, meta)
+                    write_json(path / META, meta)
                     write_marker(path)
             if jax.process_index() == 0:
                 if best:
-                    _write_json(self.folder / BEST, {"step": step})
+                    write_json(self.folder / BEST, {"step": step})
                 self._prune()
         except BaseException as error:
-            self._error = _failed(path, error)
+            self._error = failed(path, error)
 
     def wait(self) -> None:
         """Returns when nothing is being saved. Raises CheckpointError when the last save failed."""
@@ -158,7 +158,7 @@ class Checkpoints:
             try:
                 saved = read(path)
                 if saved.meta["is_best"] and best_step(self.folder) != saved.step:  # it died before it could say so
-                    _write_json(self.folder / BEST, {"step": saved.step})
+                    write_json(self.folder / BEST, {"step": saved.step})
                 return saved
             except CheckpointError as error:
                 logging.warning("%s; trying the one before it", error)
@@ -309,7 +309,7 @@ def _named(tree: Any) -> dict[str, Any]:
     return {f"{i:05d}": leaf for i, leaf in enumerate(jax.tree.leaves(tree))}
 
 
-def _chunks(leaf: Any) -> ocp.SaveArgs:
+def chunks(leaf: Any) -> ocp.SaveArgs:
     """One layer a chunk at most, cut into at least 8 x 8 tiles: a reader of one of 8 parts along either axis reads
     no more than its part. One chunk a leaf would make every reader read everything.
 
@@ -330,7 +330,7 @@ def write_marker(path: pathlib.Path) -> None:
     with concurrent.futures.ThreadPoolExecutor() as pool:
         sums = list(pool.map(lambda name: _checksum(path / name), names))
     files = {name: [(path / name).stat().st_size, checksum] for name, checksum in zip(names, sums, strict=True)}
-    _write_json(path / MARKER, {"files": files, "digest": _digest(files)})
+    write_json(path / MARKER, {"files": files, "digest": _digest(files)})
 
 
 def _checksum(file: pathlib.Path) -> str:
@@ -342,7 +342,7 @@ def _digest(files: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
 
 
-def _write_json(path: pathlib.Path, value: Any) -> None:
+def write_json(path: pathlib.Path, value: Any) -> None:
     """Atomic: readers see the old file or the new one."""
     partial = path.with_name(path.name + ".partial")
     with partial.open("w") as stream:
@@ -352,7 +352,7 @@ def _write_json(path: pathlib.Path, value: Any) -> None:
     partial.replace(path)
 
 
-def _failed(path: pathlib.Path, error: BaseException) -> CheckpointError:
+def failed(path: pathlib.Path, error: BaseException) -> CheckpointError:
     text = str(error)
     if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in text:
         return CheckpointError(f"no space left for the checkpoint {path}; free some space and run the same command "

@@ -1,0 +1,315 @@
+"""tools.convert_from_hf on real Hugging Face folders of transformers: bit for bit, streamed, or one sentence."""
+
+import dataclasses
+import json
+import pickle
+import shutil
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+import transformers
+
+from calm_jax import config as config_lib
+from calm_jax.convert import geometry, tables, torch_files
+from calm_jax.data.tokenizer import SHIPPED
+from calm_jax.models.parameters import Geometry
+from calm_jax.training import checkpoint, restore, sharding
+from tools import convert_from_hf
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def vit():
+    return transformers.CLIPVisionModel(transformers.CLIPVisionConfig(
+        image_size=28, patch_size=7, hidden_size=24, num_hidden_layers=4, num_attention_heads=2, intermediate_size=40))
+
+
+def llama(vocab=2048):
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(
+        vocab_size=vocab, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+        intermediate_size=48, max_position_embeddings=512, rms_norm_eps=1e-5))
+
+
+def qformer(context=24):
+    return transformers.Blip2QFormerModel(transformers.Blip2QFormerConfig(
+        hidden_size=16, num_hidden_layers=4, num_attention_heads=2, intermediate_size=24, encoder_hidden_size=context,
+        cross_attention_frequency=2))
+
+
+def write(model, folder, form, dtype="float32"):
+    """A folder as the hub has it: `safetensors`, `bin`, and both in shards."""
+    model = model.to(DTYPES[dtype])
+    folder.mkdir(parents=True, exist_ok=True)
+    if form.startswith("safetensors"):
+        model.save_pretrained(folder, max_shard_size="20KB" if form.endswith("sharded") else "1GB")
+        assert (folder / "model.safetensors.index.json").is_file() == form.endswith("sharded")
+        return folder
+    model.config.save_pretrained(folder)
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    if form == "bin":
+        torch.save(state, folder / "pytorch_model.bin")
+        return folder
+    names = list(state)
+    shards = {f"pytorch_model-0000{i + 1}-of-00003.bin": names[i::3] for i in range(3)}
+    for shard, mine in shards.items():
+        torch.save({name: state[name] for name in mine}, folder / shard)
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps(
+        {"metadata": {}, "weight_map": {name: shard for shard, mine in shards.items() for name in mine}}))
+    return folder
+
+
+def parts(folder, form="safetensors", dtype="float32", **sizes):
+    torch.manual_seed(0)
+    write(vit(), folder / "vit", form, dtype)
+    write(llama(**sizes), folder / "llm", form, dtype)
+    shutil.copyfile(SHIPPED, folder / "llm" / "tokenizer.model")
+    return [str(folder / "vit"), str(folder / "llm")]
+
+
+def with_queries(folder, context=24, form="safetensors"):
+    """A Q-Former's folder as Blip2ForConditionalGeneration writes it: queries and geometry of the whole beside it."""
+    write(qformer(context), folder, form)
+    state = dict(safetensors.torch.load_file(folder / "model.safetensors"))
+    state["query_tokens"] = torch.randn(1, 6, 16)
+    safetensors.torch.save_file(state, folder / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(
+        {"model_type": "blip-2", "num_query_tokens": 6, "qformer_config": config}))
+    return str(folder)
+
+
+def values(path):
+    saved = checkpoint.find(path)
+    model = config_lib.from_config_dict(saved.meta["config"]).model
+    shapes, held = Geometry.of(model).shapes, checkpoint.shapes(saved)
+    one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    wanted = {name: jax.ShapeDtypeStruct(shapes[name].shape, stored(saved, name), sharding=one) for name in held}
+    return model, {name: np.asarray(leaf) for name, leaf in
+                   checkpoint.restore(saved, {"parameters": wanted})["parameters"].items()}
+
+
+def stored(saved, name):
+    import orbax.checkpoint as ocp
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as orbax:
+        return checkpoint.unnest(orbax.metadata(saved.path / checkpoint.ARRAYS).item_metadata.tree["parameters"]
+                                 )[name].dtype
+
+
+def bits(array):
+    return np.asarray(array).view(f"u{np.asarray(array).dtype.itemsize}")
+
+
+@pytest.mark.parametrize(("form", "dtype"), [("safetensors", "bfloat16"), ("safetensors sharded", "float16"),
+                                             ("bin", "float32"), ("bin sharded", "bfloat16")])
+def test_every_tensor_arrives_bit_for_bit(tmp_path, monkeypatch, form, dtype):
+    if form == "safetensors":  # leaves of real size are written in pieces; here that size is made small
+        monkeypatch.setattr(checkpoint, "LARGE", 1 << 9)
+    sources = parts(tmp_path, form, dtype)
+    out = convert_from_hf.convert(*sources, [], str(tmp_path / "out"))
+    assert not list(tmp_path.glob("*.partial"))
+    model, leaves = values(out)
+    assert (model.vit.depth, model.llama.kv_heads, model.llama.vocab) == (4, 2, 2048)
+    for prefix, table in (("vit/", tables.vit(model.vit)), ("llama/", tables.llama())):
+        mine = {name.removeprefix(prefix): leaf for name, leaf in leaves.items() if name.startswith(prefix)}
+        back = tables.to_torch(table, mine)
+        folder = tmp_path / ("vit" if prefix == "vit/" else "llm")
+        truth = torch_files.tensors(folder)
+        for name, tensor in truth.items():
+            key = name.removeprefix("vision_model.")
+            if "post_layernorm" in key or "position_ids" in key:
+                continue
+            assert back[key].dtype == tensor.dtype == (ml_dtypes.bfloat16 if dtype == "bfloat16" else np.dtype(dtype))
+            np.testing.assert_array_equal(bits(back[key]), bits(tensor.read()), name)
+
+
+@pytest.mark.parametrize("context", [24, 20])
+def test_one_qformer_serves_all_levels_and_what_does_not_fit_is_left_and_said(tmp_path, context):
+    sources, said = parts(tmp_path), []
+    folder = with_queries(tmp_path / "qformer", context)
+    out = convert_from_hf.convert(*sources, [folder], str(tmp_path / "out"), say=said.append)
+    model, leaves = values(out)
+    assert (model.qformer.queries, model.qformer.width, model.qformer.cross_every) == (6, 16, 2)
+    truth = torch_files.tensors(tmp_path / "qformer")
+    queries = leaves["mfam/qformers/queries"]
+    for level in range(3):
+        np.testing.assert_array_equal(queries[level], truth["query_tokens"].read()[0])
+    fits = context == 24
+    assert any("cross-attention" in line for line in said) != fits
+    assert ("mfam/qformers/groups/blocks/0/cross/k/kernel" in leaves) == fits
+    assert "mfam/qformers/groups/blocks/0/cross/q/kernel" in leaves
+    assert "mfam/qformers/project/kernel" not in leaves and any("projection" in line for line in said)
+    assert "left to random numbers: mfam/thematic" in said
+
+
+def test_three_qformers_are_low_middle_and_high(tmp_path):
+    sources = parts(tmp_path)
+    folders = [with_queries(tmp_path / name) for name in config_lib.LEVELS]
+    _, leaves = values(convert_from_hf.convert(*sources, folders, str(tmp_path / "out")))
+    for level, name in enumerate(config_lib.LEVELS):
+        truth = torch_files.tensors(tmp_path / name)["query_tokens"].read()[0]
+        np.testing.assert_array_equal(leaves["mfam/qformers/queries"][level], truth)
+    with pytest.raises(config_lib.ConfigError, match="one Q-Former for all levels or three, not 2"):
+        convert_from_hf.convert(*sources, folders[:2], str(tmp_path / "other"))
+
+
+def test_training_reads_it_with_the_rest_at_random(tmp_path):
+    saved = checkpoint.find(convert_from_hf.convert(*parts(tmp_path), [], str(tmp_path / "out")))
+    config = config_lib.from_config_dict(saved.meta["config"])
+    config = dataclasses.replace(config, init=str(saved.path), tokenizer=str(saved.path / "tokenizer.model"))
+    shapes = Geometry.of(config.model)
+    layout = sharding.parameters(shapes.shapes, sharding.make_mesh(config_lib.Mesh()))
+    kept = {name: jax.ShapeDtypeStruct(leaf.shape, np.float32, sharding=layout[name])
+            for name, leaf in shapes.shapes.items()}
+    loaded = restore.load(saved, shapes, config, kept)
+    assert set(loaded) == set(shapes.shapes)
+    head = torch_files.tensors(tmp_path / "llm")["lm_head.weight"].read()
+    np.testing.assert_array_equal(np.asarray(loaded["llama/head/kernel"]), head.T)
+    assert float(np.std(loaded["mfam/qformers/queries"])) > 0.01
+    other = dataclasses.replace(config, model=dataclasses.replace(
+        config.model, vit=dataclasses.replace(config.model.vit, heads=4)))
+    with pytest.raises(checkpoint.CheckpointError, match=r"another geometry: model.vit.heads: 2 -> 4"):
+        restore.load(saved, shapes, other, kept)
+
+
+def test_an_interrupted_conversion_is_no_checkpoint_and_is_begun_anew(tmp_path, monkeypatch):
+    sources, out = parts(tmp_path), tmp_path / "out"
+    count = 0
+
+    def dies(tensor, transform):
+        def piece():
+            nonlocal count
+            count += 1
+            if count == 20:
+                raise OSError("the disk is gone")
+            return transform.to_jax(tensor.read())
+        return piece
+
+    with monkeypatch.context() as patch:
+        patch.setattr(convert_from_hf, "_reader", dies)
+        with pytest.raises(checkpoint.CheckpointError, match="could not be saved"):
+            convert_from_hf.convert(*sources, [], str(out))
+    assert not out.exists()
+    with pytest.raises(checkpoint.CheckpointError, match="no complete checkpoint"):
+        checkpoint.find(tmp_path / "out.partial")
+    assert checkpoint.find(convert_from_hf.convert(*sources, [], str(out))).path == out
+    with pytest.raises(checkpoint.CheckpointError, match="exists already"):
+        convert_from_hf.convert(*sources, [], str(out))
+
+
+def test_a_tied_head_is_its_embedding(tmp_path):
+    sources = parts(tmp_path)
+    config = llama().config
+    config.tie_word_embeddings = True
+    model = transformers.LlamaForCausalLM(config)
+    shutil.rmtree(sources[1])
+    write(model, tmp_path / "llm", "safetensors")
+    shutil.copyfile(SHIPPED, tmp_path / "llm" / "tokenizer.model")
+    assert "lm_head.weight" not in torch_files.tensors(tmp_path / "llm")
+    _, leaves = values(convert_from_hf.convert(*sources, [], str(tmp_path / "out")))
+    np.testing.assert_array_equal(leaves["llama/head/kernel"], leaves["llama/embedding"].T)
+
+
+def change(path, **values_):
+    file = path / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | values_))
+
+
+def harm(folder, what):
+    """Spoils one thing in a converted part's folder; returns what the sentence must say."""
+    vit_file, shard = folder / "vit" / "model.safetensors", next((folder / "llm").glob("model-00001-*.safetensors"))
+    if what == "missing shard":
+        shard.unlink()
+        return rf"lacks 1 of its [0-9]+ shards: {shard.name}; fetch them again"
+    if what == "truncated file":
+        vit_file.write_bytes(vit_file.read_bytes()[:-100])
+        return r"vit/model.safetensors is truncated or no safetensors file"
+    if what == "tensor that the index promises":
+        index = folder / "llm" / "model.safetensors.index.json"
+        table = json.loads(index.read_text())
+        table["weight_map"]["model.extra"] = shard.name
+        index.write_text(json.dumps(table))
+        return "promises model.extra in model-00001"
+    if what == "damaged index":
+        (folder / "llm" / "model.safetensors.index.json").write_text("{")
+        return "is damaged: it holds no table weight_map"
+    if what == "no config":
+        (folder / "vit" / "config.json").unlink()
+        return r"vit/config.json is missing"
+    if what == "wrong geometry":
+        change(folder / "vit", hidden_size=32)
+        return r"(?s)wrong shape: .*class_embedding is \(24,\), the model needs \(32,\)"
+    if what == "tensor of the wrong shape":
+        state = dict(safetensors.torch.load_file(vit_file))
+        name = next(name for name in state if name.endswith("class_embedding"))
+        safetensors.torch.save_file(state | {name: torch.zeros(23)}, vit_file)
+        return r"wrong shape: .*class_embedding is \(23,\), the model needs \(24,\)"
+    if what == "unknown architecture":
+        change(folder / "llm", model_type="mamba")
+        return "model_type is 'mamba' instead of llama"
+    if what == "scaled rotary frequencies":
+        change(folder / "llm", rope_scaling={"rope_type": "linear", "factor": 2.0}, rope_parameters=None)
+        return r"rotary frequencies are scaled \('linear'\)"
+    if what == "pickle of something else":
+        vit_file.unlink()
+        (folder / "vit" / "pytorch_model.bin").write_bytes(pickle.dumps(print))
+        return "is a pickle of other things than weights, and is not opened"
+    if what == "truncated bin":
+        state = safetensors.torch.load_file(vit_file)
+        vit_file.unlink()
+        torch.save(state, folder / "vit" / "pytorch_model.bin")
+        content = (folder / "vit" / "pytorch_model.bin").read_bytes()
+        (folder / "vit" / "pytorch_model.bin").write_bytes(content[:-200])
+        return r"vit/pytorch_model.bin is truncated or no weight file"
+    if what == "tokenizer of another vocabulary":
+        change(folder / "llm", vocab_size=2050)
+        return r"tokenizer.model has 2048 pieces and the language model beside it 2050"
+    if what == "no tokenizer":
+        (folder / "llm" / "tokenizer.model").unlink()
+        return "cannot read the tokenizer .*llm/tokenizer.model: there is no such file"
+    vit_file.unlink()
+    return "vit holds no weights: none of model.safetensors.index.json"
+
+
+@pytest.mark.parametrize("what", [
+    "missing shard", "truncated file", "tensor that the index promises", "damaged index", "no config",
+    "wrong geometry", "tensor of the wrong shape", "unknown architecture", "scaled rotary frequencies",
+    "pickle of something else", "truncated bin", "tokenizer of another vocabulary", "no tokenizer", "no weights"])
+def test_wrong_input_is_one_clear_sentence_and_leaves_nothing(tmp_path, what):
+    torch.manual_seed(0)
+    write(vit(), tmp_path / "vit", "safetensors")
+    write(llama(), tmp_path / "llm", "safetensors sharded")
+    shutil.copyfile(SHIPPED, tmp_path / "llm" / "tokenizer.model")
+    sentence = harm(tmp_path, what)
+    with pytest.raises(config_lib.ConfigError, match=sentence):
+        convert_from_hf.convert(str(tmp_path / "vit"), str(tmp_path / "llm"), [], str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists() and not list(tmp_path.glob("*.partial"))
+
+
+def test_a_place_that_is_neither_folder_nor_hub_id_is_named(tmp_path):
+    with pytest.raises(config_lib.ConfigError, match="nowhere/at/all does not exist; give a folder"):
+        torch_files.locate("nowhere/at/all")
+
+
+@pytest.mark.parametrize(("found", "reason"), [
+    ({"model_type": "clip_vision_model", "hidden_act": "gelu"}, "hidden_act is 'gelu' instead of quick_gelu"),
+    ({"model_type": "siglip"}, "model_type is 'siglip' instead of clip"),
+])
+def test_encoders_that_calm_does_not_compute_are_refused(found, reason):
+    with pytest.raises(config_lib.ConfigError, match=reason):
+        geometry.vit(found)
+
+
+def test_public_geometries_are_the_presets():
+    clip = {"model_type": "clip", "vision_config": {
+        "hidden_size": 1024, "image_size": 336, "intermediate_size": 4096, "num_attention_heads": 16,
+        "num_hidden_layers": 24, "patch_size": 14}}
+    vicuna = {"model_type": "llama", "hidden_act": "silu", "hidden_size": 4096, "intermediate_size": 11008,
+              "max_position_embeddings": 4096, "num_attention_heads": 32, "num_hidden_layers": 32,
+              "num_key_value_heads": 32, "rms_norm_eps": 1e-05, "rope_scaling": None, "vocab_size": 32000}
+    preset = config_lib.model("7b")
+    assert geometry.vit(clip) == preset.vit and geometry.llama(vicuna) == preset.llama
+    assert geometry.qformer({"model_type": "blip-2", "qformer_config": {}, "num_query_tokens": 32}) == preset.qformer

@@ -1,0 +1,144 @@
+"""Hugging Face checkpoints of the parts in; one CALM checkpoint to train from, out.
+
+    python -m tools.convert_from_hf --vit openai/clip-vit-large-patch14-336 --llm lmsys/vicuna-7b-v1.5 --out calm-7b
+    python -m tools.convert_from_hf --vit DIR --llm DIR --qformer DIR[,DIR,DIR] --out DIR
+
+Each part is a folder, a weight file or a hub id. One Q-Former serves all three levels, three are low, middle and high;
+without any, the Q-Formers start from random numbers, as the fully connected layer does in any case. Every value is
+kept bit for bit in its stored dtype. Memory holds a few tensors, whatever the size of the model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from collections.abc import Callable, Mapping
+
+import numpy as np
+import tqdm
+from absl import flags
+
+from calm_jax import command
+from calm_jax import config as config_lib
+from calm_jax.convert import geometry, tables, torch_files
+from calm_jax.data.tokenizer import Tokenizer
+from calm_jax.models.parameters import Geometry
+from calm_jax.training import streaming
+
+_VIT = flags.DEFINE_string("vit", None, "the encoder: a CLIPVisionModel or CLIPModel")
+_LLM = flags.DEFINE_string("llm", None, "the language model: a LlamaForCausalLM, such as Vicuna")
+_QFORMER = flags.DEFINE_list("qformer", [], "the Q-Formers: one for all levels, or low,middle,high")
+_OUT = flags.DEFINE_string("out", None, "folder of the checkpoint; must not exist")
+_SEED = flags.DEFINE_integer("seed", 0, "of what is left to random numbers")
+
+Tensors = Mapping[str, torch_files.Tensor]
+Pieces = dict[str, list[tuple[tuple[int, ...], torch_files.Tensor, tables.Rearrange]]]
+
+# Leaves of a Q-Former whose shape follows its neighbours: those of another encoder or language model are of no use.
+FITTED = {
+    "keys and values of its cross-attention": r"groups/blocks/0/cross/(k|v)/kernel",
+    "norm of the encoder's features": r"context_norm/(scale|bias)",
+    "projection to the language model": r"project/(kernel|bias)",
+}
+
+
+def convert(vit: str, llm: str, qformers: list[str], out: str, seed: int = 0,
+            say: Callable[[str], None] = print) -> pathlib.Path:
+    """Writes the checkpoint `out` and returns its path.
+
+    Raises:
+      ConfigError: a part cannot be read or is of another kind than CALM computes; or the tokenizer does not fit.
+      CheckpointError: `out` exists, or cannot be written.
+    """
+    if len(qformers) not in (0, 1, 3):
+        raise config_lib.ConfigError(f"--qformer takes one Q-Former for all levels or three, not {len(qformers)}")
+    places = {"vit": torch_files.locate(vit), "llm": torch_files.locate(llm)}
+    sources = [torch_files.locate(name) for name in qformers]
+    model = _model(places["vit"], places["llm"], sources)
+    tokenizer = _tokenizer(places["llm"], model.llama)
+    shapes = {path: leaf.shape for path, leaf in Geometry.of(model).shapes.items()}
+    pieces: Pieces = {}
+    _add(pieces, "vit/", tables.vit(model.vit), torch_files.tensors(places["vit"]), shapes)
+    _add(pieces, "llama/", tables.llama(), _untied(torch_files.tensors(places["llm"]), places["llm"]), shapes)
+    if sources:
+        found = [torch_files.tensors(path) for path in sources]
+        _add_qformers(pieces, model, found * (3 // len(found)), shapes, say)
+    leaves = {path: streaming.Leaf(shapes[path], np.result_type(*(tensor.dtype for _, tensor, _ in parts)),
+                                   tuple((index, _reader(tensor, transform)) for index, tensor, transform in parts))
+              for path, parts in pieces.items()}
+    groups = {"/".join(path.split("/")[:2]) for path in shapes} - {"/".join(path.split("/")[:2]) for path in leaves}
+    for group in sorted(groups):
+        say(f"left to random numbers: {group}")
+    config = config_lib.Config(seed=seed, model=model)
+    meta = {"process": "", "rows": 0, "best": None, "trained": [], "base": "", "seed": seed,
+            "config": dataclasses.asdict(config), "tokenizer": tokenizer.fingerprint,
+            "sources": {"vit": vit, "llm": llm, "qformer": qformers}}
+    with tqdm.tqdm(total=sum(leaf.nbytes for leaf in leaves.values()), unit="B", unit_scale=True, desc="converting",
+                   mininterval=0.5) as bar:
+        return streaming.save(out, leaves, meta, files=[tokenizer.path], progress=bar.update)
+
+
+def _model(vit: pathlib.Path, llm: pathlib.Path, qformers: list[pathlib.Path]) -> config_lib.Model:
+    """The geometry of the parts; what no part decides is that of `7b`."""
+    model = dataclasses.replace(config_lib.model("7b"), vit=geometry.vit(geometry.read(vit)),
+                                llama=geometry.llama(geometry.read(llm)))
+    if qformers:
+        kinds = [geometry.qformer(geometry.read(folder)) for folder in qformers]
+        if any(kind != kinds[0] for kind in kinds):
+            raise config_lib.ConfigError("the Q-Formers of the three levels differ in geometry; CALM's are alike")
+        model = dataclasses.replace(model, qformer=kinds[0])
+    return model
+
+
+def _tokenizer(llm: pathlib.Path, cfg: config_lib.Llama) -> Tokenizer:
+    path = (llm if llm.is_dir() else llm.parent) / "tokenizer.model"
+    tokenizer = Tokenizer(str(path))
+    if tokenizer.vocab != cfg.vocab:
+        raise config_lib.ConfigError(f"{path} has {tokenizer.vocab} pieces and the language model beside it "
+                                     f"{cfg.vocab}; they do not belong together: fetch both from one place")
+    return tokenizer
+
+
+def _untied(found: Tensors, llm: pathlib.Path) -> Tensors:
+    """A language model whose head is its embedding keeps one tensor for both; CALM's head is a leaf of its own."""
+    tied = geometry.read(llm).get("tie_word_embeddings") and "lm_head.weight" not in found
+    return {**found, "lm_head.weight": found["model.embed_tokens.weight"]} if tied else found
+
+
+def _add(pieces: Pieces, prefix: str, table: tables.Table, found: Tensors, shapes: tables.Shapes,
+         lead: tuple[int, ...] = ()) -> None:
+    """Puts the place of every tensor of a part into `pieces`; `lead` is the index in front of the part's own axes."""
+    own = {path.removeprefix(prefix): shape[len(lead):] for path, shape in shapes.items() if path.startswith(prefix)}
+    for name, entry in tables.match(table, {name: tensor.shape for name, tensor in found.items()}, own).items():
+        pieces.setdefault(prefix + entry.path, []).append(((*lead, *entry.index), found[name], entry.transform))
+
+
+def _add_qformers(pieces: Pieces, model: config_lib.Model, found: list[Tensors], shapes: tables.Shapes,
+                  say: Callable[[str], None]) -> None:
+    """All levels. What belongs to a Q-Former's former neighbours, and is absent or of other widths, stays random; in
+    all levels, as they share their leaves."""
+    prefix, table = "mfam/qformers/", tables.qformer(model.qformer)
+    own = {path.removeprefix(prefix): shape[1:] for path, shape in shapes.items() if path.startswith(prefix)}
+    for what, pattern in FITTED.items():
+        if not all(tables.fits(table, {name: tensor.shape for name, tensor in level.items()}, own, pattern)
+                   for level in found):
+            table = table.without(pattern, f"the {what} is of another width, or absent")
+            say(f"the Q-Former's {what} is absent or of another width: it is left to random numbers")
+    for level, tensors in enumerate(found):
+        _add(pieces, prefix, table, tensors, shapes, lead=(level,))
+
+
+def _reader(tensor: torch_files.Tensor, transform: tables.Rearrange) -> Callable[[], np.ndarray]:
+    return lambda: transform.to_jax(tensor.read())
+
+
+def main() -> None:
+    for name in ("vit", "llm", "out"):
+        if not flags.FLAGS[name].value:
+            raise config_lib.ConfigError(f"--{name} is missing; see the first lines of tools/convert_from_hf.py")
+    path = convert(_VIT.value, _LLM.value, _QFORMER.value, _OUT.value, _SEED.value)
+    print(f"written to {path}; train from it with --config.init={path} --config.tokenizer={path}/tokenizer.model")
+
+
+if __name__ == "__main__":
+    command.run(main)
