@@ -18,7 +18,7 @@ from calm_jax.convert import geometry, tables, torch_files
 from calm_jax.data.tokenizer import SHIPPED
 from calm_jax.models.parameters import Geometry
 from calm_jax.training import checkpoint, restore, sharding
-from tools import convert_from_hf
+from tools import bench_conversion, convert_from_hf
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -313,3 +313,14 @@ def test_public_geometries_are_the_presets():
     preset = config_lib.model("7b")
     assert geometry.vit(clip) == preset.vit and geometry.llama(vicuna) == preset.llama
     assert geometry.qformer({"model_type": "blip-2", "qformer_config": {}, "num_query_tokens": 32}) == preset.qformer
+
+
+def test_the_benchmark_makes_folders_that_convert(tmp_path):
+    model = config_lib.Model(
+        vit=config_lib.Vit(image_size=28, patch=7, width=24, depth=2, heads=2, mlp_width=40),
+        llama=config_lib.Llama(vocab=2060, width=32, depth=2, heads=4, kv_heads=2, mlp_width=48, positions=512))
+    result = bench_conversion.measure(model, tmp_path / "scratch")
+    held = sum(2 * np.prod(leaf.shape) for path, leaf in Geometry.of(model).shapes.items() if "mfam" not in path)
+    assert result["bytes"] == held and result["ratio"] > 0 and result["peak_anonymous_bytes"] > 1 << 20
+    assert "of the time of the copy" in bench_conversion.show(result)
+    assert not (tmp_path / "scratch").exists()

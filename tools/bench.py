@@ -1,6 +1,7 @@
 """A config in; how long a step takes, beside the same geometry in torch in the same run, out.
 
     python -m tools.bench train --config configs/finetune.py:small [--against torch] [--rows 2] [--rounds 5]
+    python -m tools.bench conversion --config configs/pretrain.py:7b [--scratch DIR]   (see tools/bench_conversion.py)
 
 Every contender runs in a process of its own and waits for its turn, so that the steps of all are interleaved on an
 otherwise idle machine and each one's peak memory is its own. Ratios mean something; times alone depend on the machine.
@@ -29,12 +30,14 @@ from absl import flags
 
 from calm_jax import command
 from calm_jax import config as config_lib
+from tools import bench_conversion
 
 _CONFIG = command.define_config()
 _AGAINST = flags.DEFINE_enum("against", None, ["torch"], "what to compare with")
 _ROWS = flags.DEFINE_integer("rows", 2, "rows a step")
 _ROUNDS = flags.DEFINE_integer("rounds", 5, "measured steps of each contender, after one to warm up")
 _PROCESS = flags.DEFINE_string("process", None, "process of the config; default: its first")
+_SCRATCH = flags.DEFINE_string("scratch", None, "conversion: where there is room for three times the model")
 _OUT = flags.DEFINE_string("out", None, "also write the result as JSON here")
 _CONTENDER = flags.DEFINE_string("contender", None, "internal: run this contender on --batch and obey standard input")
 _BATCH = flags.DEFINE_string("batch", None, "internal: the batch as .npz")
@@ -232,9 +235,13 @@ def show(result: dict) -> str:
 
 def main() -> None:
     what = [argument for argument in flags.FLAGS(sys.argv)[1:]]
-    if what != ["train"]:
-        raise config_lib.ConfigError(f"say what to measure: train, not {' '.join(what) or 'nothing'}")
+    if what not in (["train"], ["conversion"]):
+        raise config_lib.ConfigError(f"say what to measure: train or conversion, not {' '.join(what) or 'nothing'}")
     config = command.config(_CONFIG)
+    if what == ["conversion"]:
+        with tempfile.TemporaryDirectory(dir=_SCRATCH.value) as folder:
+            report(bench_conversion.measure(config.model, pathlib.Path(folder) / "conversion"), bench_conversion.show)
+        return
     name = _PROCESS.value or config.run[0]
     if name not in config.processes:
         raise config_lib.ConfigError(f"there is no process {name!r}{config_lib.nearest(name, config.processes)}")
@@ -242,7 +249,11 @@ def main() -> None:
     if _CONTENDER.value:
         contend(_CONTENDER.value, config, process)
         return
-    result = train(config, process)
+    report(train(config, process), show)
+
+
+def report(result: dict, show: Callable[[dict], str]) -> None:
+    """The result as text on the terminal, and as JSON in --out."""
     print(show(result))
     if _OUT.value:
         pathlib.Path(_OUT.value).write_text(json.dumps(result, indent=1))

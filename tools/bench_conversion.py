@@ -1,0 +1,140 @@
+"""A geometry in; how fast and in how much memory its Hugging Face files become a checkpoint, beside a plain copy, out.
+
+Part of `python -m tools.bench conversion`. The source folders are made here: full geometry, random bfloat16 bits, in
+shards of the size in which Vicuna is published. Conversion runs in a process of its own, whose anonymous memory is
+read while it runs; mapped files do not count, as the system may drop them at any time.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+
+import numpy as np
+import tqdm
+
+from calm_jax import config as config_lib
+from calm_jax.convert import tables
+from calm_jax.models.parameters import Geometry
+
+SHARD = 10 * 10**9  # bytes of a shard, as transformers writes by default when Vicuna was published
+PIECE = 1 << 24  # random bytes made at a time
+
+
+def measure(model: config_lib.Model, scratch: pathlib.Path) -> dict:
+    """Sizes, seconds, peak memory and ratios; `scratch` must have room for three times the model and is emptied."""
+    shutil.rmtree(scratch, ignore_errors=True)
+    try:
+        size = write_sources(model, scratch)
+        os.sync()
+        begin = time.perf_counter()
+        shutil.copytree(scratch / "llm", scratch / "copy" / "llm")
+        shutil.copytree(scratch / "vit", scratch / "copy" / "vit")
+        os.sync()
+        copied = time.perf_counter() - begin
+        shutil.rmtree(scratch / "copy")
+        begin = time.perf_counter()
+        peak = _watched([sys.executable, "-m", "tools.convert_from_hf", "--vit", str(scratch / "vit"),
+                         "--llm", str(scratch / "llm"), "--out", str(scratch / "out")])
+        os.sync()
+        converted = time.perf_counter() - begin
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return {"what": "conversion", "bytes": size, "copy_s": copied, "convert_s": converted,
+            "ratio": converted / copied, "gb_per_s": size / converted / 1e9, "peak_anonymous_bytes": peak,
+            "cores": os.cpu_count()}
+
+
+def show(result: Mapping) -> str:
+    """The result as text."""
+    return (f"conversion: {result['bytes'] / 1e9:.1f} GB in bfloat16, {result['cores']} cores\n"
+            f"  copy       {result['copy_s']:>8.1f} s\n"
+            f"  convert    {result['convert_s']:>8.1f} s   {result['gb_per_s']:.2f} GB/s, "
+            f"{result['ratio']:.2f} of the time of the copy\n"
+            f"  peak anonymous memory {result['peak_anonymous_bytes'] / 2**30:.2f} GiB")
+
+
+def write_sources(model: config_lib.Model, folder: pathlib.Path) -> int:
+    """The folders `vit` and `llm` with random weights, a config.json each and a tokenizer; returns their bytes."""
+    shapes = {path: leaf.shape for path, leaf in Geometry.of(model).shapes.items()}
+    total = 0
+    for name, prefix, table in (("vit", "vit/", tables.vit(model.vit)), ("llm", "llama/", tables.llama())):
+        own = {path.removeprefix(prefix): shape for path, shape in shapes.items() if path.startswith(prefix)}
+        entries, problems = tables.expand(table, own)
+        assert not problems, problems
+        total += _write_shards(folder / name, {entry.key: entry.shape for entry in entries})
+    vit, llama = model.vit, model.llama
+    (folder / "vit" / "config.json").write_text(json.dumps({
+        "model_type": "clip_vision_model", "hidden_act": "quick_gelu", "hidden_size": vit.width,
+        "image_size": vit.image_size, "intermediate_size": vit.mlp_width, "num_attention_heads": vit.heads,
+        "num_hidden_layers": vit.depth, "patch_size": vit.patch, "layer_norm_eps": vit.eps}))
+    (folder / "llm" / "config.json").write_text(json.dumps({
+        "model_type": "llama", "hidden_act": "silu", "hidden_size": llama.width, "vocab_size": llama.vocab,
+        "intermediate_size": llama.mlp_width, "max_position_embeddings": llama.positions,
+        "num_attention_heads": llama.heads, "num_key_value_heads": llama.kv_heads, "rms_norm_eps": llama.eps,
+        "num_hidden_layers": llama.depth, "rope_theta": llama.rope_theta}))
+    _write_tokenizer(folder / "llm" / "tokenizer.model", llama.vocab)
+    return total
+
+
+def _write_shards(folder: pathlib.Path, shapes: Mapping[str, tuple[int, ...]]) -> int:
+    """Safetensors shards and their index, tensor by tensor: the library would want a whole shard in memory."""
+    folder.mkdir(parents=True)
+    shards: list[dict[str, int]] = [{}]
+    for name, shape in shapes.items():
+        size = 2 * int(np.prod(shape, dtype=np.int64))
+        if shards[-1] and sum(shards[-1].values()) + size > SHARD:
+            shards.append({})
+        shards[-1][name] = size
+    rng = np.random.default_rng(0)
+    places, total = {}, sum(size for shard in shards for size in shard.values())
+    with tqdm.tqdm(total=total, unit="B", unit_scale=True, desc=f"random {folder.name}", mininterval=0.5) as bar:
+        for number, shard in enumerate(shards, 1):
+            file = folder / f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+            header, start = {}, 0
+            for name, size in shard.items():
+                header[name] = {"dtype": "BF16", "shape": list(shapes[name]), "data_offsets": [start, start + size]}
+                places[name], start = file.name, start + size
+            text = json.dumps(header).encode()
+            with file.open("wb") as stream:
+                stream.write(len(text).to_bytes(8, "little") + text)
+                for size in shard.values():
+                    for begin in range(0, size, PIECE):
+                        stream.write(rng.bytes(min(PIECE, size - begin)))
+                        bar.update(min(PIECE, size - begin))
+    (folder / "model.safetensors.index.json").write_text(json.dumps(
+        {"metadata": {"total_size": total}, "weight_map": places}))
+    return total
+
+
+def _write_tokenizer(path: pathlib.Path, vocab: int) -> None:
+    """The project's tokenizer with unused pieces up to `vocab`: conversion checks nothing but the number."""
+    from sentencepiece import sentencepiece_model_pb2
+
+    from calm_jax.data.tokenizer import SHIPPED
+    model = sentencepiece_model_pb2.ModelProto()
+    model.ParseFromString(SHIPPED.read_bytes())
+    for number in range(len(model.pieces), vocab):
+        model.pieces.add(piece=f"<unused{number}>", score=0.0, type=5)
+    path.write_bytes(model.SerializeToString())
+
+
+def _watched(command: list[str]) -> int:
+    """Runs a command; the most anonymous memory its process held, bytes (Linux)."""
+    child, peak = subprocess.Popen(command), 0
+    while child.poll() is None:
+        try:
+            status = pathlib.Path(f"/proc/{child.pid}/status").read_text()
+        except OSError:
+            break
+        peak = max([peak, *(1024 * int(line.split()[1]) for line in status.splitlines() if line.startswith("RssAnon"))])
+        time.sleep(0.05)
+    if child.wait():
+        raise config_lib.ConfigError(f"the conversion ended with exit code {child.returncode}; its message is above")
+    return peak
