@@ -2,8 +2,12 @@
 
 import dataclasses
 import json
+import pathlib
 import pickle
 import shutil
+import subprocess
+import sys
+import time
 
 import jax
 import ml_dtypes
@@ -20,6 +24,7 @@ from calm_jax.models.parameters import Geometry
 from calm_jax.training import checkpoint, restore, sharding
 from tools import bench_conversion, convert_from_hf
 
+ROOT = pathlib.Path(__file__).resolve().parents[1]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -198,6 +203,31 @@ def test_an_interrupted_conversion_is_no_checkpoint_and_is_begun_anew(tmp_path, 
     assert checkpoint.find(convert_from_hf.convert(*sources, [], str(out))).path == out
     with pytest.raises(checkpoint.CheckpointError, match="exists already"):
         convert_from_hf.convert(*sources, [], str(out))
+
+
+def test_a_killed_conversion_leaves_nothing_that_a_reader_accepts(tmp_path):
+    sources, out = parts(tmp_path), tmp_path / "out"
+    # A progress bar that takes its time, so that the blow falls in the middle of writing or of finishing.
+    code = ("import sys, time; from tools import convert_from_hf as c; "
+            "r = c._reader; c._reader = lambda *a: (lambda: (time.sleep(0.01), r(*a)())[1]); "
+            "print('begins', flush=True); c.convert(sys.argv[1], sys.argv[2], [], sys.argv[3])")
+    rng, interrupted = np.random.default_rng(0), 0
+    for _ in range(4):
+        child = subprocess.Popen([sys.executable, "-c", code, *sources, str(out)], cwd=ROOT, stdout=subprocess.PIPE,
+                                 stderr=subprocess.DEVNULL)
+        child.stdout.readline()
+        time.sleep(rng.uniform(0.1, 2.5))
+        child.kill()
+        child.wait()
+        if out.exists():
+            assert checkpoint.find(out).path == out  # it was done: then it is whole
+            shutil.rmtree(out)
+            continue
+        interrupted += 1
+        with pytest.raises(checkpoint.CheckpointError):
+            checkpoint.find(tmp_path / "out.partial")
+    assert interrupted
+    assert checkpoint.find(convert_from_hf.convert(*sources, [], str(out))).path == out
 
 
 def test_a_tied_head_is_its_embedding(tmp_path):
