@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from calm_jax.data import images
+from calm_jax.data import images, pictures
 from calm_jax.data.samples import BadRecord, Edit, ImageRef
 
 
@@ -33,7 +33,7 @@ def test_every_mode_becomes_rgb(gradient, mode):
     else:
         form = {"CMYK": "JPEG", "YCbCr": "JPEG"}.get(mode, "PNG")
         data = encoded(Image.fromarray(gradient).convert(mode), form)
-    pixels = images.read(data)
+    pixels = pictures.read(data)
     assert pixels.shape == (60, 80, 3) and pixels.dtype == np.uint8
     if mode in ("RGB", "RGBA"):
         np.testing.assert_array_equal(pixels, gradient)
@@ -42,27 +42,27 @@ def test_every_mode_becomes_rgb(gradient, mode):
 
 
 def test_transparency_shows_the_padding_colour():
-    pixels = images.read(encoded(Image.new("RGBA", (4, 4), (255, 0, 0, 0))))
-    assert (pixels == images.PADDING).all()
+    pixels = pictures.read(encoded(Image.new("RGBA", (4, 4), (255, 0, 0, 0))))
+    assert (pixels == pictures.PADDING).all()
 
 
 def test_exif_rotation_is_honoured(gradient):
     exif = Image.Exif()
     exif[0x0112] = 6  # turned by a quarter
-    pixels = images.read(encoded(Image.fromarray(gradient), exif=exif))
+    pixels = pictures.read(encoded(Image.fromarray(gradient), exif=exif))
     np.testing.assert_array_equal(pixels, np.rot90(gradient, -1))
 
 
 def test_an_animation_gives_its_first_frame():
     frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
-    pixels = images.read(encoded(frames[0], "GIF", save_all=True, append_images=frames[1:]))
+    pixels = pictures.read(encoded(frames[0], "GIF", save_all=True, append_images=frames[1:]))
     assert (pixels == (255, 0, 0)).all()
 
 
 def test_a_path_may_be_text_or_path(tmp_path, gradient):
     path = tmp_path / "a b.png"
     path.write_bytes(encoded(Image.fromarray(gradient)))
-    np.testing.assert_array_equal(images.read(path), images.read(str(path)))
+    np.testing.assert_array_equal(pictures.read(path), pictures.read(str(path)))
 
 
 def bomb() -> bytes:
@@ -87,14 +87,14 @@ def test_bad_files_get_one_sentence_with_their_name(tmp_path, gradient, kind, wo
     elif kind in contents:
         path.write_bytes(contents[kind])
     with pytest.raises(BadRecord, match=word) as caught:
-        images.read(path)
+        pictures.read(path)
     assert path.name in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_the_limit_holds_where_the_guard_of_pillow_is_off(monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
     with pytest.raises(BadRecord, match="400 megapixels"):
-        images.read(bomb())
+        pictures.read(bomb())
 
 
 @pytest.mark.parametrize("shape", [(60, 80), (80, 60), (50, 50), (1, 300), (300, 1), (7, 5)])
@@ -107,7 +107,7 @@ def test_the_square_holds_the_whole_picture_and_pads_the_rest(shape):
     assert max(rows, columns) == 48
     assert min(rows, columns) == max(1, round(48 * min(shape) / max(shape)))
     assert inside.sum() == rows * columns
-    assert (square[~inside] == images.PADDING).all()
+    assert (square[~inside] == pictures.PADDING).all()
     assert abs(np.argwhere(inside).mean(0) - 23.5).max() <= 0.5  # centred
 
 
@@ -127,7 +127,7 @@ def test_a_window_outside_the_picture_is_refused(window, gradient):
 def test_edits_leave_the_padding_alone(gradient):
     for edit in (Edit("noise", 2), Edit("tint", 0), Edit("sharpness", 2), Edit("tilt", 2)):
         square = images.render(gradient, ImageRef(0, None, (edit,)), 64)
-        assert (square[:8] == images.PADDING).all() and (square[-8:] == images.PADDING).all()
+        assert (square[:8] == pictures.PADDING).all() and (square[-8:] == pictures.PADDING).all()
 
 
 def test_rendering_is_repeatable_and_writes_nothing(gradient):

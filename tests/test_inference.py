@@ -10,7 +10,7 @@ from calm_jax.data import builders, images, prompts
 from calm_jax.data.samples import Answer, ImageRef, Mention, Sample, Turn
 from calm_jax.data.tokenizer import Tokenizer
 from calm_jax.inference.generate import Generator
-from calm_jax.inference.scorer import read_score
+from calm_jax.inference.scorer import DECIMALS, Tree, read_score
 from calm_jax.models.parameters import Geometry, initial
 
 MODEL = config_lib.Model(
@@ -88,6 +88,51 @@ def test_answers_do_not_depend_on_their_neighbours(generator, demo):
     assert alone == together
     assert list(generator.answers(asked[::-1], demo.pixels, limit=12, batch=4)) == together[::-1]
     assert list(generator.answers(asked, demo.pixels, limit=12, batch=3)) == together
+
+
+def test_expected_scores_equal_brute_force(generator, demo):
+    """The whole prompt and every decimal from 1.0 to 10.0 behind it, each in a row of its own."""
+    asked, geometry = questions(), Geometry.of(MODEL)
+    spelled = [generator.tokenizer.encode(text) for text in DECIMALS]
+
+    @jax.jit
+    def logits(batch):
+        model = geometry.bind(generator.parameters)
+        return jax.nn.log_softmax(model.llama.logits(model(batch, config_lib.PARTS)))
+
+    truth = []
+    for sample, turn in asked:
+        encoded = prompts.encode(sample, generator.tokenizer, generator.layout, ask=turn)
+        length, width = len(encoded.tokens), 448
+        tokens = np.zeros((len(spelled), width), np.int32)
+        visual = np.full((len(spelled), width), -1, np.int32)
+        pixels = np.zeros((len(spelled), 2, generator.size, generator.size, 3), np.uint8)
+        for slot, ref in enumerate(encoded.images):
+            pixels[:, slot] = images.render(demo.pixels(ref.index), ref, generator.size)
+        tokens[:, :length], visual[:, :length] = encoded.tokens, encoded.visual
+        for row, ids in enumerate(spelled):
+            tokens[row, length:length + len(ids)] = ids
+        positions = np.broadcast_to(np.arange(width), tokens.shape)
+        found = np.asarray(logits({"images": pixels, "tokens": tokens, "visual": visual, "positions": positions,
+                                   "segments": np.ones_like(tokens)}))
+        chances = np.exp([sum(found[row, length - 1 + step, token] for step, token in enumerate(ids))
+                          for row, ids in enumerate(spelled)])
+        values = np.asarray([float(text) for text in DECIMALS])
+        mean = (chances * values).sum() / chances.sum()
+        truth.append((mean, np.sqrt((chances * (values - mean) ** 2).sum() / chances.sum())))
+    np.testing.assert_allclose(list(generator.scores(asked, demo.pixels, batch=4)), truth, atol=1e-4)
+    np.testing.assert_allclose(list(generator.scores(asked, demo.pixels, batch=3)), truth, atol=1e-4)
+    assert len({round(mean, 3) for mean, _ in truth}) > 1
+
+
+def test_the_tree_says_every_decimal_once_and_shares_what_they_begin_with(generator):
+    tree = Tree.of(generator.tokenizer)
+    longest = max(len(generator.tokenizer.encode(text)) for text in DECIMALS)
+    assert len(tree.values) == 91 and tree.values[0] == 1 and tree.values[-1] == 10
+    assert tree.steps.sum(1).max() == longest and len(tree.tokens) < 2 * 9 + 2 * longest
+    for ids in map(generator.tokenizer.encode, DECIMALS):  # the full stop behind it changes nothing before it
+        text = generator.tokenizer.decode(ids)
+        assert generator.tokenizer.encode(text + ".")[:len(ids)] == ids
 
 
 def test_a_prompt_that_does_not_fit_is_refused(generator, demo):

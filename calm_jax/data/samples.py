@@ -11,10 +11,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from calm_jax import config as config_lib
-
-
-class BadRecord(ValueError):
-    """A record that cannot be used; the message names it and says why. Training masks, counts and names it."""
+from calm_jax.data.pictures import BadRecord as BadRecord  # one kind of bad record, with a picture or without
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,13 +9,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Int, UInt8
+from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from calm_jax import config as config_lib
 from calm_jax.data import images as images_lib
 from calm_jax.data.prompts import Layout, encode
 from calm_jax.data.samples import Sample
 from calm_jax.data.tokenizer import Tokenizer
+from calm_jax.inference import scorer
 from calm_jax.models.parameters import Geometry, Parameters
 
 BUCKET = 64  # prompt lengths are padded to multiples of this, so that a run compiles a few programs only
@@ -59,6 +60,14 @@ def greedy(geometry: Geometry, parameters: Parameters, batch: dict[str, Array], 
     return answers, ended
 
 
+def expected(geometry: Geometry, parameters: Parameters, batch: dict[str, Array], *, parts: tuple[str, ...],
+             tree: scorer.Tree, dtype: Any) -> tuple[Float[Array, "B"], Float[Array, "B"]]:
+    """`scorer.expectation` of a batch as `greedy` takes it."""
+    model = geometry.bind(parameters)
+    x = model.embed(batch["tokens"], batch["visual"], model.encode(batch["images"], parts, dtype=dtype))
+    return scorer.expectation(model, tree, x, batch["lengths"], dtype)
+
+
 class Generator:
     """A model ready to answer. Programs are compiled once per (batch, prompt length bucket, images).
 
@@ -73,8 +82,11 @@ class Generator:
                  parts: tuple[str, ...] = config_lib.PARTS, dtype: Any = jnp.float32):
         self.tokenizer, self.parameters = tokenizer, parameters
         self.layout, self.size, self.longest = Layout.of(model, parts), model.vit.image_size, model.llama.positions
-        self._run = jax.jit(functools.partial(greedy, Geometry.of(model), parts=self.layout.parts, eos=tokenizer.eos,
-                                              dtype=dtype), static_argnames="limit")
+        shared = {"parts": self.layout.parts, "dtype": dtype}
+        self._greedy = jax.jit(functools.partial(greedy, Geometry.of(model), eos=tokenizer.eos, **shared),
+                               static_argnames="limit")
+        self._expected = jax.jit(functools.partial(expected, Geometry.of(model), tree=scorer.Tree.of(tokenizer),
+                                                   **shared))
 
     def answers(self, questions: Sequence[tuple[Sample, int]], pixels: Callable[[int], UInt8[np.ndarray, "H W 3"]], *,
                 limit: int = 48, batch: int = 16) -> Iterator[str]:
@@ -88,12 +100,20 @@ class Generator:
         Raises:
           ConfigError: a prompt and its answer do not fit the model's positions.
         """
-        for start in range(0, len(questions), batch):
-            chunk = list(questions[start:start + batch])
-            texts = self._answer(chunk + [chunk[-1]] * (batch - len(chunk)), pixels, limit)
-            yield from texts[:len(chunk)]
+        for chunk, wanted in _chunks(questions, batch):
+            ids, _ = self._greedy(self.parameters, self._arrays(chunk, pixels, limit), limit=limit)
+            for row in np.asarray(ids)[:wanted]:
+                yield self.tokenizer.decode(row[row != self.tokenizer.eos])
 
-    def _answer(self, questions, pixels, limit: int) -> list[str]:
+    def scores(self, questions: Sequence[tuple[Sample, int]], pixels: Callable[[int], UInt8[np.ndarray, "H W 3"]], *,
+               batch: int = 16) -> Iterator[tuple[float, float]]:
+        """Expected score and its standard deviation, both on the scale 1-10, in place of each answer; as `answers`."""
+        for chunk, wanted in _chunks(questions, batch):
+            mean, spread = jax.device_get(self._expected(self.parameters, self._arrays(chunk, pixels, 4)))
+            yield from zip(mean[:wanted].tolist(), spread[:wanted].tolist(), strict=True)
+
+    def _arrays(self, questions, pixels, limit: int) -> dict[str, np.ndarray]:
+        """The prompts as `greedy` takes them, with room for `limit` more tokens each."""
         encoded = [encode(sample, self.tokenizer, self.layout, ask=turn) for sample, turn in questions]
         longest = max(len(item.tokens) for item in encoded)
         width = -(-longest // BUCKET) * BUCKET
@@ -110,5 +130,11 @@ class Generator:
             arrays["visual"][row, :len(item.visual)] = item.visual
             for slot, ref in enumerate(item.images):
                 arrays["images"][row, slot] = images_lib.render(pixels(ref.index), ref, self.size)
-        ids, _ = self._run(self.parameters, arrays, limit=limit)
-        return [self.tokenizer.decode(row[row != self.tokenizer.eos]) for row in np.asarray(ids)]
+        return arrays
+
+
+def _chunks(questions: Sequence, size: int) -> Iterator[tuple[list, int]]:
+    """`size` questions at a time and how many of them count: the last are filled up with copies."""
+    for start in range(0, len(questions), size):
+        chunk = list(questions[start:start + size])
+        yield chunk + [chunk[-1]] * (size - len(chunk)), len(chunk)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from calm_jax.models import layers
 
@@ -15,8 +15,8 @@ CHUNKS = 4  # causal: queries of a chunk read the same keys; 4 compute 5/8 of th
 
 
 def attend(q: Float[Array, "B T N H"], k: Float[Array, "B S K H"], v: Float[Array, "B S K H"], *, causal: bool = False,
-           q_segments: Int[Array, "B T"] | None = None,
-           kv_segments: Int[Array, "B S"] | None = None) -> Float[Array, "B T N H"]:
+           q_segments: Int[Array, "B T"] | None = None, kv_segments: Int[Array, "B S"] | None = None,
+           mask: Bool[Array, "B T S"] | None = None) -> Float[Array, "B T N H"]:
     """Softmax attention scaled by H ** -0.5; scores and softmax in float32, the result in the dtype of q.
 
     Args:
@@ -25,7 +25,11 @@ def attend(q: Float[Array, "B T N H"], k: Float[Array, "B S K H"], v: Float[Arra
       causal: query t sees keys 0..t; needs T == S.
       q_segments, kv_segments: a query sees only the keys of its own segment. Queries of a segment without keys
         (padding) get the mean of what they may not see, which nothing reads.
+      mask: what each query sees, instead of all of the above; for a few queries, as it is an array.
     """
+    if mask is not None:
+        q, k, v = _heads_first(q, k, v)
+        return rearrange(_weighed(q, k, v, mask), "b k g t h -> b t (k g) h")
     return tiled(q, k, v, q_segments, kv_segments, causal=causal)
 
 
@@ -40,9 +44,7 @@ def tiled(q: Float[Array, "B T N H"], k: Float[Array, "B S K H"], v: Float[Array
     CPU orders unrolled tiles for concurrency and then holds the scores of all of them at once.
     """
     length, seen = q.shape[1], k.shape[1]
-    # Heads become a batch dimension of every product; B and K stay two dimensions, each sharded on its own mesh axis.
-    q = rearrange(q, "b t (k g) h -> b k g t h", k=k.shape[2])
-    k, v = (rearrange(x, "b s k h -> b k s h") for x in (k, v))
+    q, k, v = _heads_first(q, k, v)
     if length <= TILE:
         return rearrange(_tile(q, k, v, q_segments, kv_segments, 0, causal), "b k g t h -> b t (k g) h")
     span = -(-length // min(CHUNKS, -(-length // TILE))) if causal else length
@@ -53,6 +55,13 @@ def tiled(q: Float[Array, "B T N H"], k: Float[Array, "B S K H"], v: Float[Array
         ids = (None, None) if q_segments is None else (q_segments[:, start:stop], kv_segments[:, :seen])
         out.append(_chunk(q[:, :, :, start:stop], k[:, :, :seen], v[:, :, :seen], *ids, start, causal))
     return rearrange(jnp.concatenate(out, 3), "b k g t h -> b t (k g) h")
+
+
+def _heads_first(q, k, v):
+    """q `[B, K, G, T, H]`, k and v `[B, K, S, H]`: heads become a batch dimension of every product; B and K stay two
+    dimensions, each sharded on its own mesh axis."""
+    return (rearrange(q, "b t (k g) h -> b k g t h", k=k.shape[2]),
+            *(rearrange(x, "b s k h -> b k s h") for x in (k, v)))
 
 
 def _chunk(q, k, v, q_segments, kv_segments, start, causal):
@@ -75,13 +84,18 @@ def _chunk(q, k, v, q_segments, kv_segments, start, causal):
 
 def _tile(q, k, v, q_segments, kv_segments, start, causal):
     """Queries q `[B, K, G, t, H]`, the first at position `start`, against all of k, v `[B, K, S, H]` at once."""
-    scores = jnp.einsum("bkgth,bksh->bkgts", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
     mask = None
     if causal:
         mask = (start + jnp.arange(q.shape[3])[:, None] >= jnp.arange(k.shape[2]))[None]
     if q_segments is not None:
         same = q_segments[:, :, None] == kv_segments[:, None, :]
         mask = same if mask is None else mask & same
+    return _weighed(q, k, v, mask)
+
+
+def _weighed(q, k, v, mask):
+    """The means of v under the softmax of the scores where `mask` `[B or 1, t, S]`, if any, holds."""
+    scores = jnp.einsum("bkgth,bksh->bkgts", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
     if mask is not None:
         # The barrier keeps the bias [B, t, S] an array: fused, XLA compares again for every head and every pass.
         bias = jax.lax.optimization_barrier(jnp.where(mask, 0.0, -1e30).astype(jnp.float32))

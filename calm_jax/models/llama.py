@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from calm_jax import config as config_lib
 from calm_jax.models import layers
@@ -127,3 +127,22 @@ class Llama(nnx.Module):
             x = block.finish(x, attend(q, k, v, q_segments=ones, kv_segments=seen), _split(None))
             updated.append((k, v))
         return self.norm(x), updated
+
+    def branch(self, x: Float[Array, "B M D"], positions: Int[Array, "B M"], lengths: Int[Array, "B"],
+               sees: Bool[Array, "M M"], cache: Cache) -> Float[Array, "B M D"]:
+        """Hidden states of M tokens that continue a cached prompt in several ways at once; the cache stays as it is.
+
+        Args:
+          positions: each token's place in its own continuation.
+          lengths: of the prompts; a token sees its whole prompt.
+          sees: `sees[i, j]`: j is i itself or comes before it in the same continuation.
+        """
+        size = cache[0][0].shape[1]
+        prompt = jnp.broadcast_to((jnp.arange(size) < lengths[:, None])[:, None], (*x.shape[:2], size))
+        mask = jnp.concatenate([prompt, jnp.broadcast_to(sees, (x.shape[0], *sees.shape))], -1)
+        for index in range(self.depth):
+            block = layers.unstack(self.blocks, index)
+            q, k, v = block.qkv(x, positions, _split(None))
+            k, v = jnp.concatenate([cache[index][0], k], 1), jnp.concatenate([cache[index][1], v], 1)
+            x = block.finish(x, attend(q, k, v, mask=mask), _split(None))
+        return self.norm(x)

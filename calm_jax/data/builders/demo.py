@@ -21,7 +21,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from calm_jax import config as config_lib
-from calm_jax.data import attributes, images
+from calm_jax.data import attributes, pictures
 from calm_jax.data.samples import Edit, ImageRef, Record
 
 Window = tuple[float, float, float, float]
@@ -265,7 +265,7 @@ class Demo:
         """
         number = self._photograph[index]
         if number not in self._pictures:
-            picture = images.read(self._paths[number])
+            picture = pictures.read(self._paths[number])
             picture.setflags(write=False)  # shared by all records and threads
             self._pictures[number] = picture
         return self._pictures[number]
