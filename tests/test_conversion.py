@@ -4,6 +4,7 @@ import dataclasses
 import json
 import pathlib
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -25,6 +26,8 @@ from calm_jax.training import checkpoint, restore, sharding
 from tools import bench_conversion, convert_from_hf
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
+QUERY_BRANCH = (r"query_tokens|(ln_vision|llm_proj|Qformer\.bert\.embeddings\.LayerNorm)\..*|"
+                r"Qformer\.bert\.encoder\.layer\.\d+\.(attention|crossattention|intermediate_query|output_query)\..*")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -85,6 +88,39 @@ def with_queries(folder, context=24, form="safetensors"):
     (folder / "config.json").write_text(json.dumps(
         {"model_type": "blip-2", "num_query_tokens": 6, "qformer_config": config}))
     return str(folder)
+
+
+def lavis(context=24, width=128, depth=4, mlp=96, every=2, queries=6, out=32):
+    """The state of a BLIP-2 model as LAVIS names it, text branch, heads and parts of its neighbours included."""
+    state = {"query_tokens": torch.randn(1, queries, width)}
+
+    def linear(name, into, of):
+        state[f"{name}.weight"], state[f"{name}.bias"] = torch.randn(into, of), torch.randn(into)
+
+    def norm(name, size):
+        state[f"{name}.weight"], state[f"{name}.bias"] = torch.randn(size), torch.randn(size)
+
+    norm("ln_vision", context)
+    linear("llm_proj", out, width)
+    state["Qformer.bert.embeddings.position_ids"] = torch.arange(7)[None]
+    state["Qformer.bert.embeddings.word_embeddings.weight"] = torch.randn(11, width)
+    norm("Qformer.bert.embeddings.LayerNorm", width)
+    for n in range(depth):
+        block = f"Qformer.bert.encoder.layer.{n}"
+        for kind, of in (("attention", width), ("crossattention", context))[: 1 if n % every else 2]:
+            for part, size in (("query", width), ("key", of), ("value", of)):
+                linear(f"{block}.{kind}.self.{part}", width, size)
+            linear(f"{block}.{kind}.output.dense", width, width)
+            norm(f"{block}.{kind}.output.LayerNorm", width)
+        for branch in ("", "_query"):
+            linear(f"{block}.intermediate{branch}.dense", mlp, width)
+            linear(f"{block}.output{branch}.dense", width, mlp)
+            norm(f"{block}.output{branch}.LayerNorm", width)
+    linear("Qformer.cls.predictions.transform.dense", width, width)
+    linear("itm_head", 2, width)
+    state["temp"] = torch.tensor(0.07)
+    state["visual_encoder.cls_token"] = torch.randn(1, 1, context)
+    return state
 
 
 def values(path):
@@ -159,6 +195,96 @@ def test_three_qformers_are_low_middle_and_high(tmp_path):
         np.testing.assert_array_equal(leaves["mfam/qformers/queries"][level], truth)
     with pytest.raises(config_lib.ConfigError, match="one Q-Former for all levels or three, not 2"):
         convert_from_hf.convert(*sources, folders[:2], str(tmp_path / "other"))
+
+
+@pytest.mark.parametrize(("context", "dtype"), [(24, "float16"), (20, "float32")])
+def test_a_lavis_file_alone_gives_all_levels_bit_for_bit(tmp_path, context, dtype):
+    sources, said = parts(tmp_path), []
+    state = {name: tensor.to(DTYPES[dtype]) if tensor.is_floating_point() else tensor
+             for name, tensor in lavis(context).items()}
+    file = tmp_path / "downloads" / "blip2_pretrained.pth"
+    file.parent.mkdir()
+    torch.save({"model": state, "optimizer": {"step": 3}, "config": {"run": {"seed": 42}}, "epoch": 9}, file)
+    model, leaves = values(convert_from_hf.convert(*sources, [str(file)], str(tmp_path / "out"), say=said.append))
+    assert model.qformer == config_lib.QFormer(width=128, depth=4, heads=2, mlp_width=96, cross_every=2, queries=6,
+                                               eps=1e-12)
+    fits, table, count = context == 24, tables.qformer(model.qformer), 0
+    assert any("cross-attention" in line for line in said) != fits
+    if not fits:
+        table = table.without(r"groups/blocks/0/cross/(k|v)/kernel|context_norm/.*", "of another width")
+    for level in range(3):
+        mine = {name.removeprefix("mfam/qformers/"): leaf[level] for name, leaf in leaves.items()
+                if name.startswith("mfam/qformers/")}
+        back = tables.to_torch(table, mine)
+        for name, tensor in state.items():
+            if not re.fullmatch(QUERY_BRANCH, name):
+                continue
+            key = name
+            for theirs, huggingface in (
+                    ("Qformer.bert.embeddings.LayerNorm", "qformer.layernorm"), ("Qformer.bert.", "qformer."),
+                    (".self.", ".attention."), ("llm_proj", "language_projection")):
+                key = key.replace(theirs, huggingface)
+            if not fits and re.search(r"crossattention\.attention\.(key|value)\.weight|ln_vision", key):
+                assert key not in back
+                continue
+            assert back[key].dtype == np.dtype(dtype)
+            np.testing.assert_array_equal(bits(back[key]), bits(tensor.numpy()), name)
+            count += 1
+    assert count == 3 * len(back)
+
+
+def test_a_lavis_geometry_is_the_preset():
+    with torch.device("meta"):
+        public, once = lavis(1408, 768, 12, 3072, 2, 32, 4096), lavis(depth=3, every=3)
+    public, once = (geometry.qformer_of({name: tensor.shape for name, tensor in state.items()})
+                    for state in (public, once))
+    assert public == config_lib.model("7b").qformer and once.cross_every == 3
+
+
+@pytest.mark.parametrize(("change", "reason"), [
+    (lambda s: s.pop("query_tokens"), "it holds no query_tokens"),
+    (lambda s: s.update(query_tokens=torch.zeros(6, 128)), r"query_tokens is \(6, 128\), not \(1, queries, width\)"),
+    (lambda s: s.update(lavis(width=96)), "its width 96 is no multiple of 64"),
+    (lambda s: s.update(lavis(depth=6, every=3)), r"cross-attention stands in the blocks \[0, 2, 3\] of 6"),
+    (lambda s: s.update(lavis(depth=5, every=5)), r"cross-attention stands in the blocks \[0, 2\] of 5"),
+    (lambda s: [s.pop(name) for name in list(s) if "crossattention" in name], r"stands in the blocks \[\] of 4"),
+    (lambda s: [s.pop(name) for name in list(s) if ".layer.1." in name], "of its 4 blocks 1 are not there"),
+    (lambda s: [s.pop(name) for name in list(s) if "layer" in name], "it holds no blocks encoder.layer.N"),
+    (lambda s: [s.pop(name) for name in list(s) if "intermediate_query" in name], "no intermediate_query.dense"),
+])
+def test_a_file_whose_tensors_do_not_tell_the_geometry_is_one_sentence(tmp_path, change, reason):
+    sources, state, file = parts(tmp_path), lavis(), tmp_path / "some.pth"
+    change(state)
+    torch.save({"model": state}, file)
+    with pytest.raises(config_lib.ConfigError, match=f"some.pth: there is no config.json .*{reason}") as caught:
+        convert_from_hf.convert(*sources, [str(file)], str(tmp_path / "out"))
+    assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
+
+
+def test_a_tensor_that_does_not_fit_a_derived_geometry_is_named(tmp_path):
+    sources, state, file = parts(tmp_path), lavis(), tmp_path / "some.pth"
+    state["Qformer.bert.encoder.layer.3.output_query.dense.weight"] = torch.zeros(128, 95)
+    torch.save({"model": state}, file)
+    with pytest.raises(config_lib.ConfigError, match=r"wrong shape: Qformer.*layer.3.output_query.dense.weight is "
+                       r"\(128, 95\), the model needs \(128, 96\)"):
+        convert_from_hf.convert(*sources, [str(file)], str(tmp_path / "out"))
+
+
+def test_sources_are_recorded_with_the_licence_that_each_states(tmp_path):
+    sources = parts(tmp_path)
+    (tmp_path / "vit" / "README.md").write_text("---\ntags:\n- vision\nlicense: mit\n---\n# CLIP\n")
+    (tmp_path / "llm" / "README.md").write_text("# Only words\nlicense: none\n")
+    folders = [with_queries(tmp_path / name) for name in config_lib.LEVELS]
+    (tmp_path / "low" / "README.md").write_text("---\nlicense: [mit, bsd-3-clause]\n---\n")
+    (tmp_path / "middle" / "README.md").write_text("---\nlicense: {\n---\n")
+    saved = checkpoint.find(convert_from_hf.convert(*sources, folders, str(tmp_path / "out")))
+    assert saved.meta["sources"] == {
+        "vit": {"name": sources[0], "licence": "mit"},
+        "llm": {"name": sources[1], "licence": ""},
+        "qformer": [{"name": folders[0], "licence": "mit, bsd-3-clause"}, {"name": folders[1], "licence": ""},
+                    {"name": folders[2], "licence": ""}]}
+    assert "README.md" in torch_files.HUB_FILES
+    assert torch_files.licence(tmp_path / "vit" / "model.safetensors") == "mit"
 
 
 def test_training_reads_it_with_the_rest_at_random(tmp_path):

@@ -4,8 +4,10 @@
     python -m tools.convert_from_hf --vit DIR --llm DIR --qformer DIR[,DIR,DIR] --out DIR
 
 Each part is a folder, a weight file or a hub id. One Q-Former serves all three levels, three are low, middle and high;
-without any, the Q-Formers start from random numbers, as the fully connected layer does in any case. Every value is
-kept bit for bit in its stored dtype. Memory holds a few tensors, whatever the size of the model.
+without any, the Q-Formers start from random numbers, as the fully connected layer does in any case. A Q-Former may be
+a file of LAVIS, such as blip2_pretrained.pth: without a config.json beside it, its tensors tell the geometry. Every
+value is kept bit for bit in its stored dtype. Memory holds a few tensors, whatever the size of the model. The
+checkpoint's meta.json names every source and the licence that its README.md states.
 """
 
 from __future__ import annotations
@@ -54,14 +56,15 @@ def convert(vit: str, llm: str, qformers: list[str], out: str, seed: int = 0,
         raise config_lib.ConfigError(f"--qformer takes one Q-Former for all levels or three, not {len(qformers)}")
     places = {"vit": torch_files.locate(vit), "llm": torch_files.locate(llm)}
     sources = [torch_files.locate(name) for name in qformers]
-    model = _model(places["vit"], places["llm"], sources)
+    found = [torch_files.tensors(path) for path in sources]
+    model = _model(places["vit"], places["llm"], [_qformer(path, tensors) for path, tensors in
+                                                  zip(sources, found, strict=True)])
     tokenizer = _tokenizer(places["llm"], model.llama)
     shapes = {path: leaf.shape for path, leaf in Geometry.of(model).shapes.items()}
     pieces: Pieces = {}
     _add(pieces, "vit/", tables.vit(model.vit), torch_files.tensors(places["vit"]), shapes)
     _add(pieces, "llama/", tables.llama(), _untied(torch_files.tensors(places["llm"]), places["llm"]), shapes)
-    if sources:
-        found = [torch_files.tensors(path) for path in sources]
+    if found:
         _add_qformers(pieces, model, found * (3 // len(found)), shapes, say)
     leaves = {path: streaming.Leaf(shapes[path], np.result_type(*(tensor.dtype for _, tensor, _ in parts)),
                                    tuple((index, _reader(tensor, transform)) for index, tensor, transform in parts))
@@ -72,22 +75,36 @@ def convert(vit: str, llm: str, qformers: list[str], out: str, seed: int = 0,
     config = config_lib.Config(seed=seed, model=model)
     meta = {"process": "", "rows": 0, "best": None, "trained": [], "base": "", "seed": seed,
             "config": dataclasses.asdict(config), "tokenizer": tokenizer.fingerprint,
-            "sources": {"vit": vit, "llm": llm, "qformer": qformers}}
+            "sources": {"vit": _source(vit, places["vit"]), "llm": _source(llm, places["llm"]),
+                        "qformer": [_source(*pair) for pair in zip(qformers, sources, strict=True)]}}
     with tqdm.tqdm(total=sum(leaf.nbytes for leaf in leaves.values()), unit="B", unit_scale=True, desc="converting",
                    mininterval=0.5) as bar:
         return streaming.save(out, leaves, meta, files=[tokenizer.path], progress=bar.update)
 
 
-def _model(vit: pathlib.Path, llm: pathlib.Path, qformers: list[pathlib.Path]) -> config_lib.Model:
+def _source(name: str, place: pathlib.Path) -> dict[str, str]:
+    return {"name": name, "licence": torch_files.licence(place)}
+
+
+def _model(vit: pathlib.Path, llm: pathlib.Path, qformers: list[config_lib.QFormer]) -> config_lib.Model:
     """The geometry of the parts; what no part decides is that of `7b`."""
     model = dataclasses.replace(config_lib.model("7b"), vit=geometry.vit(geometry.read(vit)),
                                 llama=geometry.llama(geometry.read(llm)))
     if qformers:
-        kinds = [geometry.qformer(geometry.read(folder)) for folder in qformers]
-        if any(kind != kinds[0] for kind in kinds):
+        if any(kind != qformers[0] for kind in qformers):
             raise config_lib.ConfigError("the Q-Formers of the three levels differ in geometry; CALM's are alike")
-        model = dataclasses.replace(model, qformer=kinds[0])
+        model = dataclasses.replace(model, qformer=qformers[0])
     return model
+
+
+def _qformer(path: pathlib.Path, found: Tensors) -> config_lib.QFormer:
+    """By its config.json, or by the tensors of a file that has none beside it."""
+    if path.is_dir() or (path.parent / "config.json").exists():
+        return geometry.qformer(geometry.read(path))
+    try:
+        return geometry.qformer_of({name: tensor.shape for name, tensor in found.items()})
+    except geometry.GeometryError as error:
+        raise geometry.GeometryError(f"{path}: {error}") from None
 
 
 def _tokenizer(llm: pathlib.Path, cfg: config_lib.Llama) -> Tokenizer:

@@ -1,4 +1,4 @@
-"""The config.json of a Hugging Face model in; the same geometry as this project's config, out.
+"""The config.json of a Hugging Face model, or a Q-Former's tensor shapes, in; this project's config of it, out.
 
 What this project does not compute (another activation, scaled rotary frequencies, biases) is refused, never ignored.
 """
@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import json
 import pathlib
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from calm_jax import config as config_lib
 
 Json = Mapping[str, Any]
+HEAD = 64  # channels of an attention head in BERT, from which every public Q-Former descends
+BLOCK = re.compile(r"(?:(?:Qformer\.bert|qformer)\.)?encoder\.layer\.(\d+)\.(.+)")
 
 
 class GeometryError(config_lib.ConfigError):
@@ -91,6 +94,46 @@ def qformer(found: Json) -> config_lib.QFormer:
         width=value["hidden_size"], depth=value["num_hidden_layers"], heads=value["num_attention_heads"],
         mlp_width=value["intermediate_size"], cross_every=value["cross_attention_frequency"],
         queries=found.get("num_query_tokens", 32), eps=float(value["layer_norm_eps"]))
+
+
+def qformer_of(found: Mapping[str, tuple[int, ...]]) -> config_lib.QFormer:
+    """The Q-Former whose tensors have these names and shapes, for files that come without a config, such as LAVIS's.
+
+    Width and queries are those of `query_tokens`; depth, MLP and cross-attention are read off the blocks. Tensors do
+    not tell the head size and the LayerNorm epsilon: they are BERT's, 64 and 1e-12, as in BLIP-2 and InstructBLIP.
+
+    Args:
+      found: name -> shape, in LAVIS's names or those of transformers; what is no part of a Q-Former is passed over.
+
+    Raises:
+      GeometryError: something does not follow from the tensors; one sentence with every reason.
+    """
+    blocks: dict[int, dict[str, tuple[int, ...]]] = {}
+    for name, shape in found.items():
+        if match := BLOCK.fullmatch(name):
+            blocks.setdefault(int(match[1]), {})[match[2]] = tuple(shape)
+    tokens = tuple(found.get("query_tokens", ()))
+    known = len(tokens) == 3 and tokens[0] == 1
+    lost = sorted(set(range(max(blocks, default=-1) + 1)) - blocks.keys())
+    mlp = blocks.get(0, {}).get("intermediate_query.dense.weight", ())
+    crossed = [n for n in sorted(blocks) if any(name.startswith("crossattention.") for name in blocks[n])]
+    every = crossed[1] - crossed[0] if len(crossed) > 1 else max(len(blocks), 1)
+    regular = len(blocks) % every == 0 and crossed == list(range(0, len(blocks), every))
+    wrong = [reason for holds, reason in [
+        (known, f"query_tokens is {tokens}, not (1, queries, width)" if tokens else "it holds no query_tokens"),
+        (not known or tokens[2] % HEAD == 0, f"its width {tokens[-1] if tokens else 0} is no multiple of {HEAD}, the "
+         "channels of BERT's attention heads"),
+        (bool(blocks), "it holds no blocks encoder.layer.N"),
+        (not lost, f"of its {max(blocks, default=0) + 1} blocks {', '.join(map(str, lost))} are not there"),
+        (not blocks or len(mlp) == 2, "its first block has no intermediate_query.dense.weight, the MLP of the queries"),
+        (bool(lost) or regular,
+         f"cross-attention stands in the blocks {crossed} of {len(blocks)}, not in the first of every so many"),
+    ] if not holds]
+    if wrong:
+        raise GeometryError(f"there is no config.json beside these tensors, and no Q-Former's geometry follows from "
+                            f"them: {'; '.join(wrong)}; give a whole Q-Former, or its folder with a config.json")
+    return config_lib.QFormer(width=tokens[2], depth=len(blocks), heads=tokens[2] // HEAD, mlp_width=mlp[0],
+                              cross_every=every, queries=tokens[1], eps=1e-12)
 
 
 def _require(what: str, checks: list[tuple[bool, str]]) -> None:

@@ -1,4 +1,5 @@
-"""A Hugging Face folder, hub id or weight file in; names, shapes and one tensor at a time as NumPy, bit for bit, out.
+"""A Hugging Face folder, hub id or weight file in; names, shapes and one tensor at a time as NumPy, bit for bit, out;
+and the way back, `save`.
 
 Nothing is read before it is asked for, and nothing is kept: safetensors files are mapped by their library, `.bin` and
 `.pth` files by torch (which is imported for them alone). bfloat16 is ml_dtypes' NumPy type.
@@ -17,9 +18,9 @@ import numpy as np
 
 from calm_jax import config as config_lib
 
-SINGLE = ("model.safetensors", "diffusion_pytorch_model.safetensors", "pytorch_model.bin", "consolidated.00.pth")
+SINGLE = ("model.safetensors", "pytorch_model.bin")
 INDICES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
-HUB_FILES = ("*.json", "*.safetensors", "tokenizer.model")
+HUB_FILES = ("*.json", "*.safetensors", "tokenizer.model", "README.md")
 DTYPES = {"BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16), "F32": np.dtype(np.float32)}
 
 
@@ -29,12 +30,11 @@ class FileError(config_lib.ConfigError):
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """A tensor inside a file: its name there, shape and NumPy dtype, and how to read it."""
+    """A tensor that is not in memory: its name, shape and NumPy dtype, and how to read it."""
 
     name: str
     shape: tuple[int, ...]
     dtype: np.dtype
-    file: pathlib.Path
     read: Callable[[], np.ndarray]
 
     @property
@@ -66,6 +66,19 @@ def locate(where: str) -> pathlib.Path:
     return folder
 
 
+def licence(path: pathlib.Path) -> str:
+    """The `license` in the front matter of the README.md of a folder, or of a file's folder; empty where it is not
+    said."""
+    import huggingface_hub
+    import yaml
+    card = (path if path.is_dir() else path.parent) / "README.md"
+    try:
+        said = (huggingface_hub.metadata_load(card) or {}).get("license")
+    except (OSError, ValueError, yaml.YAMLError):  # none there, or one that only people can read
+        return ""
+    return ", ".join(map(str, said)) if isinstance(said, list) else str(said or "")
+
+
 def tensors(path: pathlib.Path) -> dict[str, Tensor]:
     """All tensors of a folder (single file or sharded, safetensors before `.bin`) or of one file.
 
@@ -75,7 +88,7 @@ def tensors(path: pathlib.Path) -> dict[str, Tensor]:
     """
     if path.is_file():
         return {tensor.name: tensor for tensor in _of_file(path)}
-    for name in INDICES[:1] + SINGLE[:2] + INDICES[1:] + SINGLE[2:]:
+    for name in (INDICES[0], SINGLE[0], INDICES[1], SINGLE[1]):
         if (path / name).is_file():
             return _of_index(path / name) if name in INDICES else tensors(path / name)
     raise FileError(f"{path} holds no weights: none of {', '.join((*INDICES, *SINGLE))} is there")
@@ -118,7 +131,7 @@ def _safetensors(path: pathlib.Path) -> Iterator[Tensor]:
                 raise FileError(f"{name} in {path} is {kind}; weights are read as float32, float16 or bfloat16: "
                                 "convert the file first")
             dtype = DTYPES.get(kind, np.dtype(np.int64))  # buffers such as position ids: named, never read
-            yield Tensor(name, tuple(part.get_shape()), dtype, path, lambda name=name: file.get_tensor(name))
+            yield Tensor(name, tuple(part.get_shape()), dtype, lambda name=name: file.get_tensor(name))
     except safetensors.SafetensorError as error:
         raise FileError(f"{path} is truncated or no safetensors file ({error}); fetch it again") from None
 
@@ -146,10 +159,10 @@ def _pickled(path: pathlib.Path) -> Iterator[Tensor]:
         raise FileError(f"{path} holds no table of tensors; give a checkpoint's weights")
     for name, value in content.items():
         if isinstance(value, torch.Tensor):
-            yield _of_torch(name, value, path)
+            yield _of_torch(name, value)
 
 
-def _of_torch(name, value, path: pathlib.Path) -> Tensor:
+def _of_torch(name, value) -> Tensor:
     import torch
 
     def read() -> np.ndarray:
