@@ -16,6 +16,7 @@ import concurrent.futures
 import dataclasses
 import errno
 import hashlib
+import itertools
 import json
 import logging
 import math
@@ -25,11 +26,13 @@ import shutil
 import subprocess
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 
 import calm_jax
 from calm_jax import config as config_lib
@@ -37,6 +40,8 @@ from calm_jax.models.parameters import Parameters
 
 MARKER, META, ARRAYS, BEST = "COMPLETE.json", "meta.json", "arrays", "best.json"
 LARGE = 1 << 22  # leaves from this many bytes on are cut into chunks
+VERIFYING = 4 * 3600  # seconds that processes wait for the first one to verify a checkpoint, which reads all of it
+_turns = itertools.count()  # names of barriers: every process asks for its checkpoints in the same order
 
 
 class CheckpointError(RuntimeError):
@@ -148,9 +153,14 @@ class Checkpoints:
     def latest(self) -> Saved | None:
         """The newest checkpoint that verifies. Damaged ones are set aside with a warning, unfinished ones removed.
 
+        All processes must call it; the first one alone looks, verifies and tidies up, as in `find`.
+
         Raises:
           CheckpointError: there are complete checkpoints, but every one of them is damaged.
         """
+        return _by_the_first(self._latest)
+
+    def _latest(self) -> Saved | None:
         for path in reversed(folders(self.folder)):
             if not is_complete(path):
                 shutil.rmtree(path)
@@ -193,10 +203,18 @@ def is_complete(path: pathlib.Path) -> bool:
 def find(path: str | os.PathLike) -> Saved:
     """A verified checkpoint from a checkpoint folder, a process's folder, or a workdir (its last process; best first).
 
+    Of several processes all must call it. Verifying reads every byte, so the first process alone does it and tells the
+    others, who then read no more than their share of the arrays; an error is raised in all of them.
+
     Raises:
       CheckpointError: there is none, or it is damaged.
     """
-    path = pathlib.Path(path).absolute()
+    saved = _by_the_first(lambda: _find(pathlib.Path(path).absolute()))
+    assert saved is not None
+    return saved
+
+
+def _find(path: pathlib.Path) -> Saved:
     if (path / ARRAYS).is_dir() or (path / MARKER).exists():
         return read(path)
     candidates = [path]
@@ -213,6 +231,28 @@ def find(path: str | os.PathLike) -> Saved:
             return read((chosen or complete)[-1])
     raise CheckpointError(f"there is no complete checkpoint in {path}; give a workdir of calm_jax.train, or a folder "
                           f"that holds {MARKER}")
+
+
+def _by_the_first(work: Callable[[], Saved | None]) -> Saved | None:
+    """The outcome of `work()`, which only the first process does, in every process: what it found or its error."""
+    if jax.process_count() == 1:
+        return work()
+    outcome: dict[str, Any] = {}
+    if jax.process_index() == 0:
+        try:
+            saved = work()
+            outcome = {"path": str(saved.path), "meta": saved.meta} if saved is not None else {}
+        except Exception as error:  # whatever it is, the others must not wait for ever
+            outcome = {"error": str(error) if isinstance(error, CheckpointError) else repr(error)}
+    # A barrier first: it waits as long as it is told to, where a broadcast counts on all processes being there.
+    ocp.multihost.get_barrier_sync_fn()(key=f"calm_checkpoint_{next(_turns)}", timeout_ms=1000 * VERIFYING)
+    text = json.dumps(outcome).encode()
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(text))))
+    same = np.frombuffer(text.ljust(size)[:size], np.uint8)  # what the others put in does not matter, but its size
+    outcome = json.loads(multihost_utils.broadcast_one_to_all(same).tobytes())
+    if "error" in outcome:
+        raise CheckpointError(outcome["error"])
+    return Saved(pathlib.Path(outcome["path"]), outcome["meta"]) if outcome else None
 
 
 def read(path: pathlib.Path) -> Saved:
