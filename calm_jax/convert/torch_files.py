@@ -172,4 +172,4 @@ def _of_torch(name, value) -> Tensor:
         return tensor.numpy()
 
     dtype = DTYPES["BF16"] if value.dtype == torch.bfloat16 else np.dtype(str(value.dtype).removeprefix("torch."))
-    return Tensor(name, tuple(value.shape), dtype, path, read)
+    return Tensor(name, tuple(value.shape), dtype, read)
