@@ -1,15 +1,18 @@
-# make env | demo | test | lint | lock | clean. The environment is .venv, installed from the lock files.
+# make env | demo | test | lint | lock | clean. The environment is .venv, installed from the lock files; exported models
+# are also tried with an old transformers, in an environment of its own.
 PYTHON ?= python3
 VENV := .venv
+OLD := .venv-transformers-4.46
 BIN := $(VENV)/bin
 # uv reads its own variables; a machine that sets pip's is understood all the same.
 export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
+INSTALL_OLD = VIRTUAL_ENV=$(CURDIR)/$(OLD) $(BIN)/uv pip install --quiet
 INSTALL := VIRTUAL_ENV=$(CURDIR)/$(VENV) $(BIN)/uv pip install --quiet
 
 .PHONY: env test-env demo test lint lock clean
 
 env: $(VENV)/.installed
-test-env: $(VENV)/.installed-test
+test-env: $(VENV)/.installed-test $(OLD)/.installed
 
 $(BIN)/uv:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "calm_jax needs Python 3.11 or newer; name one: make PYTHON=python3.12 ...")'
@@ -23,6 +26,11 @@ $(VENV)/.installed: requirements.lock setup.cfg | $(BIN)/uv
 
 $(VENV)/.installed-test: requirements-test.lock $(VENV)/.installed
 	$(INSTALL) -r requirements-test.lock
+	touch $@
+
+$(OLD)/.installed: requirements-transformers-4.46.lock | $(BIN)/uv
+	$(PYTHON) -m venv $(OLD)
+	$(INSTALL_OLD) -r requirements-transformers-4.46.lock
 	touch $@
 
 demo: env
@@ -39,7 +47,8 @@ lint: test-env
 lock: test-env
 	$(BIN)/uv pip compile setup.cfg --extra demo --python-version 3.11 --no-header --no-annotate -q -o requirements.lock
 	echo 'torch==2.13.0' | $(BIN)/uv pip compile setup.cfg --extra test --extra dev -c requirements.lock -c - --python-version 3.11 --no-header --no-annotate -q -o requirements-test.lock
-	sed -i 's/+cpu$$//' requirements-test.lock
+	printf '%s\n' transformers==4.46.3 torch==2.13.0 numpy pillow protobuf safetensors sentencepiece | $(BIN)/uv pip compile - --python-version 3.11 --no-header --no-annotate -q -o requirements-transformers-4.46.lock
+	sed -i -E '/^(nvidia-|cuda-|triton)/d; s/\+cpu$$//' requirements-test.lock requirements-transformers-4.46.lock
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OLD) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -31,6 +31,18 @@ def config_file() -> str:
     return config_flags.get_config_filename(flags.FLAGS["config"])
 
 
+def require(*names: str) -> flags.FlagValues:
+    """All flags, of which these must have been given.
+
+    Raises:
+      ConfigError: one was not.
+    """
+    for name in names:
+        if not flags.FLAGS[name].value:
+            raise config_lib.ConfigError(f"--{name} is missing: {flags.FLAGS[name].help}")
+    return flags.FLAGS
+
+
 def run(main: Callable[[], int | None]) -> None:
     """Parses the flags, runs `main`, and turns the project's errors into one sentence and exit code 2 (use) or 1."""
 

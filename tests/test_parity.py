@@ -116,6 +116,7 @@ class TorchCalm(torch.nn.Module):
         super().__init__()
         self.depths = {part: cfg.depths.block(part, cfg.vit.depth) for part in config_lib.PARTS}
         self.vision_tower = torch_vit(cfg.vit, 1)
+        self.vision_tower.post_layernorm = torch.nn.Identity()  # plays no part
         self.mfam = TorchMfam(cfg, 2)
         self.language_model = torch_llama(cfg.llama, 6)
 

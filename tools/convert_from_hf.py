@@ -27,12 +27,6 @@ from calm_jax.data.tokenizer import Tokenizer
 from calm_jax.models.parameters import Geometry
 from calm_jax.training import streaming
 
-_VIT = flags.DEFINE_string("vit", None, "the encoder: a CLIPVisionModel or CLIPModel")
-_LLM = flags.DEFINE_string("llm", None, "the language model: a LlamaForCausalLM, such as Vicuna")
-_QFORMER = flags.DEFINE_list("qformer", [], "the Q-Formers: one for all levels, or low,middle,high")
-_OUT = flags.DEFINE_string("out", None, "folder of the checkpoint; must not exist")
-_SEED = flags.DEFINE_integer("seed", 0, "of what is left to random numbers")
-
 Tensors = Mapping[str, torch_files.Tensor]
 Pieces = dict[str, list[tuple[tuple[int, ...], torch_files.Tensor, tables.Rearrange]]]
 
@@ -150,12 +144,15 @@ def _reader(tensor: torch_files.Tensor, transform: tables.Rearrange) -> Callable
 
 
 def main() -> None:
-    for name in ("vit", "llm", "out"):
-        if not flags.FLAGS[name].value:
-            raise config_lib.ConfigError(f"--{name} is missing; see the first lines of tools/convert_from_hf.py")
-    path = convert(_VIT.value, _LLM.value, _QFORMER.value, _OUT.value, _SEED.value)
+    given = command.require("vit", "llm", "out")
+    path = convert(given.vit, given.llm, given.qformer, given.out, given.seed)
     print(f"written to {path}; train from it with --config.init={path} --config.tokenizer={path}/tokenizer.model")
 
 
 if __name__ == "__main__":
+    flags.DEFINE_string("vit", None, "the encoder: a CLIPVisionModel or CLIPModel")
+    flags.DEFINE_string("llm", None, "the language model: a LlamaForCausalLM, such as Vicuna")
+    flags.DEFINE_list("qformer", [], "the Q-Formers: one for all levels, or low,middle,high")
+    flags.DEFINE_string("out", None, "folder of the checkpoint; must not exist")
+    flags.DEFINE_integer("seed", 0, "of what is left to random numbers")
     command.run(main)

@@ -264,9 +264,30 @@ def calm(cfg: config_lib.Model) -> Table:
         rows=(*tower.within("vit/", "vision_tower."), *mfam(cfg.qformer).within("mfam/", "mfam."),
               *llama().within("llama/", "language_model.")),
         renames=((r"^vision_tower\.vision_model\.", "vision_tower."),),
-        ignored=tuple(Ignored(rf"vision_tower\.({rule.pattern})", rule.reason) for rule in tower.ignored),
-        constants=tuple(Constant(f"vision_tower.{constant.key}", f"vision_tower.{constant.like}", constant.value)
-                        for constant in tower.constants))
+        ignored=tuple(Ignored(rf"vision_tower\.({rule.pattern})", rule.reason) for rule in tower.ignored))
+
+
+def lora(table: Table, paths: Iterable[str]) -> tuple[Row, ...]:
+    """Rows of the low-rank updates among `paths` (`X/lora/a`, `X/lora/b`), under PEFT's names beside those of X.
+
+    Raises:
+      WeightError: an update's layer is no linear layer in torch.
+    """
+    kernels = {row.path: row for row in table.rows}
+    rows, problems = [], []
+    for path in paths:
+        found = re.fullmatch(r"(.*)/lora/(a|b)", path)
+        if found is None:
+            continue
+        row = kernels.get(f"{found[1]}/kernel")
+        if row is None or row.transform != LINEAR:
+            problems.append(f"the low-rank update {path} is of no linear layer in torch; merge it into its kernel")
+        else:
+            key = row.key.removesuffix("weight") + f"lora_{found[2].upper()}.weight"
+            rows.append(dataclasses.replace(row, path=path, key=key))
+    if problems:
+        raise WeightError(problems)
+    return tuple(rows)
 
 
 def expand(table: Table, shapes: Shapes) -> tuple[list[Entry], list[str]]:

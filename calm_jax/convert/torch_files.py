@@ -7,11 +7,13 @@ Nothing is read before it is asked for, and nothing is kept: safetensors files a
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
 import json
 import pathlib
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -173,3 +175,55 @@ def _of_torch(name, value) -> Tensor:
 
     dtype = DTYPES["BF16"] if value.dtype == torch.bfloat16 else np.dtype(str(value.dtype).removeprefix("torch."))
     return Tensor(name, tuple(value.shape), dtype, read)
+
+
+def save(folder: pathlib.Path, tensors: Sequence[Tensor], *, name: str = SINGLE[0], shard: int = 5 * 10**9,
+         progress: Callable[[int], None] = lambda _: None) -> None:
+    """Writes a safetensors file into an existing folder, tensor by tensor, or shards of it and their index.
+
+    Memory holds two tensors (one is read while the one before is written); the library would want a whole file.
+
+    Args:
+      tensors: what to write, in this order.
+      shard: bytes of a file at most, of which a single larger tensor has one of its own.
+      progress: called with the bytes of every tensor that is written.
+    """
+    shards: list[list[Tensor]] = [[]]
+    for tensor in tensors:
+        if shards[-1] and sum(other.nbytes for other in shards[-1]) + tensor.nbytes > shard:
+            shards.append([])
+        shards[-1].append(tensor)
+    stem = name.removesuffix(".safetensors")
+    files = [name] if len(shards) == 1 else [f"{stem}-{number:05d}-of-{len(shards):05d}.safetensors"
+                                             for number in range(1, len(shards) + 1)]
+    with concurrent.futures.ThreadPoolExecutor(1) as ahead:
+        for file, content in zip(files, shards, strict=True):
+            with (folder / file).open("wb") as stream:
+                stream.write(header({tensor.name: (tensor.dtype, tensor.shape) for tensor in content}))
+                coming = ahead.submit(content[0].read)
+                for index, tensor in enumerate(content):
+                    value = coming.result()
+                    if index + 1 < len(content):
+                        coming = ahead.submit(content[index + 1].read)
+                    assert value.shape == tensor.shape and value.dtype == tensor.dtype, tensor.name
+                    stream.write(np.ascontiguousarray(value).view(np.uint8).data)
+                    progress(tensor.nbytes)
+    if len(shards) > 1:
+        places = {tensor.name: file for file, content in zip(files, shards, strict=True) for tensor in content}
+        total = sum(tensor.nbytes for tensor in tensors)
+        index = {"metadata": {"total_size": total}, "weight_map": places}
+        (folder / f"{name}.index.json").write_text(json.dumps(index, indent=1))
+
+
+def header(tensors: Mapping[str, tuple[np.dtype, tuple[int, ...]]]) -> bytes:
+    """The beginning of a safetensors file whose tensors follow in this order without gaps."""
+    kinds = {dtype: name for name, dtype in DTYPES.items()}
+    table: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    start = 0
+    for name, (dtype, shape) in tensors.items():
+        stop = start + int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+        table[name] = {"dtype": kinds[dtype], "shape": list(shape), "data_offsets": [start, stop]}
+        start = stop
+    text = json.dumps(table).encode()
+    text += b" " * (-len(text) % 8)  # the values begin at a multiple of eight
+    return len(text).to_bytes(8, "little") + text

@@ -101,18 +101,22 @@ class Generator:
           ConfigError: a prompt and its answer do not fit the model's positions.
         """
         for chunk, wanted in _chunks(questions, batch):
-            ids, _ = self._greedy(self.parameters, self._arrays(chunk, pixels, limit), limit=limit)
-            for row in np.asarray(ids)[:wanted]:
-                yield self.tokenizer.decode(row[row != self.tokenizer.eos])
+            for ids in self.greedy(self.arrays(chunk, pixels, limit), limit)[:wanted]:
+                yield self.tokenizer.decode(ids[ids != self.tokenizer.eos])
+
+    def greedy(self, arrays: dict[str, np.ndarray], limit: int) -> Int[np.ndarray, "B L"]:
+        """Ids of the answers to prompts that `arrays` has made; the end-of-sequence id stands behind the shorter."""
+        return np.asarray(self._greedy(self.parameters, arrays, limit=limit)[0])
 
     def scores(self, questions: Sequence[tuple[Sample, int]], pixels: Callable[[int], UInt8[np.ndarray, "H W 3"]], *,
                batch: int = 16) -> Iterator[tuple[float, float]]:
         """Expected score and its standard deviation, both on the scale 1-10, in place of each answer; as `answers`."""
         for chunk, wanted in _chunks(questions, batch):
-            mean, spread = jax.device_get(self._expected(self.parameters, self._arrays(chunk, pixels, 4)))
+            mean, spread = jax.device_get(self._expected(self.parameters, self.arrays(chunk, pixels, 4)))
             yield from zip(mean[:wanted].tolist(), spread[:wanted].tolist(), strict=True)
 
-    def _arrays(self, questions, pixels, limit: int) -> dict[str, np.ndarray]:
+    def arrays(self, questions: Sequence[tuple[Sample, int]], pixels: Callable[[int], UInt8[np.ndarray, "H W 3"]],
+               limit: int) -> dict[str, np.ndarray]:
         """The prompts as `greedy` takes them, with room for `limit` more tokens each."""
         encoded = [encode(sample, self.tokenizer, self.layout, ask=turn) for sample, turn in questions]
         longest = max(len(item.tokens) for item in encoded)

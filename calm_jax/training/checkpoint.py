@@ -32,6 +32,7 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+import tensorstore
 from jax.experimental import multihost_utils
 
 import calm_jax
@@ -322,6 +323,16 @@ def shapes(saved: Saved) -> dict[str, tuple[int, ...]]:
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as orbax:
         tree = orbax.metadata(saved.path / ARRAYS).item_metadata.tree
     return {path: tuple(leaf.shape) for path, leaf in unnest(tree["parameters"]).items()}
+
+
+def arrays(saved: Saved) -> dict[str, tensorstore.TensorStore]:
+    """path -> every parameter a checkpoint holds, still on disk: `array[index].read().result()` reads that part."""
+    found = {}
+    for path in shapes(saved):
+        place = {"driver": "ocdbt", "base": f"file://{saved.path / ARRAYS}/",
+                 "path": f"parameters.{path.replace('/', '.')}/"}
+        found[path] = tensorstore.open({"driver": "zarr", "kvstore": place}, open=True, read=True)
+    return {path: future.result() for path, future in found.items()}
 
 
 def nest(flat: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 
 from calm_jax import config as config_lib
 from calm_jax.data.tokenizer import Tokenizer
@@ -34,16 +35,64 @@ def model(path: str | os.PathLike) -> Restored:
     """
     saved = checkpoint.find(path)
     config = config_lib.from_config_dict(saved.meta["config"])
-    tokenizer = Tokenizer(config.tokenizer)
-    if tokenizer.fingerprint != saved.meta["tokenizer"]:
-        raise checkpoint.CheckpointError(f"the checkpoint {saved.path} was trained with another tokenizer than "
-                                         f"{tokenizer.path}; give that file back its content")
     geometry = Geometry.of(config.model)
     layout = sharding.parameters(geometry.shapes, sharding.make_mesh(config_lib.Mesh()))
     dtype, storage, _ = numerics(config.model)
     kept = {name: jax.ShapeDtypeStruct(leaf.shape, storage, sharding=layout[name])
             for name, leaf in geometry.shapes.items()}
-    return Restored(saved, config, load(saved, geometry, config, kept), tokenizer, dtype)
+    return Restored(saved, config, load(saved, geometry, config, kept), tokenizer(saved), dtype)
+
+
+def tokenizer(saved: checkpoint.Saved) -> Tokenizer:
+    """The one a checkpoint was made with: the file inside it, or the one its config names.
+
+    Raises:
+      CheckpointError: neither has the content it had then.
+    """
+    inside = saved.path / "tokenizer.model"
+    found = Tokenizer(str(inside) if inside.is_file() else saved.meta["config"]["tokenizer"])
+    if found.fingerprint != saved.meta["tokenizer"]:
+        raise checkpoint.CheckpointError(f"the checkpoint {saved.path} was trained with another tokenizer than "
+                                         f"{found.path}; give that file back its content")
+    return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Lazy:
+    """A parameter that is not in memory; `read(index)` gives the part at an index of its leading axes."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    read: Callable[[tuple[int, ...]], np.ndarray]
+
+
+def lazily(saved: checkpoint.Saved) -> dict[str, Lazy]:
+    """Every parameter of a checkpoint's model, in its stored dtype, read from where it was last trained when asked for.
+    What was never trained nor converted is drawn from its seed now, in float32.
+
+    Raises:
+      CheckpointError: a checkpoint that this one was trained from is damaged or gone.
+    """
+    config = config_lib.from_config_dict(saved.meta["config"])
+    geometry = Geometry.of(config.model)
+    found: dict[str, Lazy] = {}
+    at: checkpoint.Saved | None = saved
+    while at is not None:
+        for path, array in checkpoint.arrays(at).items():
+            if path in geometry.shapes and path not in found:
+                found[path] = Lazy(tuple(array.shape), array.dtype.numpy_dtype,
+                                   lambda index, array=array: array[index].read().result())
+        config = dataclasses.replace(config, seed=at.meta["seed"])
+        missing = geometry.shapes.keys() - found.keys()
+        at = checkpoint.find(at.meta["base"]) if at.meta["base"] and missing else None
+    if missing:
+        one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        drawn = load(None, geometry, config, {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=one)
+                                              for path, leaf in geometry.shapes.items() if path in missing})
+        for path, leaf in drawn.items():
+            value = np.asarray(leaf)
+            found[path] = Lazy(value.shape, value.dtype, lambda index, value=value: value[index])
+    return {path: found[path] for path in geometry.shapes}
 
 
 def load(saved: checkpoint.Saved | None, geometry: Geometry, config: config_lib.Config,

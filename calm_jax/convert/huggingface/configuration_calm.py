@@ -1,0 +1,28 @@
+"""Geometry of a CALM model: encoder, three Q-Formers, language model, and what the export knows of its training."""
+
+from transformers import PretrainedConfig
+
+
+class CalmConfig(PretrainedConfig):
+    """Args:
+        vit: image_size, patch, width, depth, heads, mlp_width, eps and stem ("patch" as CLIP, or "conv").
+        taps: part -> number of encoder blocks run before it reads (low, middle, high, thematic).
+        qformer: width, depth, heads, mlp_width, cross_every, queries and eps of each of the three.
+        llama: vocab, width, depth, heads, kv_heads, mlp_width, eps, rope_theta and positions.
+        lora: rank, alpha, and targets (names of the linear layers that carry a low-rank update); rank 0 is none.
+    """
+
+    model_type = "calm"
+
+    def __init__(self, vit=None, taps=None, qformer=None, llama=None, lora=None, **kwargs):
+        self.vit, self.taps, self.qformer, self.llama = vit or {}, taps or {}, qformer or {}, llama or {}
+        self.lora = lora or {"rank": 0, "alpha": 1.0, "targets": []}
+        # Names that transformers' generation and caches ask for.
+        self.vocab_size = self.llama.get("vocab", 0)
+        self.hidden_size = self.llama.get("width", 0)
+        self.num_hidden_layers = self.llama.get("depth", 0)
+        self.num_attention_heads = self.llama.get("heads", 0)
+        self.num_key_value_heads = self.llama.get("kv_heads", 0)
+        self.max_position_embeddings = self.llama.get("positions", 0)
+        kwargs.setdefault("tie_word_embeddings", False)
+        super().__init__(**kwargs)

@@ -1,0 +1,544 @@
+"""CALM in torch: visual encoder, three Q-Formers and a fully connected layer (MFAM), LLaMA.
+
+Everything is computed here, and of transformers only its loading, its caches and `generate` are used, so that the
+numbers do not depend on its version.
+"""
+
+import itertools
+import os
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import DynamicCache, GenerationMixin, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from .configuration_calm import CalmConfig
+from .pictures import square  # noqa: F401  (older transformers fetch only the files that are named in this one)
+from .processing_calm import CalmProcessor
+
+LEVELS = ("low", "middle", "high")
+DECIMALS = [f"{tenth / 10:.1f}" for tenth in range(10, 101)]  # every score that the model can say
+
+
+class LayerNorm(nn.LayerNorm):
+    """In float32 whatever the dtype of the activations."""
+
+    def forward(self, x):
+        return F.layer_norm(x.float(), self.normalized_shape, self.weight.float(), self.bias.float(), self.eps).to(x)
+
+
+class RMSNorm(nn.Module):
+    """In float32 whatever the dtype of the activations."""
+
+    def __init__(self, width, eps):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
+
+    def forward(self, x):
+        wide = x.float()
+        return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps) * self.weight.float()).to(x)
+
+
+class Linear(nn.Linear):
+    """A linear layer, plus `alpha / rank * x A^T B^T` where the config names it as a target of low-rank updates."""
+
+    def add_lora(self, rank, alpha):
+        self.lora_A = nn.Linear(self.in_features, rank, bias=False)
+        self.lora_B = nn.Linear(rank, self.out_features, bias=False)
+        self.lora_scale = alpha / rank
+
+    def forward(self, x):
+        y = super().forward(x)
+        return y + self.lora_B(self.lora_A(x)) * self.lora_scale if hasattr(self, "lora_A") else y
+
+
+def heads_first(x, heads):
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def attend(q, k, v, mask=None):
+    """[B, N, T, H] queries, [B, K, S, H] keys and values -> [B, T, N * H]; query head n reads key head n // (N / K)."""
+    groups = q.shape[1] // k.shape[1]
+    if groups > 1:
+        k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
+
+
+# ---- visual encoder: CLIP's, with names as in CLIPVisionModel -----------------------------------------------------
+
+class VisionAttention(nn.Module):
+    def __init__(self, width, heads):
+        super().__init__()
+        self.heads = heads
+        self.q_proj, self.k_proj, self.v_proj = (Linear(width, width) for _ in range(3))
+        self.out_proj = Linear(width, width)
+
+    def forward(self, x):
+        q, k, v = (heads_first(layer(x), self.heads) for layer in (self.q_proj, self.k_proj, self.v_proj))
+        return self.out_proj(attend(q, k, v))
+
+
+class VisionMlp(nn.Module):
+    """With CLIP's quick-GELU."""
+
+    def __init__(self, width, hidden):
+        super().__init__()
+        self.fc1, self.fc2 = Linear(width, hidden), Linear(hidden, width)
+
+    def forward(self, x):
+        y = self.fc1(x)
+        return self.fc2(y * torch.sigmoid(1.702 * y))
+
+
+class VisionBlock(nn.Module):
+    def __init__(self, vit):
+        super().__init__()
+        self.layer_norm1 = LayerNorm(vit["width"], vit["eps"])
+        self.self_attn = VisionAttention(vit["width"], vit["heads"])
+        self.layer_norm2 = LayerNorm(vit["width"], vit["eps"])
+        self.mlp = VisionMlp(vit["width"], vit["mlp_width"])
+
+    def forward(self, x):
+        x = x + self.self_attn(self.layer_norm1(x))
+        return x + self.mlp(self.layer_norm2(x))
+
+
+class VisionEmbeddings(nn.Module):
+    """CLIP's patch embedding, or strided 3x3 convolutions down to the patch grid, a class token, learned positions."""
+
+    def __init__(self, vit):
+        super().__init__()
+        patch, width = vit["patch"], vit["width"]
+        if vit["stem"] == "patch":
+            self.patch_embedding = nn.Conv2d(3, width, patch, patch, bias=False)
+        else:
+            count = patch.bit_length() - 1
+            widths = [3] + [max(width >> (count - 1 - i), 32) for i in range(count)]
+            self.stem = nn.ModuleList([nn.Conv2d(d_in, d_out, 3, 2) for d_in, d_out in itertools.pairwise(widths)]
+                                      + [Linear(widths[-1], width)])
+        self.class_embedding = nn.Parameter(torch.zeros(width))
+        self.position_embedding = nn.Embedding((vit["image_size"] // patch) ** 2 + 1, width)
+
+    def forward(self, pixels):
+        if hasattr(self, "patch_embedding"):
+            x = self.patch_embedding(pixels).flatten(2).transpose(1, 2)
+        else:
+            x = pixels
+            for layer in self.stem[:-1]:
+                x = F.gelu(layer(F.pad(x, (0, 1, 0, 1))), approximate="tanh")
+            x = self.stem[-1](x.flatten(2).transpose(1, 2))
+        cls = self.class_embedding.expand(len(x), 1, -1)
+        return torch.cat([cls, x], 1) + self.position_embedding.weight
+
+
+class VisionEncoder(nn.Module):
+    def __init__(self, vit):
+        super().__init__()
+        self.layers = nn.ModuleList([VisionBlock(vit) for _ in range(vit["depth"])])
+
+
+class VisionTower(nn.Module):
+    """Hidden states after some of its blocks, class token first; deeper blocks are not run."""
+
+    def __init__(self, vit):
+        super().__init__()
+        self.embeddings = VisionEmbeddings(vit)
+        self.pre_layrnorm = LayerNorm(vit["width"], vit["eps"])  # the misspelling is CLIP's
+        self.encoder = VisionEncoder(vit)
+
+    def forward(self, pixels, depths):
+        x = self.pre_layrnorm(self.embeddings(pixels))
+        taps = {0: x}
+        for number, block in enumerate(self.encoder.layers[:max(depths)], 1):
+            taps[number] = x = block(x)
+        return {depth: taps[depth] for depth in depths}
+
+
+# ---- MFAM: Q-Formers of BLIP-2's geometry, with its names ---------------------------------------------------------
+
+class QFormerHeads(nn.Module):
+    def __init__(self, width, heads, context):
+        super().__init__()
+        self.heads = heads
+        self.query, self.key, self.value = Linear(width, width), Linear(context, width), Linear(context, width)
+
+    def forward(self, x, context):
+        return attend(*(heads_first(layer(y), self.heads)
+                        for layer, y in ((self.query, x), (self.key, context), (self.value, context))))
+
+
+class QFormerOutput(nn.Module):
+    """Linear layer and post-norm of a residual branch."""
+
+    def __init__(self, d_in, qformer):
+        super().__init__()
+        self.dense = Linear(d_in, qformer["width"])
+        self.LayerNorm = LayerNorm(qformer["width"], qformer["eps"])
+
+    def forward(self, y, x):
+        return self.LayerNorm(x + self.dense(y))
+
+
+class QFormerAttention(nn.Module):
+    def __init__(self, qformer, context):
+        super().__init__()
+        self.attention = QFormerHeads(qformer["width"], qformer["heads"], context)
+        self.output = QFormerOutput(qformer["width"], qformer)
+
+    def forward(self, x, context):
+        return self.output(self.attention(x, context), x)
+
+
+class QFormerUp(nn.Module):
+    def __init__(self, qformer):
+        super().__init__()
+        self.dense = Linear(qformer["width"], qformer["mlp_width"])
+
+    def forward(self, x):
+        return F.gelu(self.dense(x))
+
+
+class QFormerBlock(nn.Module):
+    def __init__(self, qformer, context):
+        super().__init__()
+        self.attention = QFormerAttention(qformer, qformer["width"])
+        if context:
+            self.crossattention = QFormerAttention(qformer, context)
+        self.intermediate_query = QFormerUp(qformer)
+        self.output_query = QFormerOutput(qformer["mlp_width"], qformer)
+
+    def forward(self, x, context):
+        x = self.attention(x, x)
+        if hasattr(self, "crossattention"):
+            x = self.crossattention(x, context)
+        return self.output_query(self.intermediate_query(x), x)
+
+
+class QFormerEncoder(nn.Module):
+    def __init__(self, qformer, context):
+        super().__init__()
+        self.layer = nn.ModuleList([QFormerBlock(qformer, 0 if n % qformer["cross_every"] else context)
+                                    for n in range(qformer["depth"])])
+
+
+class QFormerTrunk(nn.Module):
+    def __init__(self, qformer, context):
+        super().__init__()
+        self.layernorm = LayerNorm(qformer["width"], qformer["eps"])
+        self.encoder = QFormerEncoder(qformer, context)
+
+    def forward(self, x, context):
+        x = self.layernorm(x)
+        for block in self.encoder.layer:
+            x = block(x, context)
+        return x
+
+
+class QFormer(nn.Module):
+    """Learned queries that read one depth of the encoder, and the linear layer to the language model."""
+
+    def __init__(self, qformer, context, out):
+        super().__init__()
+        self.ln_vision = LayerNorm(context, 1e-5)
+        self.query_tokens = nn.Parameter(torch.zeros(1, qformer["queries"], qformer["width"]))
+        self.qformer = QFormerTrunk(qformer, context)
+        self.language_projection = Linear(qformer["width"], out)
+
+    def forward(self, features):
+        queries = self.query_tokens.to(features).expand(len(features), -1, -1)
+        return self.language_projection(self.qformer(queries, self.ln_vision(features)))
+
+
+class Mfam(nn.Module):
+    """Tokens in the order low, middle, high, thematic."""
+
+    def __init__(self, config):
+        super().__init__()
+        context, out = config.vit["width"], config.llama["width"]
+        self.qformers = nn.ModuleList([QFormer(config.qformer, context, out) for _ in LEVELS])
+        self.thematic = Linear(context, out)
+
+    def forward(self, features):
+        tokens = [qformer(features[level]) for level, qformer in zip(LEVELS, self.qformers, strict=True)]
+        return torch.cat([*tokens, self.thematic(features["thematic"][:, 1:])], 1)
+
+
+# ---- language model, with names as in LlamaForCausalLM ------------------------------------------------------------
+
+def rotate(x, positions, theta):
+    """Rotary embedding of [B, N, T, H], half-split: channel i is paired with channel i + H / 2."""
+    half = x.shape[-1] // 2
+    frequencies = theta ** (-torch.arange(half, device=x.device, dtype=torch.float32) / half)
+    angles = positions[:, None, :, None].float() * frequencies
+    cos, sin = angles.cos(), angles.sin()
+    a, b = x.float().chunk(2, -1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x)
+
+
+class LlamaAttention(nn.Module):
+    def __init__(self, llama, index):
+        super().__init__()
+        self.heads, self.kv_heads = llama["heads"], llama["kv_heads"]
+        self.theta, self.index = llama["rope_theta"], index
+        width = llama["width"]
+        kv_width = width // self.heads * self.kv_heads
+        self.q_proj, self.o_proj = Linear(width, width, bias=False), Linear(width, width, bias=False)
+        self.k_proj, self.v_proj = Linear(width, kv_width, bias=False), Linear(width, kv_width, bias=False)
+
+    def forward(self, x, positions, mask, cache):
+        q = rotate(heads_first(self.q_proj(x), self.heads), positions, self.theta)
+        k = rotate(heads_first(self.k_proj(x), self.kv_heads), positions, self.theta)
+        v = heads_first(self.v_proj(x), self.kv_heads)
+        if cache is not None:
+            k, v = cache.update(k, v, self.index)
+        return self.o_proj(attend(q, k, v, mask))
+
+
+class LlamaMlp(nn.Module):
+    def __init__(self, width, hidden):
+        super().__init__()
+        self.gate_proj, self.up_proj = Linear(width, hidden, bias=False), Linear(width, hidden, bias=False)
+        self.down_proj = Linear(hidden, width, bias=False)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class LlamaBlock(nn.Module):
+    def __init__(self, llama, index):
+        super().__init__()
+        self.input_layernorm = RMSNorm(llama["width"], llama["eps"])
+        self.self_attn = LlamaAttention(llama, index)
+        self.post_attention_layernorm = RMSNorm(llama["width"], llama["eps"])
+        self.mlp = LlamaMlp(llama["width"], llama["mlp_width"])
+
+    def forward(self, x, positions, mask, cache):
+        x = x + self.self_attn(self.input_layernorm(x), positions, mask, cache)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class LlamaTrunk(nn.Module):
+    def __init__(self, llama):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(llama["vocab"], llama["width"])
+        self.layers = nn.ModuleList([LlamaBlock(llama, index) for index in range(llama["depth"])])
+        self.norm = RMSNorm(llama["width"], llama["eps"])
+
+    def forward(self, x, positions, mask, cache=None):
+        states = [x]
+        for block in self.layers:
+            x = block(x, positions, mask, cache)
+            states.append(x)
+        return self.norm(x), states
+
+
+class Llama(nn.Module):
+    def __init__(self, llama):
+        super().__init__()
+        self.model = LlamaTrunk(llama)
+        self.lm_head = Linear(llama["width"], llama["vocab"], bias=False)
+
+
+# ---- the whole ----------------------------------------------------------------------------------------------------
+
+class CalmForCausalLM(PreTrainedModel, GenerationMixin):
+    """Scores and comments on photographs.
+
+        model = AutoModelForCausalLM.from_pretrained(DIR, trust_remote_code=True)
+        model.score(["a.jpg", "b.jpg"])     # [5.93, 7.12] on the scale 1-10
+        model.comment(["a.jpg"])            # ["..."]
+        model.ask(["a.jpg"], "What would improve it?")
+
+    `AutoProcessor.from_pretrained(DIR, trust_remote_code=True)(images, text)` gives what `forward` and `generate` take.
+    """
+
+    config_class = CalmConfig
+    main_input_name = "input_ids"
+    _no_split_modules = ("VisionBlock", "QFormerBlock", "LlamaBlock")
+    _supports_cache_class = True  # asked for by older versions: caches are objects, not tuples
+    _supports_sdpa = True
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.vision_tower = VisionTower(config.vit)
+        self.mfam = Mfam(config)
+        self.language_model = Llama(config.llama)
+        targets = set(config.lora["targets"])
+        for name, module in list(self.named_modules()):
+            if name in targets:
+                module.add_lora(config.lora["rank"], config.lora["alpha"])
+        self._processor = None
+        self.post_init()
+
+    def _init_weights(self, module):
+        """Of models made from a config alone; everything is in the files of an exported one."""
+        if isinstance(module, (nn.Linear, nn.Conv2d, nn.Embedding)):
+            module.weight.data.normal_(0.0, 0.02)
+            if getattr(module, "bias", None) is not None:
+                module.bias.data.zero_()
+
+    def get_input_embeddings(self):
+        return self.language_model.model.embed_tokens
+
+    def set_input_embeddings(self, value):
+        self.language_model.model.embed_tokens = value
+
+    def get_output_embeddings(self):
+        return self.language_model.lm_head
+
+    def set_output_embeddings(self, value):
+        self.language_model.lm_head = value
+
+    def encode(self, pixel_values):
+        """Visual tokens [B, I * N, D] of normalised pictures [B, I, 3, S, S], one picture after the other."""
+        rows, count = pixel_values.shape[:2]
+        weight = self.vision_tower.embeddings.class_embedding
+        taps = self.vision_tower(pixel_values.flatten(0, 1).to(weight), tuple(self.config.taps.values()))
+        tokens = self.mfam({part: taps[depth] for part, depth in self.config.taps.items()})
+        return tokens.reshape(rows, count * tokens.shape[1], -1)
+
+    def embed(self, input_ids, visual=None, pixel_values=None):
+        """Word embeddings, and at positions with `visual >= 0` that token of the same row's pictures."""
+        words = self.language_model.model.embed_tokens(input_ids)
+        if pixel_values is None or visual is None:
+            return words
+        pool = self.encode(pixel_values).to(words)
+        index = visual.clamp(min=0)[..., None].expand(-1, -1, pool.shape[-1])
+        return torch.where((visual >= 0)[..., None], pool.gather(1, index), words)
+
+    def forward(self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None,
+                inputs_embeds=None, visual=None, pixel_values=None, labels=None, use_cache=None,
+                output_hidden_states=False, return_dict=True, logits_to_keep=0, **ignored):
+        """Args:
+            input_ids, visual: [B, T] as the processor gives them.
+            attention_mask: [B, S] over the cached and the new positions; or [B, 1, T, S], True where a query may look.
+            pixel_values: [B, I, 3, S, S].
+            labels: [B, T], -100 where nothing is learned; label t is predicted from the positions before it.
+            logits_to_keep: logits of only so many last positions; 0 is all.
+        """
+        x = self.embed(input_ids, visual, pixel_values) if inputs_embeds is None else inputs_embeds
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache()
+        past = 0 if past_key_values is None else past_key_values.get_seq_length()
+        batch, length = x.shape[:2]
+        if attention_mask is None:
+            attention_mask = torch.ones(batch, past + length, dtype=torch.bool, device=x.device)
+        if attention_mask.dim() == 2:
+            if position_ids is None:
+                position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
+            attention_mask = _causal(attention_mask.bool(), length)[:, None]
+        elif position_ids is None:
+            position_ids = torch.arange(past, past + length, device=x.device).expand(batch, -1)
+        hidden, states = self.language_model.model(x, position_ids, attention_mask, past_key_values)
+        logits = self.language_model.lm_head(hidden[:, -logits_to_keep:] if logits_to_keep else hidden).float()
+        loss = None
+        if labels is not None:
+            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+        out = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values,
+                                     hidden_states=(*states[:-1], hidden) if output_hidden_states else None)
+        return out if return_dict or return_dict is None else out.to_tuple()
+
+    def prepare_inputs_for_generation(self, input_ids, past_key_values=None, attention_mask=None, visual=None,
+                                      pixel_values=None, inputs_embeds=None, use_cache=None, **kwargs):
+        past = 0 if past_key_values is None else past_key_values.get_seq_length()
+        inputs = {"attention_mask": attention_mask, "past_key_values": past_key_values, "use_cache": use_cache,
+                  "logits_to_keep": 1}
+        if past == 0 and inputs_embeds is not None:
+            return {"inputs_embeds": inputs_embeds, **inputs}
+        inputs["input_ids"] = input_ids[:, past:].contiguous()
+        if past == 0 and pixel_values is not None:
+            said = input_ids.shape[1] - visual.shape[1]  # without a cache, all that was said comes again
+            inputs |= {"pixel_values": pixel_values, "visual": F.pad(visual, (0, said), value=-1)}
+        return inputs
+
+    # ---- in words -----------------------------------------------------------------------------------------------
+
+    @property
+    def processor(self):
+        """What makes tensors of pictures and words; from the folder that the model came from."""
+        if self._processor is None:
+            name = self.config._name_or_path
+            revision = None if os.path.isdir(name) else getattr(self.config, "_commit_hash", None)
+            self._processor = CalmProcessor.from_pretrained(name, revision=revision)
+        return self._processor
+
+    @processor.setter
+    def processor(self, value):
+        self._processor = value
+
+    @torch.no_grad()
+    def score(self, images, batch_size=8, with_spread=False):
+        """Aesthetic scores on the scale 1-10: the mean of 1.0, 1.1, ..., 10.0 by the model's probabilities of saying
+        each of them in answer to the processor's `score` instruction.
+
+        Args:
+            images: a list of pictures: paths, bytes, PIL images or RGB arrays.
+            with_spread: (score, standard deviation) for each picture instead.
+        """
+        processor = self.processor
+        spelled = [tuple(processor.encode_words(text)) for text in DECIMALS]
+        # All decimals as one tree behind the prompt, so that a picture needs a single pass.
+        begun = list(dict.fromkeys(ids[:n] for ids in spelled for n in range(1, len(ids))))
+        number = {(): 0, **{ids: n for n, ids in enumerate(begun, 1)}}
+        device = self.device
+        tokens = torch.tensor([ids[-1] for ids in begun], device=device)
+        depths = torch.tensor([len(ids) for ids in begun], device=device)
+        sees = torch.tensor([[a[:len(b)] == b for b in begun] for a in begun], device=device)
+        values = torch.tensor([float(text) for text in DECIMALS], device=device)
+        scores = []
+        for chunk in _chunks(images, batch_size):
+            inputs = processor([[image] for image in chunk], [processor.instructions["score"]] * len(chunk)).to(device)
+            x = self.embed(inputs["input_ids"], inputs["visual"], inputs["pixel_values"])
+            count, length, nodes = len(chunk), x.shape[1], len(begun)
+            x = torch.cat([x, self.get_input_embeddings()(tokens).expand(count, -1, -1)], 1)
+            real = inputs["attention_mask"].bool()
+            positions = (real.long().cumsum(-1) - 1).clamp(min=0)
+            positions = torch.cat([positions, positions[:, -1:] + depths], 1)
+            mask = torch.zeros(count, 1, length + nodes, length + nodes, dtype=torch.bool, device=device)
+            mask[:, 0, :length, :length] = _causal(real, length)
+            mask[:, 0, length:, :length] = real[:, None]
+            mask[:, 0, length:, length:] = sees
+            hidden, _ = self.language_model.model(x, positions, mask)
+            chances = self.language_model.lm_head(hidden[:, length - 1:]).float().log_softmax(-1)
+            chances = torch.stack([sum(chances[:, number[ids[:n]], token] for n, token in enumerate(ids))
+                                   for ids in spelled], -1).softmax(-1)
+            mean = chances @ values
+            spread = (chances * (values - mean[:, None]).square()).sum(-1).sqrt()
+            scores += list(zip(mean.tolist(), spread.tolist(), strict=True)) if with_spread else mean.tolist()
+        return scores
+
+    def comment(self, images, max_new_tokens=128, batch_size=8, **generation):
+        """What the model says of each picture when asked for a comment; `generation` goes to `generate`."""
+        return self.ask(images, self.processor.instructions["comment"], max_new_tokens, batch_size, **generation)
+
+    @torch.no_grad()
+    def ask(self, images, instruction, max_new_tokens=128, batch_size=8, **generation):
+        """The answer to one instruction about each picture; greedy unless `generation` says otherwise."""
+        answers = []
+        for chunk in _chunks(images, batch_size):
+            inputs = self.processor([[image] for image in chunk], [instruction] * len(chunk)).to(self.device)
+            ids = self.generate(**inputs, max_new_tokens=max_new_tokens, **{"do_sample": False, **generation})
+            answers += self.processor.batch_decode(ids[:, inputs["input_ids"].shape[1]:])
+        return answers
+
+
+def _causal(real, length):
+    """[B, length, S]: what the last `length` of S positions see: themselves, and the real ones of [B, S] before them.
+
+    Padding sees itself: a softmax over nothing would be no number, and spread from there.
+    """
+    places = torch.arange(real.shape[1], device=real.device)
+    own = places[-length:, None]
+    return ((places <= own) & real[:, None]) | (places == own)
+
+
+def _chunks(images, size):
+    if not isinstance(images, (list, tuple)):
+        images = [images]
+    return [images[start:start + size] for start in range(0, len(images), size)]
+
+
+# So that `save_pretrained` writes these files beside the weights, with any version.
+CalmConfig.register_for_auto_class()
+CalmForCausalLM.register_for_auto_class("AutoModelForCausalLM")

@@ -1,0 +1,99 @@
+"""What a user of an exported folder does with transformers alone, in whatever version runs this; prints JSON.
+
+    PYTHON hf_client.py write FOLDER      CLIP, LLaMA and Q-Former folders as this version writes them
+    PYTHON hf_client.py read FOLDER       an export: its parts, each under its published class, and the whole: scores,
+                                          comments, every kind of generation, saving, wrong input
+"""
+
+import json
+import pathlib
+import sys
+import tempfile
+
+import numpy as np
+import torch
+import transformers
+from PIL import Image
+
+
+def write(folder):
+    torch.manual_seed(0)
+    models = {
+        "vit": transformers.CLIPVisionModel(transformers.CLIPVisionConfig(
+            image_size=28, patch_size=7, hidden_size=24, num_hidden_layers=4, num_attention_heads=2,
+            intermediate_size=40)),
+        "llm": transformers.LlamaForCausalLM(transformers.LlamaConfig(
+            vocab_size=2048, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+            intermediate_size=48, max_position_embeddings=1024, rms_norm_eps=1e-5, rope_theta=5000.0)),
+        "qformer": transformers.Blip2QFormerModel(transformers.Blip2QFormerConfig(
+            hidden_size=16, num_hidden_layers=4, num_attention_heads=2, intermediate_size=24, encoder_hidden_size=24,
+            cross_attention_frequency=2, num_query_tokens=6))}
+    for name, model in models.items():
+        for parameter in model.parameters():  # fresh models have zero biases and unit norms, which hide mistakes
+            parameter.data.add_(0.1 * torch.randn_like(parameter))
+        model.save_pretrained(pathlib.Path(folder) / name)
+    return {"transformers": transformers.__version__}
+
+
+def parts(folder):
+    folder, found = pathlib.Path(folder) / "parts", {}
+    qformers = {name: transformers.Blip2QFormerModel for name in ("qformer_low", "qformer_middle", "qformer_high")}
+    for name, cls in {"vision_tower": transformers.CLIPVisionModel, "language_model": transformers.LlamaForCausalLM,
+                      **qformers}.items():
+        config = transformers.Blip2QFormerConfig.from_pretrained(folder / name) if name in qformers else None
+        _, info = cls.from_pretrained(folder / name, output_loading_info=True, **({"config": config} if config else {}))
+        found[name] = {key: sorted(map(str, value)) for key, value in info.items() if value}
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "language_model")
+    found["tokens"] = tokenizer("It has noise: 10.0")["input_ids"]
+    return found
+
+
+def use(folder):
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    processor = transformers.AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+    images = [Image.fromarray(np.random.default_rng(n).integers(0, 255, (40 + n, 50, 3), np.uint8)) for n in range(5)]
+    found = {"transformers": transformers.__version__, "scores": model.score(images, batch_size=2),
+             "alone": [score for image in images for score in model.score(image)],
+             "spread": model.score(images[:1], with_spread=True),
+             "comments": model.comment(images, max_new_tokens=6, batch_size=3),
+             "asked": model.ask(images[:1], "Why?", max_new_tokens=6)}
+    inputs = processor(images=images[:1], text="What would improve this photograph?")
+    start = inputs["input_ids"].shape[1]
+    found["said"] = {}
+    for name, options in {"greedy": {}, "beams": {"num_beams": 3}, "uncached": {"use_cache": False},
+                          "sampled": {"do_sample": True, "temperature": 0.7, "top_p": 0.9},
+                          "several": {"do_sample": True, "num_return_sequences": 2}}.items():
+        torch.manual_seed(0)
+        found["said"][name] = model.generate(**inputs, max_new_tokens=5, **options)[:, start:].tolist()
+    mixed = processor(images=[images[:2], []], text=["<image> or <image>: which?", "Hello."])
+    loss = model(**mixed, labels=mixed["input_ids"]).loss
+    loss.backward()
+    found["gradient"] = bool(torch.isfinite(model.mfam.qformers[0].query_tokens.grad).all())
+    conversation = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]},
+                    {"role": "assistant", "content": "A thing."}, {"role": "user", "content": "Why?"}]
+    found["conversation"] = processor.batch_decode(processor(images=images[0], text=conversation)["input_ids"])
+    with tempfile.TemporaryDirectory() as saved:
+        model.save_pretrained(saved)
+        processor.save_pretrained(saved)
+        again = transformers.AutoModelForCausalLM.from_pretrained(saved, trust_remote_code=True)
+        found["saved"] = again.score(images)
+    narrow = transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True,
+                                                               torch_dtype=torch.bfloat16)
+    found["bfloat16"] = narrow.score(images)
+    found["refused"] = []
+    for pictures, text in ((["/nowhere.jpg"], "a"), (None, "<image> a"), (images[:2], ["a", "b", "c"]),
+                           (None, "USER: a"), ([np.zeros((4, 4))], "a"),
+                           (images[:1], [{"role": "system", "content": "a"}])):
+        try:
+            processor(images=pictures, text=text)
+        except ValueError as error:
+            found["refused"].append(str(error))
+    return found
+
+
+def read(folder):
+    return {"parts": parts(folder), "whole": use(folder)}
+
+
+if __name__ == "__main__":
+    print(json.dumps({"write": write, "read": read}[sys.argv[1]](sys.argv[2])))

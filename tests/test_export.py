@@ -1,0 +1,366 @@
+"""tools.export_to_hf and tools.check_parity: what transformers, today's and 4.46, makes of an export, and what a killed
+or wrong one leaves."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import time
+
+import jax
+import miniature
+import numpy as np
+import pytest
+import safetensors.numpy
+import torch
+import transformers
+from PIL import Image
+from test_conversion import bits, parts, with_queries
+
+from calm_jax import config as config_lib
+from calm_jax.convert import tables, torch_files
+from calm_jax.data.tokenizer import SHIPPED
+from calm_jax.models.parameters import initial
+from calm_jax.training import checkpoint, restore
+from tools import check_parity, convert_from_hf, export_to_hf
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+OLD = ROOT / ".venv-transformers-4.46" / "bin" / "python"
+PYTHONS = {"today's": sys.executable, "4.46": str(OLD)}
+
+
+def client(python, command, folder):
+    """tests/hf_client.py under an interpreter; its answer."""
+    if not pathlib.Path(python).is_file():
+        pytest.skip(f"{python} is missing: make test-env builds it")
+    scratch = pathlib.Path(folder).parent / f"modules-{pathlib.Path(python).parts[-3]}"
+    done = subprocess.run([python, str(ROOT / "tests" / "hf_client.py"), command, str(folder)], text=True,
+                          capture_output=True, env={**os.environ, "HF_MODULES_CACHE": str(scratch)})
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_once(tmp_path_factory):
+    """Exports of one geometry compile the same programs; the folder where they are kept."""
+    before = {name: getattr(jax.config, name) for name in ("jax_compilation_cache_dir",
+                                                           "jax_persistent_cache_min_compile_time_secs")}
+    cache = tmp_path_factory.mktemp("cache")
+    jax.config.update("jax_compilation_cache_dir", str(cache))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    yield cache
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
+@pytest.fixture(scope="module", params=PYTHONS)
+def exported(request, tmp_path_factory):
+    """Sources as either version writes them, the checkpoint made of them, and its export with all parts."""
+    folder = tmp_path_factory.mktemp("exported")
+    assert client(PYTHONS[request.param], "write", folder)["transformers"].startswith(
+        "4.46.3" if request.param == "4.46" else transformers.__version__)
+    shutil.copyfile(SHIPPED, folder / "llm" / "tokenizer.model")
+    state = safetensors.numpy.load_file(folder / "qformer" / "model.safetensors")
+    state["query_tokens"] = np.random.default_rng(0).normal(size=(1, 6, 16)).astype(np.float32)
+    safetensors.numpy.save_file(state, folder / "qformer" / "model.safetensors", {"format": "pt"})
+    convert_from_hf.convert(str(folder / "vit"), str(folder / "llm"), [str(folder / "qformer")], str(folder / "calm"))
+    export_to_hf.export(str(folder / "calm"), str(folder / "hf"), parts=True)
+    return folder
+
+
+@pytest.mark.parametrize("reader", PYTHONS)
+def test_torch_computes_the_same_whichever_version_wrote_and_reads(exported, tmp_path, reader):
+    if not pathlib.Path(PYTHONS[reader]).is_file():
+        pytest.skip(f"{PYTHONS[reader]} is missing: make test-env builds it")
+    files = check_parity.made(tmp_path)
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    Image.open(files[0]).save(tmp_path / "turned.jpg", exif=turned)
+    Image.open(files[1]).convert("L").resize((31, 7)).save(tmp_path / "grey.png")
+    result = check_parity.check(str(exported / "calm"), str(exported / "hf"), python=PYTHONS[reader],
+                                images=(*files, str(tmp_path / "turned.jpg"), str(tmp_path / "grey.png")))
+    print(check_parity.show(result))
+    assert result.holds() and not result.differs
+    assert result.logits < 2e-5 and result.scores < 1e-4 and result.kl < 1e-5
+    assert result.answers == result.agree == 7 and len(result.stages) == 5 + 3 + 1 + 3 + 2
+    assert result.report["transformers"].startswith("4.46.3" if reader == "4.46" else transformers.__version__)
+
+
+@pytest.mark.parametrize("reader", PYTHONS)
+def test_an_export_and_its_parts_are_used_as_transformers_models_are(exported, reader):
+    read = client(PYTHONS[reader], "read", exported / "hf")
+    tokens = read["parts"].pop("tokens")
+    assert tokens == [1, *restore.tokenizer(checkpoint.find(exported / "calm")).encode("It has noise: 10.0")]
+    assert len(read["parts"]) == 5 and not any(read["parts"].values())  # nothing missing, nothing unexpected
+    found = read["whole"]
+    assert len(set(found["scores"])) == 5 and all(1 <= score <= 10 for score in found["scores"])
+    np.testing.assert_allclose(found["alone"], found["scores"], atol=1e-5)
+    np.testing.assert_allclose(found["saved"], found["scores"], atol=1e-6)
+    np.testing.assert_allclose(found["bfloat16"], found["scores"], atol=0.1)
+    np.testing.assert_allclose(found["spread"][0][0], found["scores"][0], atol=1e-5)
+    assert len(found["comments"]) == 5 and all(found["comments"]) and found["asked"][0]
+    said = found["said"]
+    assert said["greedy"] == said["uncached"] and len(said["several"]) == 2 and said["beams"][0]
+    assert said["sampled"] != said["greedy"] and found["gradient"]
+    assert found["conversation"][0].endswith("USER: What? ASSISTANT: A thing. USER: Why? ASSISTANT:")
+    for error, words in zip(found["refused"], (
+            "/nowhere.jpg does not exist", "has 1 <image> and there are 0 pictures",
+            "there are 3 texts and pictures for 2", "contains 'USER:', a marker", "is no picture; give uint8",
+            "the roles are user and assistant"), strict=True):
+        assert words in error
+
+
+@pytest.mark.parametrize(("form", "dtype"), [("safetensors", "float16"), ("safetensors sharded", "bfloat16"),
+                                             ("bin", "bfloat16"), ("bin sharded", "float32")])
+def test_torch_to_orbax_to_torch_is_bit_exact(tmp_path, monkeypatch, form, dtype):
+    """Every tensor of every part, in its stored dtype, whole and alone, in one file and in shards."""
+    sources = parts(tmp_path, form, dtype)
+    levels = []
+    for number, level in enumerate(config_lib.LEVELS):
+        torch.manual_seed(number)
+        levels.append(with_queries(tmp_path / level))
+    calm = convert_from_hf.convert(*sources, levels, str(tmp_path / "calm"))
+    if "sharded" in form:
+        monkeypatch.setattr(torch_files.save, "__kwdefaults__", {**torch_files.save.__kwdefaults__, "shard": 20_000})
+    out = export_to_hf.export(str(calm), str(tmp_path / "hf"), parts=True)
+    assert (out / "model.safetensors.index.json").is_file() == ("sharded" in form)
+    whole, seen = torch_files.tensors(out), set()
+    cases = [("vit", "parts/vision_tower", "vision_tower."), ("llm", "parts/language_model", "language_model.")]
+    for place, alone, prefix in cases:
+        back = torch_files.tensors(out / alone)
+        for name, tensor in torch_files.tensors(tmp_path / place).items():
+            bare = name.removeprefix("vision_model.")
+            if "post_layernorm" in name or "position_ids" in name:  # named as ignored: nothing in CALM reads them
+                continue
+            seen.add(prefix + bare)
+            for other in (whole[prefix + bare], back[("vision_model." if place == "vit" else "") + bare]):
+                assert other.dtype == tensor.dtype == export_to_hf.DTYPES[dtype]
+                np.testing.assert_array_equal(bits(other.read()), bits(tensor.read()), name)
+    for number, level in enumerate(config_lib.LEVELS):
+        alone = torch_files.tensors(out / f"parts/qformer_{level}")
+        beside = torch_files.tensors(out / f"parts/qformer_{level}" / "queries_and_projection.safetensors")
+        for name, tensor in torch_files.tensors(tmp_path / level).items():
+            key = name if name == "query_tokens" else f"qformer.{name}"
+            seen.add(f"mfam.qformers.{number}.{key}")
+            for other in (whole[f"mfam.qformers.{number}.{key}"], beside[name] if name in beside else alone[name]):
+                np.testing.assert_array_equal(bits(other.read()), bits(tensor.read()), name)
+    rest = {name for name in whole if name not in seen}  # what no source had: the projections and the first norm
+    assert {name.split(".")[-2] for name in rest} == {"ln_vision", "language_projection", "thematic"}
+
+
+# ---- trained checkpoints: our own stem, low-rank updates ---------------------------------------------------------
+
+
+def trained(folder, **changes):
+    """A checkpoint as training saves it, of random parameters."""
+    model = dataclasses.replace(miniature.MODEL, **changes)
+    config = miniature.config(model=model)
+    parameters = jax.jit(lambda key: initial(model, key))(jax.random.key(1))
+    parameters = {path: leaf + 0.1 if path.endswith("lora/b") else leaf for path, leaf in parameters.items()}
+    checkpoints = checkpoint.Checkpoints(folder, config_lib.Checkpoint())
+    meta = {"process": "only", "rows": 0, "best": None, "trained": sorted(parameters), "base": "", "seed": 0,
+            "config": dataclasses.asdict(config), "tokenizer": restore.Tokenizer().fingerprint}
+    checkpoints.save(3, {"parameters": parameters, "optimizer": ()}, meta)
+    checkpoints.close()
+    return str(folder)
+
+
+LORA = config_lib.Lora(rank=2, alpha=3.0, targets=r"llama/blocks/(q|down)|mfam/qformers/groups/blocks/0/cross/v|"
+                                                  r"mfam/thematic|vit/blocks/up")
+
+
+@pytest.mark.parametrize("merge", [False, True], ids=["apart", "merged"])
+def test_updates_and_our_own_stem_compute_the_same(tmp_path, merge):
+    source = trained(tmp_path / "run", lora=LORA)
+    out = export_to_hf.export(source, str(tmp_path / "hf"), merge_lora=merge)
+    result = check_parity.check(source, str(out), new_tokens=16)
+    print(check_parity.show(result))
+    assert result.holds() and not result.differs
+    names = set(torch_files.tensors(out))
+    assert any("lora_A" in name for name in names) != merge
+    assert "vision_tower.embeddings.stem.0.weight" in names
+
+
+def test_adapters_are_pefts(tmp_path):
+    """The language model alone with its adapter, by PEFT, is the merged language model."""
+    import peft
+    model = dataclasses.replace(miniature.MODEL, vit=dataclasses.replace(miniature.MODEL.vit, stem="patch"))
+    source = trained(tmp_path / "run", vit=model.vit, lora=LORA)
+    apart = export_to_hf.export(source, str(tmp_path / "apart"), parts=True) / "parts"
+    merged = export_to_hf.export(source, str(tmp_path / "merged"), parts=True, merge_lora=True) / "parts"
+    assert not list(merged.glob("*_lora"))
+    assert {path.name for path in apart.glob("*_lora")} == {
+        "vision_tower_lora", "language_model_lora", *(f"qformer_{level}_lora" for level in config_lib.LEVELS)}
+    torch.manual_seed(0)
+    pixels = torch.randn(1, 3, 32, 32)
+    queries, features = torch.randn(1, 2, 32), torch.randn(1, 17, 32)
+    runs = {"language_model": (transformers.LlamaForCausalLM, {"input_ids": torch.arange(3, 40)[None]}, "logits"),
+            "vision_tower": (transformers.CLIPVisionModel, {"pixel_values": pixels}, "last_hidden_state"),
+            "qformer_low": (transformers.Blip2QFormerModel, {
+                "query_embeds": queries, "encoder_hidden_states": features}, "last_hidden_state")}
+    for name, (cls, inputs, output) in runs.items():
+        base = cls.from_pretrained(apart / name)
+        expected = getattr(cls.from_pretrained(merged / name)(**inputs), output)
+        plain = getattr(base(**inputs), output)
+        adapted = peft.PeftModel.from_pretrained(base, apart / f"{name}_lora")
+        torch.testing.assert_close(getattr(adapted(**inputs), output), expected, atol=1e-5, rtol=1e-4)
+        assert (plain - expected).abs().max() > 1e-3
+
+
+def test_another_dtype_is_rounded_once(tmp_path):
+    source = trained(tmp_path / "run")
+    exact = torch_files.tensors(export_to_hf.export(source, str(tmp_path / "stored")))
+    narrow = torch_files.tensors(export_to_hf.export(source, str(tmp_path / "narrow"), dtype="bfloat16"))
+    assert json.loads((tmp_path / "narrow" / "config.json").read_text())["torch_dtype"] == "bfloat16"
+    for name, tensor in exact.items():
+        np.testing.assert_array_equal(bits(narrow[name].read()), bits(tensor.read().astype(narrow[name].dtype)))
+        assert tensor.dtype == np.float32
+
+
+def test_what_was_never_trained_comes_from_its_base_and_its_seed(tmp_path):
+    """A checkpoint of some leaves, on one of others, on random numbers: the export holds what training would load."""
+    first = trained(tmp_path / "first")
+    config = miniature.config(init=first)
+    changed = {"llama/norm/scale": np.full(32, 3.0, np.float32)}
+    checkpoints = checkpoint.Checkpoints(tmp_path / "second", config_lib.Checkpoint())
+    checkpoints.save(2, {"parameters": changed, "optimizer": ()}, {
+        "process": "only", "rows": 0, "best": None, "trained": sorted(changed), "base": first, "seed": 0,
+        "config": dataclasses.asdict(config), "tokenizer": restore.Tokenizer().fingerprint})
+    checkpoints.close()
+    out = torch_files.tensors(export_to_hf.export(str(tmp_path / "second"), str(tmp_path / "hf")))
+    assert (out["language_model.model.norm.weight"].read() == 3).all()
+    loaded = restore.model(tmp_path / "second").parameters
+    back = tables.to_torch(tables.calm(miniature.MODEL), {path: np.asarray(leaf) for path, leaf in loaded.items()})
+    assert back.keys() == out.keys()
+    for name, value in back.items():
+        np.testing.assert_array_equal(out[name].read(), value, name)
+    card = (tmp_path / "hf" / "README.md").read_text()
+    assert card.count("| only |") == 2 and "never trained on scores" in card
+
+
+# ---- what goes wrong ----------------------------------------------------------------------------------------------
+
+
+def reader_refuses(folder):
+    """transformers finds no model in the folder."""
+    with pytest.raises((OSError, ValueError)):
+        transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    return True
+
+
+def test_a_killed_export_leaves_nothing_that_a_reader_accepts(tmp_path):
+    source, out = trained(tmp_path / "run"), tmp_path / "hf"
+    code = ("import sys, time; from tools import export_to_hf as e; t = e._tensor; "
+            "slow = lambda read: (lambda: (time.sleep(0.02), read())[1]); "
+            "e._tensor = lambda *a: e.dataclasses.replace(t(*a), read=slow(t(*a).read)); "
+            "w = e._write; e._write = lambda *a: (w(*a), time.sleep(0.2)); "
+            "print('begins', flush=True); e.export(sys.argv[1], sys.argv[2], parts=True, say=lambda _: None)")
+    rng, interrupted = np.random.default_rng(1), 0
+    for _ in range(4):
+        child = subprocess.Popen([sys.executable, "-c", code, source, str(out)], cwd=ROOT, stdout=subprocess.PIPE,
+                                 stderr=subprocess.DEVNULL)
+        child.stdout.readline()
+        time.sleep(rng.uniform(0.2, 3.0))
+        child.kill()
+        child.wait()
+        if out.exists():
+            shutil.rmtree(out)
+            continue
+        interrupted += 1
+        assert reader_refuses(tmp_path / "hf.partial")
+    assert interrupted >= 2
+    assert export_to_hf.export(source, str(out)) == out and not (tmp_path / "hf.partial").exists()
+    assert transformers.AutoConfig.from_pretrained(out, trust_remote_code=True).model_type == "calm"
+
+
+def test_a_full_disk_is_said_and_leaves_nothing(tmp_path, monkeypatch):
+    source = trained(tmp_path / "run")
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch_files, "save", full)
+        with pytest.raises(checkpoint.CheckpointError, match=r"No space left.*free some space.*same command again"):
+            export_to_hf.export(source, str(tmp_path / "hf"))
+    assert not (tmp_path / "hf").exists() and reader_refuses(tmp_path / "hf.partial")
+    export_to_hf.export(source, str(tmp_path / "hf"))
+
+
+def test_wrong_input_is_one_clear_sentence(tmp_path):
+    source, out = trained(tmp_path / "run"), str(tmp_path / "hf")
+    with pytest.raises(checkpoint.CheckpointError, match=r"there is no complete checkpoint in .*nowhere"):
+        export_to_hf.export(str(tmp_path / "nowhere"), out)
+    with pytest.raises(config_lib.ConfigError, match="no low-rank updates to merge; leave --merge-lora out"):
+        export_to_hf.export(source, out, merge_lora=True)
+    with pytest.raises(config_lib.ConfigError, match=r"no folder that tools.export_to_hf wrote"):
+        check_parity.check(source, str(tmp_path))
+    (tmp_path / "there").mkdir()
+    with pytest.raises(checkpoint.CheckpointError, match="there exists already; choose another folder"):
+        export_to_hf.export(source, str(tmp_path / "there"))
+    conv = trained(tmp_path / "conv", lora=dataclasses.replace(LORA, targets="vit/stem/embed|llama/blocks/q"),
+                   vit=dataclasses.replace(miniature.MODEL.vit, stem="patch"))
+    with pytest.raises(tables.WeightError, match="vit/stem/embed/lora/a is of no linear layer in torch; merge it"):
+        export_to_hf.export(conv, out)
+    said = []
+    export_to_hf.export(source, out, parts=True, say=said.append)
+    assert said == ["not written alone: the encoder, whose convolutional stem CLIPVisionModel does not have"]
+    victim = next((tmp_path / "run" / "00000003" / "arrays").rglob("d/*"))
+    victim.write_bytes(victim.read_bytes()[:-1])
+    with pytest.raises(checkpoint.CheckpointError, match="is damaged"):
+        export_to_hf.export(source, str(tmp_path / "other"))
+
+
+def test_a_tokenizer_that_changed_is_refused(tmp_path):
+    source = trained(tmp_path / "run")
+    meta = tmp_path / "run" / "00000003" / "meta.json"
+    meta.write_text(json.dumps(json.loads(meta.read_text()) | {"tokenizer": "0123456789ab"}))
+    checkpoint.write_marker(meta.parent)
+    with pytest.raises(checkpoint.CheckpointError, match="trained with another tokenizer"):
+        export_to_hf.export(source, str(tmp_path / "hf"))
+
+
+def test_parity_names_the_layer_that_was_changed(tmp_path):
+    """The check can fail: one weight of one block is changed in the export."""
+    source = trained(tmp_path / "run")
+    out = export_to_hf.export(source, str(tmp_path / "hf"))
+    state = safetensors.numpy.load_file(out / "model.safetensors")
+    state["language_model.model.layers.1.mlp.up_proj.weight"] *= 1.5
+    safetensors.numpy.save_file(state, out / "model.safetensors", {"format": "pt"})
+    result = check_parity.check(source, str(out), new_tokens=8)
+    assert result.differs == "LLM 2" and not result.holds() and result.kl > 1e-6
+    assert "THE TWO DO NOT AGREE" in check_parity.show(result) and "first differing layer: LLM 2" in check_parity.show(
+        result)
+
+
+def test_a_folder_written_by_hand_converts_back(tmp_path):
+    """The language model of an export is a source again: what was trained goes on elsewhere and comes back."""
+    source = trained(tmp_path / "run", vit=dataclasses.replace(miniature.MODEL.vit, stem="patch"))
+    out = export_to_hf.export(source, str(tmp_path / "hf"), parts=True) / "parts"
+    back = convert_from_hf.convert(str(out / "vision_tower"), str(out / "language_model"), [], str(tmp_path / "back"))
+    leaves = checkpoint.arrays(checkpoint.find(back))
+    for path, array in checkpoint.arrays(checkpoint.find(source)).items():
+        if path.startswith(("vit/", "llama/")):
+            np.testing.assert_array_equal(bits(leaves[path].read().result()), bits(array.read().result()), path)
+
+
+def test_the_programs_run_as_documented(tmp_path, compiled_once):
+    source = trained(tmp_path / "run")
+    run = [sys.executable, "-m"]
+    done = subprocess.run([*run, "tools.export_to_hf", "--checkpoint", source, "--out", str(tmp_path / "hf"),
+                           "--parts", "--merge-lora"], cwd=ROOT, text=True, capture_output=True)
+    assert done.returncode == 2 and "no low-rank updates to merge" in done.stderr
+    done = subprocess.run([*run, "tools.export_to_hf", "--checkpoint", source, "--out", str(tmp_path / "hf"),
+                           "--parts"], cwd=ROOT, text=True, capture_output=True)
+    assert done.returncode == 0 and "trust_remote_code=True" in done.stdout, done.stderr
+    done = subprocess.run([*run, "tools.check_parity", "--checkpoint", source, "--hf", str(tmp_path / "hf"),
+                           "--new_tokens", "8"], cwd=ROOT, text=True, capture_output=True,
+                          env={**os.environ, "JAX_COMPILATION_CACHE_DIR": str(compiled_once)})
+    assert done.returncode == 0, done.stderr
+    assert "first differing layer: none" in done.stdout
+    assert "greedy answers token by token the same: 7 of 7" in done.stdout
+    done = subprocess.run([*run, "tools.check_parity", "--hf", "x"], cwd=ROOT, text=True, capture_output=True)
+    assert done.returncode == 2 and "--checkpoint is missing: a workdir" in done.stderr

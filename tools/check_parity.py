@@ -1,0 +1,285 @@
+"""A checkpoint and its export in; whether both compute the same, stage by stage, out.
+
+    python -m tools.check_parity --checkpoint runs/finetune --hf calm-hf [--images a.jpg,b.jpg] [--dtype float32]
+    python -m tools.check_parity --checkpoint runs/finetune --hf calm-hf --python OTHER_ENVIRONMENT/bin/python
+
+Conversations about none, one and three pictures, alone and in one batch of four, go through JAX here and through torch
+in a process of its own, whose interpreter may have another version of transformers. Compared are the ids, the output
+of every block, the logits (difference, KL divergence), greedy answers, and the scores of the picture files. The exit
+code is 0 when all agree within the tolerance. In float32 each side takes 4 bytes a parameter, one side after the other.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+from einops import rearrange
+from jaxtyping import Array
+from PIL import Image
+
+from calm_jax import command
+from calm_jax import config as config_lib
+from calm_jax.data import pictures, tasks
+from calm_jax.data.samples import Answer, ImageRef, Mention, Sample, Turn
+from calm_jax.inference.generate import BUCKET, Generator
+from calm_jax.models import layers
+from calm_jax.models.calm import Calm
+from calm_jax.models.parameters import Geometry
+from calm_jax.models.vit import normalise
+from calm_jax.training import restore
+
+QUESTIONS = ("What is wrong with the light here, and what would you do about it?", "Describe the picture.",
+             "Which of them is the best, and why?", "Please comment on sharpness and noise.")
+SCORE_TOLERANCE = 1e-3
+
+
+@dataclasses.dataclass
+class Stage:
+    """What both sides compute of one thing: largest difference, and the largest value to judge it by."""
+
+    name: str
+    difference: float = 0.0
+    scale: float = 0.0
+
+    def add(self, ours: np.ndarray, theirs: np.ndarray) -> None:
+        self.difference = max(self.difference, float(np.max(np.abs(ours - theirs), initial=0)))
+        self.scale = max(self.scale, float(np.max(np.abs(theirs), initial=0)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """Attributes:
+      report: versions, loading problems and first words of comments from the torch side.
+      ids: whether all prompts have the same ids and visual tokens.
+      stages: in the order in which they are computed; the last is the logits.
+      kl: largest KL divergence of a next-token distribution, nats.
+      answers, agree: greedy answers, and how many of them are token by token the same.
+      scores: the largest difference of a score (1-10).
+      differs: the first stage whose difference is above `tolerance` times its largest value, or "".
+    """
+
+    report: dict
+    ids: bool
+    stages: list[Stage]
+    kl: float
+    answers: int
+    agree: int
+    scores: float
+    tolerance: float
+
+    @property
+    def differs(self) -> str:
+        return next((stage.name for stage in self.stages if not stage.difference <= self.tolerance * stage.scale), "")
+
+    @property
+    def logits(self) -> float:
+        return self.stages[-1].difference
+
+    def holds(self) -> bool:
+        return (self.ids and self.logits <= self.tolerance and self.agree == self.answers
+                and self.scores <= SCORE_TOLERANCE and not any(self.report[name] for name in (
+                    "missing_keys", "unexpected_keys", "mismatched_keys")))
+
+
+def check(source: str, hf: str, *, images: tuple[str, ...] = (), python: str = sys.executable, dtype: str = "float32",
+          tolerance: float = 1e-4, new_tokens: int = 64) -> Result:
+    """Runs both sides and compares them.
+
+    Raises:
+      ConfigError: `hf` is no exported folder, or the torch side fails.
+      CheckpointError: as `restore.model`.
+    """
+    if not (pathlib.Path(hf) / "processor_config.json").is_file():
+        raise config_lib.ConfigError(f"{hf} is no folder that tools.export_to_hf wrote: it has no "
+                                     "processor_config.json")
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = pathlib.Path(scratch)
+        files = [str(pathlib.Path(file).absolute()) for file in images] or made(folder)
+        restored = restore.model(source)
+        restored = dataclasses.replace(restored, dtype=jnp.dtype(dtype))
+        cases = _cases(restored.config.model, files)
+        request = {"dtype": dtype, "new_tokens": new_tokens, "score": files, "cases": [
+            {"images": [[files[n] for n in row] for row in rows], "parts": parts,
+             "text": list(QUESTIONS[:len(rows)])} for rows, parts in cases]}
+        (folder / "request.json").write_text(json.dumps(request))
+        theirs = _torch(python, hf, folder)
+        return _compare(restored, cases, files, theirs, tolerance, new_tokens)
+
+
+def made(folder: pathlib.Path) -> list[str]:
+    """Three JPEG files of different shapes: something to look at, the same everywhere."""
+    files = []
+    for number, (height, width) in enumerate(((96, 144), (150, 100), (64, 64))):
+        y, x = np.mgrid[0:height, 0:width]
+        waves = np.stack([np.sin(x / (7 + number)) + np.cos(y / 11), np.sin((x + y) / 19), np.cos(x * y / 900)], -1)
+        grain = np.random.default_rng(number).normal(0, 12, (height, width, 3))
+        Image.fromarray(np.clip(127 + 60 * waves + grain, 0, 255).astype(np.uint8)).save(folder / f"{number}.jpg")
+        files.append(str(folder / f"{number}.jpg"))
+    return files
+
+
+def _cases(model: config_lib.Model, files: list[str]) -> list[tuple[list[list[int]], tuple[str, ...]]]:
+    """Pictures of each row and the parts that are mentioned: rows of 0, 1 and 3 pictures alone, then four together.
+    Where three whole pictures do not fit the positions, their Q-Former tokens must do."""
+    three = [n % len(files) for n in range(3)]
+    whole = sum(model.visual_tokens(part) for part in config_lib.PARTS)
+    parts = config_lib.PARTS if 3 * whole + 256 <= model.llama.positions else config_lib.LEVELS
+    return [([[]], parts), ([[0]], parts), ([three], parts), ([[], [three[1]], three, [0]], parts)]
+
+
+def _torch(python: str, hf: str, folder: pathlib.Path) -> dict[str, np.ndarray]:
+    script = pathlib.Path(__file__).with_name("parity_torch.py")
+    # Modules of an exported folder are cached by its name: a cache of its own cannot hold another export's.
+    environment = {**os.environ, "HF_MODULES_CACHE": str(folder / "modules"), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([python, str(script), str(pathlib.Path(hf).absolute()), str(folder / "request.json"),
+                           str(folder / "out.npz")], env=environment, text=True, stderr=subprocess.PIPE)
+    if done.returncode:
+        raise config_lib.ConfigError(f"the torch side failed under {python}:\n{done.stderr[-3000:]}")
+    with np.load(folder / "out.npz") as arrays:
+        return dict(arrays)
+
+
+def _compare(restored: restore.Restored, cases, files, theirs, tolerance, new_tokens) -> Result:
+    model = restored.config.model
+    geometry = Geometry.of(model)
+    generator = Generator(model, restored.parameters, restored.tokenizer, dtype=restored.dtype)
+    pixels = [pictures.read(file) for file in files]
+    run = jax.jit(functools.partial(_stages, geometry, dtype=restored.dtype))
+    stages: dict[str, Stage] = {}
+    kl, answers, agree, same = 0.0, 0, 0, True
+    longest = max(value.shape[1] for name, value in theirs.items() if name.endswith("input_ids"))
+    width = -(-longest // BUCKET) * BUCKET
+    for number, (rows, parts) in enumerate(cases):
+        samples = [(_sample(row, parts, question), 0) for row, question in zip(rows, QUESTIONS, strict=False)]
+        batch = _padded(generator.arrays(samples, pixels.__getitem__, new_tokens), width, 3)
+        ours = jax.device_get(run(restored.parameters, batch))
+        case = {name.removeprefix(f"{number}/"): value for name, value in theirs.items()
+                if name.startswith(f"{number}/")}
+        slots = max(map(len, rows))
+        for row, length in enumerate(batch["lengths"]):
+            for name in ("input_ids", "visual"):
+                mine = batch["tokens" if name == "input_ids" else name][row, :length]
+                same &= np.array_equal(mine, case[name][row, -length:]) and case["attention_mask"][row].sum() == length
+            if not same:
+                continue
+            for name, value in ours.items():
+                of_words = name == "logits" or name.startswith("LLM")
+                if not of_words and not rows[row]:
+                    continue  # nothing to see in this row
+                stage = stages.setdefault(name, Stage(name))
+                if of_words:
+                    stage.add(value[row, :length], case[name][row, -length:])
+                else:
+                    shown = slice(row * slots, row * slots + len(rows[row]))
+                    stage.add(value[row, :len(rows[row])], case[name][shown])
+            kl = max(kl, _kl(ours["logits"][row, :length], case["logits"][row, -length:]))
+        for mine, said in zip(generator.greedy(batch, new_tokens), case["said"], strict=True):
+            answers, agree = answers + 1, agree + _agree(mine, said, restored.tokenizer)
+    asked = [(_sample([n], config_lib.PARTS, tasks.SCORE_PROMPTS[0]), 0) for n in range(len(files))]
+    scores = np.asarray(list(generator.scores(asked, pixels.__getitem__, batch=len(files))))
+    order = _order(model)
+    return Result(json.loads(str(theirs["report"])), same, sorted(stages.values(), key=lambda s: order.index(s.name)),
+                  kl, answers, agree, float(np.abs(scores - theirs["scores"]).max()), tolerance)
+
+
+def _padded(batch: dict[str, np.ndarray], width: int, slots: int) -> dict[str, np.ndarray]:
+    """The same prompts in rows of at least so many tokens and pictures, so that few programs are compiled."""
+    room = max(0, width - batch["tokens"].shape[1])
+    images = max(0, slots - batch["images"].shape[1])
+    return batch | {"tokens": np.pad(batch["tokens"], ((0, 0), (0, room))),
+                    "visual": np.pad(batch["visual"], ((0, 0), (0, room)), constant_values=-1),
+                    "images": np.pad(batch["images"], ((0, 0), (0, images), *((0, 0),) * 3))}
+
+
+def _order(model: config_lib.Model) -> list[str]:
+    """Names of all stages in the order of computation."""
+    deepest = max(model.depths.block(part, model.vit.depth) for part in config_lib.PARTS)
+    return [*(f"encoder {n}" for n in range(deepest + 1)), *(f"Q-Former {level}" for level in config_lib.LEVELS),
+            "thematic", *(f"LLM {n}" for n in range(1, model.llama.depth + 1)), "LLM norm", "logits"]
+
+
+def _sample(row: list[int], parts: tuple[str, ...], question: str) -> Sample:
+    mentions = tuple(Mention(n, parts) for n in range(len(row)))
+    text = f" {question}" if row else question
+    return Sample(tuple(ImageRef(n) for n in row), (Turn((*mentions, text), Answer("")),))
+
+
+def _stages(geometry: Geometry, parameters, batch: dict[str, Array], *, dtype) -> dict[str, Array]:
+    """Every stage: of pictures `[B, I, ...]`, of words `[B, T, ...]`, float32."""
+    model: Calm = geometry.bind(parameters)
+    rows = batch["images"].shape[0]
+    pixels = normalise(rearrange(batch["images"], "b i h w c -> (b i) h w c"), dtype)
+    taps = {part: model.cfg.depths.block(part, model.cfg.vit.depth) for part in config_lib.PARTS}
+    encoded = model.vit(pixels, tuple(range(max(taps.values()) + 1)))
+    found = {f"encoder {depth}": value for depth, value in encoded.items()}
+    for part, depth in taps.items():
+        found["thematic" if part == "thematic" else f"Q-Former {part}"] = model.mfam({part: encoded[depth]})
+    found = {name: rearrange(value, "(b i) n d -> b i n d", b=rows) for name, value in found.items()}
+    x = model.embed(batch["tokens"], batch["visual"], model.encode(batch["images"], config_lib.PARTS, dtype=dtype))
+    positions = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
+    segments = (positions < batch["lengths"][:, None]).astype(jnp.int32)
+    for index in range(model.llama.depth):
+        x = layers.unstack(model.llama.blocks, index)(x, positions, segments)
+        found[f"LLM {index + 1}"] = x
+    found["LLM norm"] = model.llama.norm(x)
+    found["logits"] = model.llama.logits(found["LLM norm"])
+    return {name: value.astype(jnp.float32) for name, value in found.items()}
+
+
+def _kl(ours: np.ndarray, theirs: np.ndarray) -> float:
+    p, q = (np.asarray(jax.nn.log_softmax(jnp.asarray(x, jnp.float32))) for x in (theirs, ours))
+    return float((np.exp(p) * (p - q)).sum(-1).max())
+
+
+def _agree(ours: np.ndarray, theirs: np.ndarray, tokenizer) -> bool:
+    """The same tokens; behind the end, one side repeats it and the other pads or stops."""
+    def ended(ids):
+        ids = ids.tolist()
+        return ids[:ids.index(tokenizer.eos)] if tokenizer.eos in ids else ids
+    return ended(ours) == ended(theirs)
+
+
+def show(result: Result) -> str:
+    """The result as text."""
+    lines = [f"torch {result.report['torch']}, transformers {result.report['transformers']}; loading: "
+             + ", ".join(f"{len(result.report[name])} {name.replace('_', ' ')}" for name in (
+                 "missing_keys", "unexpected_keys", "mismatched_keys")),
+             f"  {'stage':<18}{'difference':>12}{'largest value':>15}"]
+    lines += [f"  {stage.name:<18}{stage.difference:>12.2e}{stage.scale:>15.3g}" for stage in result.stages]
+    lines += [f"ids and visual tokens: {'the same' if result.ids else 'DIFFERENT'}",
+              f"largest KL divergence of a next token: {result.kl:.2e} nats",
+              f"greedy answers token by token the same: {result.agree} of {result.answers}",
+              f"largest difference of a score: {result.scores:.2e} (scale 1-10)",
+              f"first differing layer: {result.differs or 'none'}",
+              "the export computes what the checkpoint computes" if result.holds() else "THE TWO DO NOT AGREE"]
+    return "\n".join(lines)
+
+
+def main() -> int:
+    given = command.require("checkpoint", "hf")
+    result = check(given.checkpoint, given.hf, images=tuple(given.images), python=given.python, dtype=given.dtype,
+                   tolerance=given.tolerance, new_tokens=given.new_tokens)
+    print(show(result))
+    return 0 if result.holds() else 1
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("checkpoint", None, "a workdir, a process's folder or a checkpoint")
+    flags.DEFINE_string("hf", None, "the folder that tools.export_to_hf wrote")
+    flags.DEFINE_list("images", [], "picture files; default: three made on the spot")
+    flags.DEFINE_string("python", sys.executable, "interpreter of the torch side")
+    flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "of both computations")
+    flags.DEFINE_float("tolerance", 1e-4, "largest difference of logits")
+    flags.DEFINE_integer("new_tokens", 64, "length of the greedy answers")
+    command.run(main)

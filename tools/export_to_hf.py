@@ -1,0 +1,321 @@
+"""A checkpoint in; a Hugging Face folder that transformers loads without this package, out.
+
+    python -m tools.export_to_hf --checkpoint runs/finetune --out calm-hf
+    python -m tools.export_to_hf --checkpoint DIR --out DIR [--parts] [--merge-lora] [--dtype bfloat16]
+
+    model = AutoModelForCausalLM.from_pretrained("calm-hf", trust_remote_code=True)
+    model.score(["a.jpg", "b.jpg"]); model.comment(["a.jpg"])
+
+Weights keep their stored dtype, bit for bit, unless --dtype says otherwise. --parts also writes each part alone, under
+its own published class, into `parts/`. Low-rank updates stay apart (in PEFT's names) unless they are merged. Memory
+holds a few tensors, whatever the size of the model; until all is written the folder is called `OUT.partial` and has no
+config.json, without which nothing loads it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+import re
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import tqdm
+from absl import flags
+
+from calm_jax import command
+from calm_jax import config as config_lib
+from calm_jax.convert import huggingface, tables, torch_files
+from calm_jax.data import pictures, prompts, tasks
+from calm_jax.data.tokenizer import Tokenizer
+from calm_jax.models import vit as vit_lib
+from calm_jax.training import checkpoint, restore
+from tools import model_card
+
+DTYPES = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+CLASSES = {"AutoConfig": "configuration_calm.CalmConfig", "AutoModelForCausalLM": "modeling_calm.CalmForCausalLM",
+           "AutoProcessor": "processing_calm.CalmProcessor"}
+Leaves = Mapping[str, restore.Lazy]
+
+
+@dataclasses.dataclass(frozen=True)
+class Folder:
+    """A Hugging Face folder to be written: its place under the whole, its tensors, and its small files by name."""
+
+    place: str
+    tensors: Sequence[torch_files.Tensor]
+    texts: Mapping[str, Any]  # name -> JSON value or text
+    copies: Mapping[str, pathlib.Path] = dataclasses.field(default_factory=dict)
+    weights: str = "model.safetensors"
+
+
+def export(source: str, out: str, *, merge_lora: bool = False, parts: bool = False, dtype: str = "stored",
+           say: Callable[[str], None] = print) -> pathlib.Path:
+    """Writes the folder `out` and returns its path.
+
+    Raises:
+      CheckpointError: the checkpoint cannot be read, `out` exists, or cannot be written.
+      ConfigError: there is something that torch's classes cannot hold.
+    """
+    path = pathlib.Path(out).absolute()
+    if path.exists():
+        raise checkpoint.CheckpointError(f"{path} exists already; choose another folder, or remove it first")
+    saved = checkpoint.find(source)
+    model = config_lib.from_config_dict(saved.meta["config"]).model
+    tokenizer = restore.tokenizer(saved)
+    leaves = restore.lazily(saved)
+    if merge_lora:
+        if not model.lora.rank:
+            raise config_lib.ConfigError(f"{saved.path} has no low-rank updates to merge; leave --merge-lora out")
+        leaves = merged(leaves, model.lora)
+        model = dataclasses.replace(model, lora=dataclasses.replace(model.lora, rank=0))
+    if dtype != "stored":
+        leaves = {name: cast(leaf, DTYPES[dtype]) for name, leaf in leaves.items()}
+    folders = [*(_parts(model, leaves, tokenizer, say) if parts else ()), whole(saved, model, leaves, tokenizer)]
+    partial = path.with_name(path.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        with tqdm.tqdm(total=sum(tensor.nbytes for folder in folders for tensor in folder.tensors), unit="B",
+                       unit_scale=True, desc="exporting", mininterval=0.5) as bar:
+            for folder in folders:  # the whole comes last: its config.json makes the folder one
+                _write(partial / folder.place, folder, bar.update)
+        partial.rename(path)
+    except OSError as error:
+        raise checkpoint.CheckpointError(f"{path} could not be written: {error}; free some space or choose another "
+                                         "place, and run the same command again") from error
+    return path
+
+
+def _write(place: pathlib.Path, folder: Folder, progress: Callable[[int], None]) -> None:
+    place.mkdir(parents=True, exist_ok=True)
+    torch_files.save(place, folder.tensors, name=folder.weights, progress=progress)
+    for name, file in folder.copies.items():
+        shutil.copyfile(file, place / name)
+    # Without its config no reader accepts a folder: it comes last.
+    for name in sorted(folder.texts, key=lambda name: name.endswith("config.json")):
+        value = folder.texts[name]
+        (place / name).write_text(value if isinstance(value, str) else json.dumps(value, indent=2) + "\n")
+
+
+def merged(leaves: Leaves, lora: config_lib.Lora) -> dict[str, restore.Lazy]:
+    """Every update added to its kernel in float32, as `models.lora.merge` does it, kept in the kernel's dtype."""
+    result = {}
+    for path, leaf in _plain(leaves).items():
+        above = path.removesuffix("/kernel")
+        if f"{above}/lora/a" in leaves:
+            leaf = _merge(leaf, leaves[f"{above}/lora/a"], leaves[f"{above}/lora/b"], lora.alpha / lora.rank)
+        result[path] = leaf
+    return result
+
+
+def _merge(leaf: restore.Lazy, a: restore.Lazy, b: restore.Lazy, scale: float) -> restore.Lazy:
+    def read(index):
+        update = (a.read(index).astype(np.float32) @ b.read(index).astype(np.float32)) * scale
+        return (leaf.read(index).astype(np.float32) + update).astype(leaf.dtype)
+    return dataclasses.replace(leaf, read=read)
+
+
+def cast(leaf: restore.Lazy, dtype: np.dtype) -> restore.Lazy:
+    """The same values rounded to another dtype."""
+    return restore.Lazy(leaf.shape, dtype, lambda index: leaf.read(index).astype(dtype))
+
+
+def tensors(table: tables.Table, leaves: Leaves, prefix: str = "") -> list[torch_files.Tensor]:
+    """The torch tensors of a table over the leaves under `prefix`, each ready to be read, in the table's order.
+
+    Raises:
+      WeightError: leaves and table do not correspond.
+    """
+    own = {path.removeprefix(prefix): leaf for path, leaf in leaves.items() if path.startswith(prefix)}
+    entries, problems = tables.expand(table, {path: leaf.shape for path, leaf in own.items()})
+    if problems:
+        raise tables.WeightError(problems)
+    found = {entry.key: _tensor(entry, own[entry.path]) for entry in entries}
+    for constant in table.constants:
+        like = found[constant.like]
+        found[constant.key] = dataclasses.replace(
+            like, name=constant.key, read=lambda like=like, constant=constant: np.full(like.shape, constant.value,
+                                                                                       like.dtype))
+    return list(found.values())
+
+
+def _tensor(entry: tables.Entry, leaf: restore.Lazy) -> torch_files.Tensor:
+    return torch_files.Tensor(entry.key, entry.shape, leaf.dtype,
+                              lambda: np.ascontiguousarray(entry.transform.to_torch(leaf.read(entry.index))))
+
+
+# ---- the whole ------------------------------------------------------------------------------------------------------
+
+
+def whole(saved: checkpoint.Saved, model: config_lib.Model, leaves: Leaves, tokenizer: Tokenizer) -> Folder:
+    """The model under its own class, with the files that compute it."""
+    table = tables.calm(model)
+    updates = tables.lora(table, leaves)
+    table = dataclasses.replace(table, rows=table.rows + updates)
+    content = tensors(table, leaves)
+    targets = sorted(tensor.name.removesuffix(".lora_A.weight") for tensor in content
+                     if tensor.name.endswith(".lora_A.weight"))
+    vit, llama = dataclasses.asdict(model.vit), dataclasses.asdict(model.llama)
+    config = {
+        "architectures": [CLASSES["AutoModelForCausalLM"].split(".")[1]], "model_type": "calm", "auto_map": CLASSES,
+        "vit": vit, "qformer": dataclasses.asdict(model.qformer), "llama": llama,
+        "taps": {part: model.depths.block(part, model.vit.depth) for part in config_lib.PARTS},
+        "lora": {"rank": model.lora.rank, "alpha": model.lora.alpha, "targets": targets},
+        **_special(tokenizer), **_dtype(content)}
+    processor = {
+        "auto_map": {"AutoProcessor": CLASSES["AutoProcessor"]}, "processor_class": "CalmProcessor",
+        "image_size": model.vit.image_size, "mean": vit_lib.MEAN, "std": vit_lib.STD, "system": prompts.SYSTEM,
+        "tokens": {part: model.visual_tokens(part) for part in config_lib.PARTS},
+        "instructions": {"score": tasks.SCORE_PROMPTS[0], "comment": tasks.COMMENT_PROMPTS[0]}}
+    here = pathlib.Path(huggingface.__file__).parent
+    files = {f"{name}_calm.py": here / f"{name}_calm.py" for name in ("configuration", "modeling", "processing")}
+    files |= {"pictures.py": pathlib.Path(pictures.__file__), "tokenizer.model": tokenizer.path}
+    return Folder("", content, {
+        "README.md": model_card.card(saved, model, content), "generation_config.json": _generation(tokenizer),
+        "tokenizer_config.json": _tokenizer_config(model, processor=True), "processor_config.json": processor,
+        "config.json": config}, files)
+
+
+def _dtype(content: Sequence[torch_files.Tensor]) -> dict[str, str]:
+    """The widest stored dtype, under the names that older and newer transformers read."""
+    name = np.result_type(*(tensor.dtype for tensor in content)).name
+    return {"torch_dtype": name, "dtype": name}
+
+
+def _special(tokenizer: Tokenizer) -> dict[str, int]:
+    return {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos, "pad_token_id": tokenizer.pad}
+
+
+def _generation(tokenizer: Tokenizer) -> dict[str, Any]:
+    return {"do_sample": False, **_special(tokenizer)}
+
+
+def _tokenizer_config(model: config_lib.Model, *, processor: bool) -> dict[str, Any]:
+    """For LLaMA's own tokenizer class. What it makes of a whole prompt is not what CALM was trained on: there every
+    stretch of text is encoded by itself, which the processor does."""
+    found = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "add_eos_token": False, "legacy": True,
+             "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<unk>",
+             "clean_up_tokenization_spaces": False, "model_max_length": model.llama.positions, "padding_side": "left"}
+    return found | ({"auto_map": {"AutoProcessor": CLASSES["AutoProcessor"]}} if processor else {})
+
+
+# ---- each part alone ------------------------------------------------------------------------------------------------
+
+
+def _parts(model: config_lib.Model, leaves: Leaves, tokenizer: Tokenizer, say: Callable[[str], None]) -> list[Folder]:
+    """Each part under its published class, and its low-rank updates, if any, as a PEFT adapter beside it."""
+    folders: list[Folder] = []
+    whole_table = tables.calm(model)
+    tables.lora(whole_table, leaves)  # says now what no adapter can hold
+    if model.vit.stem == "patch":
+        table = tables.vit(model.vit)
+        # Under `vision_model.` old and new transformers find them.
+        content = [dataclasses.replace(tensor, name=f"vision_model.{tensor.name}")
+                   for tensor in tensors(table, _plain(leaves), "vit/")]
+        folders += [Folder("parts/vision_tower", content, {"config.json": _clip(model.vit, content)}),
+                    *_adapter(table, leaves, "vit/", "vision_tower", model.lora)]
+    else:
+        say("not written alone: the encoder, whose convolutional stem CLIPVisionModel does not have")
+    for number, level in enumerate(config_lib.LEVELS):
+        table = tables.qformer(model.qformer)
+        own = {path: _at(leaf, number) for path, leaf in leaves.items() if path.startswith("mfam/qformers/")}
+        content = tensors(table, _plain(own), "mfam/qformers/")
+        inside = [dataclasses.replace(tensor, name=tensor.name.removeprefix("qformer.")) for tensor in content
+                  if tensor.name.startswith("qformer.")]
+        beside = [tensor for tensor in content if not tensor.name.startswith("qformer.")]
+        place = f"parts/qformer_{level}"
+        folders += [Folder(place, beside, {}, weights="queries_and_projection.safetensors"),
+                    Folder(place, inside, {"config.json": _blip2(model, inside),
+                                           "README.md": model_card.qformer(level, model)}),
+                    *_adapter(table, own, "mfam/qformers/", f"qformer_{level}", model.lora, "qformer.")]
+    table = tables.Table(rows=tuple(row for row in tables.mfam(model.qformer).rows if row.key.startswith("thematic")))
+    folders.append(Folder("parts/thematic", tensors(table, _plain(_under(leaves, "mfam/thematic")), "mfam/"), {}))
+    content = tensors(tables.llama(), _plain(leaves), "llama/")
+    folders += [Folder("parts/language_model", content, {
+        "config.json": _llama(model.llama, tokenizer, content), "generation_config.json": _generation(tokenizer),
+        "tokenizer_config.json": _tokenizer_config(model, processor=False)}, {"tokenizer.model": tokenizer.path}),
+        *_adapter(tables.llama(), leaves, "llama/", "language_model", model.lora)]
+    return folders
+
+
+def _at(leaf: restore.Lazy, level: int) -> restore.Lazy:
+    """One level's part of a leaf that all Q-Formers share."""
+    return restore.Lazy(leaf.shape[1:], leaf.dtype, lambda index: leaf.read((level, *index)))
+
+
+def _plain(leaves: Leaves) -> Leaves:
+    return {path: leaf for path, leaf in leaves.items() if "/lora/" not in path}
+
+
+def _under(leaves: Leaves, prefix: str) -> Leaves:
+    return {path: leaf for path, leaf in leaves.items() if path.startswith(prefix)}
+
+
+def _adapter(table: tables.Table, leaves: Leaves, prefix: str, base: str, lora: config_lib.Lora,
+             without: str = "") -> list[Folder]:
+    """A PEFT adapter of the part `base`, if any of its leaves has an update; names of modules lose `without` in front.
+
+    They are the names of today's transformers, which in CLIPVisionModel differ from those before 5.6.
+    """
+    own = {path.removeprefix(prefix): leaf for path, leaf in leaves.items() if path.startswith(prefix)}
+    rows = tables.lora(table, own)
+    if not rows:
+        return []
+    updates = {path: leaf for path, leaf in own.items() if "/lora/" in path}
+    named = [dataclasses.replace(tensor, name=tensor.name.removeprefix(without))
+             for tensor in tensors(tables.Table(rows=rows), updates)]
+    modules = sorted({re.sub(r"\.lora_[AB]\.weight$", "", tensor.name) for tensor in named})
+    config = {"peft_type": "LORA", "r": lora.rank, "lora_alpha": lora.alpha, "lora_dropout": lora.dropout,
+              "target_modules": modules, "bias": "none", "fan_in_fan_out": False, "inference_mode": True,
+              "task_type": "CAUSAL_LM" if base == "language_model" else None, "base_model_name_or_path": f"../{base}"}
+    return [Folder(f"parts/{base}_lora", [dataclasses.replace(tensor, name=f"base_model.model.{tensor.name}")
+                                          for tensor in named], {"adapter_config.json": config},
+                   weights="adapter_model.safetensors")]
+
+
+def _clip(cfg: config_lib.Vit, content: Sequence[torch_files.Tensor]) -> dict[str, Any]:
+    return {"architectures": ["CLIPVisionModel"], "model_type": "clip_vision_model", "hidden_act": "quick_gelu",
+            "image_size": cfg.image_size, "patch_size": cfg.patch, "hidden_size": cfg.width,
+            "num_hidden_layers": cfg.depth, "num_attention_heads": cfg.heads, "intermediate_size": cfg.mlp_width,
+            "layer_norm_eps": cfg.eps, **_dtype(content)}
+
+
+def _blip2(model: config_lib.Model, content: Sequence[torch_files.Tensor]) -> dict[str, Any]:
+    cfg = model.qformer
+    return {"architectures": ["Blip2QFormerModel"], "model_type": "blip_2_qformer", "hidden_act": "gelu",
+            "hidden_size": cfg.width, "num_hidden_layers": cfg.depth, "num_attention_heads": cfg.heads,
+            "intermediate_size": cfg.mlp_width, "cross_attention_frequency": cfg.cross_every,
+            "layer_norm_eps": cfg.eps, "encoder_hidden_size": model.vit.width, "num_query_tokens": cfg.queries,
+            "use_qformer_text_input": False, **_dtype(content)}
+
+
+def _llama(cfg: config_lib.Llama, tokenizer: Tokenizer, content: Sequence[torch_files.Tensor]) -> dict[str, Any]:
+    return {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "vocab_size": cfg.vocab,
+            "hidden_size": cfg.width, "num_hidden_layers": cfg.depth, "num_attention_heads": cfg.heads,
+            "num_key_value_heads": cfg.kv_heads, "intermediate_size": cfg.mlp_width, "rms_norm_eps": cfg.eps,
+            "max_position_embeddings": cfg.positions, "attention_bias": False, "mlp_bias": False,
+            "tie_word_embeddings": False,
+            # Older transformers read the first, newer ones write the second and read either.
+            "rope_theta": cfg.rope_theta, "rope_parameters": {"rope_type": "default", "rope_theta": cfg.rope_theta},
+            **_special(tokenizer), **_dtype(content)}
+
+
+def main() -> None:
+    given = command.require("checkpoint", "out")
+    path = export(given.checkpoint, given.out, merge_lora=given["merge-lora"].value, parts=given.parts,
+                  dtype=given.dtype)
+    print(f"written to {path}; load it with AutoModelForCausalLM.from_pretrained({str(path)!r}, "
+          "trust_remote_code=True)")
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("checkpoint", None, "a workdir, a process's folder or a checkpoint")
+    flags.DEFINE_string("out", None, "folder to write; must not exist")
+    flags.DEFINE_bool("merge-lora", False, "add low-rank updates to the weights they update")
+    flags.DEFINE_bool("parts", False, "also write each part alone")
+    flags.DEFINE_enum("dtype", "stored", ["stored", "float32", "bfloat16", "float16"], "of the weights")
+    command.run(main)

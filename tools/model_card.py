@@ -1,0 +1,112 @@
+"""A checkpoint in; the model card that travels with its export, out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from calm_jax import config as config_lib
+from calm_jax.convert import torch_files
+from calm_jax.inference import scorer
+from calm_jax.training import checkpoint
+
+
+def card(saved: checkpoint.Saved, model: config_lib.Model, content: Sequence[torch_files.Tensor]) -> str:
+    """The README.md of the whole model: use, scale of the scores, how it was trained, sizes, licences of its parts."""
+    history, sources = lineage(saved)
+    count = sum(int(np.prod(tensor.shape, dtype=np.int64)) for tensor in content)
+    dtypes = sorted({tensor.dtype.name for tensor in content})
+    licences = sorted({source["licence"] for _, source in sources if source["licence"]})
+    head = ["---", "library_name: transformers", "pipeline_tag: image-text-to-text",
+            "tags:", "- image-aesthetics", "- calm",
+            f"license: {licences[0] if len(licences) == 1 else 'other'}", "---"]
+    asks = [name for name in history if "score" in name["tasks"]]
+    scored = (f"It was trained on scores by the process {asks[-1]['process']!r}." if asks else
+              "**It was never trained on scores: its numbers mean nothing.**")
+    return "\n".join([
+        *head, "",
+        "# CALM, exported from calm_jax", "",
+        "An aesthetic multimodal language model after CALM (AAAI 2025, arXiv 2412.11952), an independent",
+        "implementation. It looks at photographs and gives scores and comments.", "",
+        "```python",
+        "from transformers import AutoModelForCausalLM, AutoProcessor",
+        'model = AutoModelForCausalLM.from_pretrained("THIS_FOLDER", trust_remote_code=True)',
+        'model.score(["a.jpg", "b.jpg"])',
+        'model.comment(["a.jpg"])',
+        'processor = AutoProcessor.from_pretrained("THIS_FOLDER", trust_remote_code=True)',
+        'inputs = processor(images=["a.jpg"], text="What would improve this photograph?")',
+        "ids = model.generate(**inputs, max_new_tokens=64)",
+        'processor.batch_decode(ids[:, inputs["input_ids"].shape[1]:])',
+        "```", "",
+        "It needs torch, transformers (4.46 or newer), sentencepiece and pillow. The files beside the weights compute",
+        "everything themselves; the processor pads pictures to a square and never crops them.", "",
+        "## Scores", "",
+        f"From {scorer.LOWEST:g} to {scorer.HIGHEST:g}, higher is better; the scale of each data set was mapped to it "
+        "linearly. `score` gives the mean of",
+        f"all {len(scorer.DECIMALS)} decimals under the model's probabilities of saying them.", "", scored, "",
+        "## Training", "",
+        *_table(("process", "steps", "rows a step", "data", "tasks"),
+                [(entry["process"], entry["steps"], entry["batch"], entry["dataset"], ", ".join(entry["tasks"]))
+                 for entry in history] or [("none", "", "", "", "")]), "",
+        f"Checkpoint at step {saved.step} of {saved.meta['process'] or 'a conversion'}, seed {saved.meta['seed']}, "
+        f"calm_jax {saved.meta.get('version', '')} {saved.meta.get('commit', '')[:12]}".rstrip() + ".",
+        f"Encoder {model.vit.width} x {model.vit.depth} at {model.vit.image_size} px, Q-Formers "
+        f"{model.qformer.width} x {model.qformer.depth} with {model.qformer.queries} queries each, language model "
+        f"{model.llama.width} x {model.llama.depth}:",
+        f"{count / 1e6:,.1f} million parameters in {', '.join(dtypes)}.", "",
+        "## Parts and licences", "",
+        *_table(("part", "from", "licence"),
+                [(part, source["name"], source["licence"] or "not stated in its folder") for part, source in sources]
+                or [("all", "trained from random numbers", "")]), "",
+        "The licences of the parts and of the training data go with the weights; the code is Apache-2.0.", ""])
+
+
+def lineage(saved: checkpoint.Saved) -> tuple[list[dict[str, Any]], list[tuple[str, dict[str, str]]]]:
+    """Training processes that led to a checkpoint, oldest first, and the parts that began it, as far as the
+    checkpoints on the way are still where they were."""
+    history: list[dict[str, Any]] = []
+    at: checkpoint.Saved | None = saved
+    while at is not None:
+        if sources := at.meta.get("sources"):
+            parts = [("encoder", sources["vit"]), ("language model", sources["llm"]),
+                     *(("Q-Former", source) for source in sources["qformer"])]
+            return history, parts
+        config = at.meta["config"]
+        last = config["run"].index(at.meta["process"])
+        done = []
+        for name in config["run"][:last + 1]:
+            process = config["processes"][name]
+            steps = at.step if name == at.meta["process"] else process["steps"]
+            done.append({"process": name, "steps": steps, "batch": process["batch"], "dataset": process["dataset"],
+                         "tasks": [task for task, share in process["tasks"].items() if share]})
+        history = done + history
+        try:
+            at = checkpoint.find(config["init"]) if config["init"] else None
+        except checkpoint.CheckpointError:
+            history.insert(0, {"process": f"{config['init']} (no longer there)", "steps": "", "batch": "",
+                               "dataset": "", "tasks": []})
+            at = None
+    return history, []
+
+
+def qformer(level: str, model: config_lib.Model) -> str:
+    """The README.md of a Q-Former's folder: what lies where, and how to run it."""
+    tap = model.depths.block(level, model.vit.depth)
+    return "\n".join([
+        f"# The {level}-level Q-Former of a CALM", "",
+        "`Blip2QFormerModel.from_pretrained` reads `model.safetensors`. That class holds neither queries nor",
+        "projection: they are in `queries_and_projection.safetensors`, as", "",
+        *_table(("tensor", "shape", "use"), [
+            ("ln_vision.weight, ln_vision.bias", f"[{model.vit.width}]",
+             f"LayerNorm (eps 1e-5) of the encoder's hidden states after block {tap}, class token included"),
+            ("query_tokens", f"[1, {model.qformer.queries}, {model.qformer.width}]", "`query_embeds`"),
+            ("language_projection.weight, .bias", f"[{model.llama.width}, {model.qformer.width}]",
+             "linear layer behind the last hidden state, to the language model's width")]), "",
+        "Older transformers (4.46) want the config given: `Blip2QFormerModel.from_pretrained(FOLDER, "
+        "config=Blip2QFormerConfig.from_pretrained(FOLDER))`.", ""])
+
+
+def _table(names: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
+    return [f"| {' | '.join(map(str, row))} |" for row in (names, ["---"] * len(names), *rows)]
