@@ -259,7 +259,7 @@ def test_a_killed_export_leaves_nothing_that_a_reader_accepts(tmp_path):
             "w = e._write; e._write = lambda *a: (w(*a), time.sleep(0.2)); "
             "print('begins', flush=True); e.export(sys.argv[1], sys.argv[2], parts=True, say=lambda _: None)")
     rng, interrupted = np.random.default_rng(1), 0
-    for _ in range(4):
+    for _ in range(3):
         child = subprocess.Popen([sys.executable, "-c", code, source, str(out)], cwd=ROOT, stdout=subprocess.PIPE,
                                  stderr=subprocess.DEVNULL)
         child.stdout.readline()

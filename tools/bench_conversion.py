@@ -1,8 +1,10 @@
-"""A geometry in; how fast and in how much memory its Hugging Face files become a checkpoint, beside a plain copy, out.
+"""A geometry in; how fast and in how much memory its Hugging Face files become a checkpoint and that a Hugging Face
+folder again, beside plain copies, out.
 
 Part of `python -m tools.bench conversion`. The source folders are made here: full geometry, random bfloat16 bits, in
-shards of the size in which Vicuna is published. Conversion runs in a process of its own, whose anonymous memory is
-read while it runs; mapped files do not count, as the system may drop them at any time.
+shards of the size in which Vicuna is published; the MFAM, which no public file has, starts from random float32 numbers.
+Each way runs in a process of its own, whose anonymous memory is read while it runs; mapped files do not count, as the
+system may drop them at any time.
 """
 
 from __future__ import annotations
@@ -14,13 +16,13 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import tqdm
 
 from calm_jax import config as config_lib
-from calm_jax.convert import tables
+from calm_jax.convert import tables, torch_files
 from calm_jax.models.parameters import Geometry
 
 SHARD = 10 * 10**9  # bytes of a shard, as transformers writes by default when Vicuna was published
@@ -28,36 +30,68 @@ PIECE = 1 << 24  # random bytes made at a time
 
 
 def measure(model: config_lib.Model, scratch: pathlib.Path) -> dict:
-    """Sizes, seconds, peak memory and ratios; `scratch` must have room for three times the model and is emptied."""
+    """Of both ways: sizes, seconds, peak memory and ratios; `scratch` must have room for three times the model and is
+    emptied."""
     shutil.rmtree(scratch, ignore_errors=True)
+    sources, calm, back = scratch / "sources", scratch / "calm", scratch / "back"
     try:
-        size = write_sources(model, scratch)
-        os.sync()
-        begin = time.perf_counter()
-        shutil.copytree(scratch / "llm", scratch / "copy" / "llm")
-        shutil.copytree(scratch / "vit", scratch / "copy" / "vit")
-        os.sync()
-        copied = time.perf_counter() - begin
-        shutil.rmtree(scratch / "copy")
-        begin = time.perf_counter()
-        peak = _watched([sys.executable, "-m", "tools.convert_from_hf", "--vit", str(scratch / "vit"),
-                         "--llm", str(scratch / "llm"), "--out", str(scratch / "out")])
-        os.sync()
-        converted = time.perf_counter() - begin
+        write_sources(model, sources)
+        convert = _one_way([sources], sources, ["tools.convert_from_hf", "--vit", str(sources / "vit"),
+                                                "--llm", str(sources / "llm"), "--out", str(calm)])
+        shutil.rmtree(sources)
+        export = _one_way([calm, back], back, ["tools.export_to_hf", "--checkpoint", str(calm), "--out", str(back)])
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    return {"what": "conversion", "bytes": size, "copy_s": copied, "convert_s": converted,
-            "ratio": converted / copied, "gb_per_s": size / converted / 1e9, "peak_anonymous_bytes": peak,
-            "cores": os.cpu_count()}
+    return {"what": "conversion", "cores": os.cpu_count(), "convert": convert, "export": export}
+
+
+def _one_way(cold: list[pathlib.Path], copied: pathlib.Path, command: list[str]) -> dict[str, float]:
+    """Runs a program, and copies the Hugging Face folder that it reads or has written: seconds and bytes of each.
+
+    The files that both begin with are dropped from the system's cache first, so that neither finds them in memory.
+    """
+    def timed(work: Callable[[], int]) -> tuple[int, float]:
+        for folder in cold:
+            _forget(folder)
+        begin = time.perf_counter()
+        result = work()
+        os.sync()
+        return result, time.perf_counter() - begin
+
+    def copy() -> int:
+        shutil.copytree(copied, copied.with_name("copy"))
+        return 0
+
+    if copied.exists():
+        copy_s = timed(copy)[1]
+        peak, seconds = timed(lambda: _watched([sys.executable, "-m", *command]))
+    else:
+        peak, seconds = timed(lambda: _watched([sys.executable, "-m", *command]))
+        copy_s = timed(copy)[1]
+    shutil.rmtree(copied.with_name("copy"))
+    size = sum(file.stat().st_size for file in copied.rglob("*.safetensors"))
+    return {"bytes": size, "copy_s": copy_s, "s": seconds, "ratio": seconds / copy_s,
+            "gb_per_s": size / seconds / 1e9, "peak_anonymous_bytes": peak}
+
+
+def _forget(folder: pathlib.Path) -> None:
+    """Drops the files of a folder from the system's cache (Linux)."""
+    os.sync()
+    for file in folder.rglob("*") if folder.exists() else ():
+        if file.is_file():
+            with file.open("rb") as stream:
+                os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def show(result: Mapping) -> str:
     """The result as text."""
-    return (f"conversion: {result['bytes'] / 1e9:.1f} GB in bfloat16, {result['cores']} cores\n"
-            f"  copy       {result['copy_s']:>8.1f} s\n"
-            f"  convert    {result['convert_s']:>8.1f} s   {result['gb_per_s']:.2f} GB/s, "
-            f"{result['ratio']:.2f} of the time of the copy\n"
-            f"  peak anonymous memory {result['peak_anonymous_bytes'] / 2**30:.2f} GiB")
+    lines = [f"conversion on {result['cores']} cores", f"  {'':<9}{'size':>9}{'time':>10}{'rate':>12}"
+             f"{'copy':>10}{'ratio':>8}{'anonymous memory':>19}"]
+    for name in ("convert", "export"):
+        way = result[name]
+        lines.append(f"  {name:<9}{way['bytes'] / 1e9:>6.1f} GB{way['s']:>8.1f} s{way['gb_per_s']:>7.2f} GB/s"
+                     f"{way['copy_s']:>8.1f} s{way['ratio']:>8.2f}{way['peak_anonymous_bytes'] / 2**30:>15.2f} GiB")
+    return "\n".join(lines)
 
 
 def write_sources(model: config_lib.Model, folder: pathlib.Path) -> int:
@@ -97,13 +131,9 @@ def _write_shards(folder: pathlib.Path, shapes: Mapping[str, tuple[int, ...]]) -
     with tqdm.tqdm(total=total, unit="B", unit_scale=True, desc=f"random {folder.name}", mininterval=0.5) as bar:
         for number, shard in enumerate(shards, 1):
             file = folder / f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-            header, start = {}, 0
-            for name, size in shard.items():
-                header[name] = {"dtype": "BF16", "shape": list(shapes[name]), "data_offsets": [start, start + size]}
-                places[name], start = file.name, start + size
-            text = json.dumps(header).encode()
+            places |= dict.fromkeys(shard, file.name)
             with file.open("wb") as stream:
-                stream.write(len(text).to_bytes(8, "little") + text)
+                stream.write(torch_files.header({name: (torch_files.DTYPES["BF16"], shapes[name]) for name in shard}))
                 for size in shard.values():
                     for begin in range(0, size, PIECE):
                         stream.write(rng.bytes(min(PIECE, size - begin)))
@@ -136,5 +166,5 @@ def _watched(command: list[str]) -> int:
         peak = max([peak, *(1024 * int(line.split()[1]) for line in status.splitlines() if line.startswith("RssAnon"))])
         time.sleep(0.05)
     if child.wait():
-        raise config_lib.ConfigError(f"the conversion ended with exit code {child.returncode}; its message is above")
+        raise config_lib.ConfigError(f"{command[2]} ended with exit code {child.returncode}; its message is above")
     return peak
