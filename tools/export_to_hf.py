@@ -145,7 +145,7 @@ def tensors(table: tables.Table, leaves: Leaves, prefix: str = "") -> list[torch
 
 def _tensor(entry: tables.Entry, leaf: restore.Lazy) -> torch_files.Tensor:
     return torch_files.Tensor(entry.key, entry.shape, leaf.dtype,
-                              lambda: np.ascontiguousarray(entry.transform.to_torch(leaf.read(entry.index))))
+                              lambda: tables.contiguous(entry.transform.to_torch(leaf.read(entry.index))))
 
 
 # ---- the whole ------------------------------------------------------------------------------------------------------
