@@ -304,6 +304,9 @@ def test_training_reads_it_with_the_rest_at_random(tmp_path):
         config.model, vit=dataclasses.replace(config.model.vit, heads=4)))
     with pytest.raises(checkpoint.CheckpointError, match=r"another geometry: model.vit.heads: 2 -> 4"):
         restore.load(saved, shapes, other, kept)
+    shallow = dataclasses.replace(config, model=dataclasses.replace(
+        config.model, depths=config_lib.Depths(low=0.5)))  # nothing was trained at the depths of the preset yet
+    assert set(restore.load(saved, shapes, shallow, kept)) == set(shapes.shapes)
 
 
 def test_an_interrupted_conversion_is_no_checkpoint_and_is_begun_anew(tmp_path, monkeypatch):
