@@ -19,18 +19,20 @@ import pathlib
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
 from einops import rearrange
-from jaxtyping import Array
+from flax import nnx
 from PIL import Image
 
 from calm_jax import command
 from calm_jax import config as config_lib
 from calm_jax.data import pictures, tasks
+from calm_jax.data.prompts import Layout
 from calm_jax.data.samples import Answer, ImageRef, Mention, Sample, Turn
 from calm_jax.inference.generate import BUCKET, Generator
 from calm_jax.models import layers
@@ -113,8 +115,8 @@ def check(source: str, hf: str, *, images: tuple[str, ...] = (), python: str = s
             {"images": [[files[n] for n in row] for row in rows], "parts": parts,
              "text": list(QUESTIONS[:len(rows)])} for rows, parts in cases]}
         (folder / "request.json").write_text(json.dumps(request))
-        theirs = _torch(python, hf, folder)
-        return _compare(restored, cases, files, theirs, tolerance, new_tokens)
+        _torch(python, hf, folder)
+        return _compare(restored, cases, files, folder, tolerance, new_tokens)
 
 
 def made(folder: pathlib.Path) -> list[str]:
@@ -138,59 +140,52 @@ def _cases(model: config_lib.Model, files: list[str]) -> list[tuple[list[list[in
     return [([[]], parts), ([[0]], parts), ([three], parts), ([[], [three[1]], three, [0]], parts)]
 
 
-def _torch(python: str, hf: str, folder: pathlib.Path) -> dict[str, np.ndarray]:
+def _torch(python: str, hf: str, folder: pathlib.Path) -> None:
     script = pathlib.Path(__file__).with_name("parity_torch.py")
     # Modules of an exported folder are cached by its name: a cache of its own cannot hold another export's.
     environment = {**os.environ, "HF_MODULES_CACHE": str(folder / "modules"), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run([python, str(script), str(pathlib.Path(hf).absolute()), str(folder / "request.json"),
-                           str(folder / "out.npz")], env=environment, text=True, stderr=subprocess.PIPE)
+                           str(folder)], env=environment, text=True, stderr=subprocess.PIPE)
     if done.returncode:
         raise config_lib.ConfigError(f"the torch side failed under {python}:\n{done.stderr[-3000:]}")
-    with np.load(folder / "out.npz") as arrays:
-        return dict(arrays)
 
 
-def _compare(restored: restore.Restored, cases, files, theirs, tolerance, new_tokens) -> Result:
-    model = restored.config.model
-    geometry = Geometry.of(model)
-    generator = Generator(model, restored.parameters, restored.tokenizer, dtype=restored.dtype)
+def _compare(restored: restore.Restored, cases, files, folder, tolerance, new_tokens) -> Result:
+    """`folder` holds what the torch side wrote."""
+    theirs = np.load(folder / "rest.npz")
+    cfg = restored.config.model
+    run = _Stages(Geometry.of(cfg).bind(restored.parameters), restored.dtype)
+    generator = Generator(cfg, restored.parameters, restored.tokenizer, dtype=restored.dtype)
     pixels = [pictures.read(file) for file in files]
-    run = jax.jit(functools.partial(_stages, geometry, dtype=restored.dtype))
     stages: dict[str, Stage] = {}
     kl, answers, agree, same = 0.0, 0, 0, True
-    longest = max(value.shape[1] for name, value in theirs.items() if name.endswith("input_ids"))
-    width = -(-longest // BUCKET) * BUCKET
+    width = -(-int(theirs["longest"]) // BUCKET) * BUCKET
     for number, (rows, parts) in enumerate(cases):
         samples = [(_sample(row, parts, question), 0) for row, question in zip(rows, QUESTIONS, strict=False)]
         batch = _padded(generator.arrays(samples, pixels.__getitem__, new_tokens), width, 3)
-        ours = jax.device_get(run(restored.parameters, batch))
-        case = {name.removeprefix(f"{number}/"): value for name, value in theirs.items()
-                if name.startswith(f"{number}/")}
-        slots = max(map(len, rows))
+        case = np.load(folder / f"{number}.npz")  # read one array at a time
         for row, length in enumerate(batch["lengths"]):
-            for name in ("input_ids", "visual"):
-                mine = batch["tokens" if name == "input_ids" else name][row, :length]
-                same &= np.array_equal(mine, case[name][row, -length:]) and case["attention_mask"][row].sum() == length
-            if not same:
-                continue
-            for name, value in ours.items():
-                of_words = name == "logits" or name.startswith("LLM")
-                if not of_words and not rows[row]:
-                    continue  # nothing to see in this row
-                stage = stages.setdefault(name, Stage(name))
+            same &= case["attention_mask"][row].sum() == length and all(
+                np.array_equal(batch[mine][row, :length], case[other][row, -length:])
+                for mine, other in (("tokens", "input_ids"), ("visual", "visual")))
+        slots = max(map(len, rows))
+        for name, value in run(batch) if same else ():
+            stage = stages.setdefault(name, Stage(name))
+            of_words = name == "logits" or name.startswith("LLM")
+            for row, length in enumerate(batch["lengths"]):
+                shown = len(rows[row])
                 if of_words:
                     stage.add(value[row, :length], case[name][row, -length:])
-                else:
-                    shown = slice(row * slots, row * slots + len(rows[row]))
-                    stage.add(value[row, :len(rows[row])], case[name][shown])
-            kl = max(kl, _kl(ours["logits"][row, :length], case["logits"][row, -length:]))
+                elif shown:  # else there is nothing to see in this row
+                    stage.add(value[row, :shown], case[name][row * slots:row * slots + shown])
+                if name == "logits":
+                    kl = max(kl, _kl(value[row, :length], case[name][row, -length:]))
         for mine, said in zip(generator.greedy(batch, new_tokens), case["said"], strict=True):
             answers, agree = answers + 1, agree + _agree(mine, said, restored.tokenizer)
     asked = [(_sample([n], config_lib.PARTS, tasks.SCORE_PROMPTS[0]), 0) for n in range(len(files))]
     scores = np.asarray(list(generator.scores(asked, pixels.__getitem__, batch=len(files))))
-    order = _order(model)
-    return Result(json.loads(str(theirs["report"])), same, sorted(stages.values(), key=lambda s: order.index(s.name)),
-                  kl, answers, agree, float(np.abs(scores - theirs["scores"]).max()), tolerance)
+    return Result(json.loads(str(theirs["report"])), same, list(stages.values()), kl, answers, agree,
+                  float(np.abs(scores - theirs["scores"]).max()), tolerance)
 
 
 def _padded(batch: dict[str, np.ndarray], width: int, slots: int) -> dict[str, np.ndarray]:
@@ -202,39 +197,57 @@ def _padded(batch: dict[str, np.ndarray], width: int, slots: int) -> dict[str, n
                     "images": np.pad(batch["images"], ((0, 0), (0, images), *((0, 0),) * 3))}
 
 
-def _order(model: config_lib.Model) -> list[str]:
-    """Names of all stages in the order of computation."""
-    deepest = max(model.depths.block(part, model.vit.depth) for part in config_lib.PARTS)
-    return [*(f"encoder {n}" for n in range(deepest + 1)), *(f"Q-Former {level}" for level in config_lib.LEVELS),
-            "thematic", *(f"LLM {n}" for n in range(1, model.llama.depth + 1)), "LLM norm", "logits"]
-
-
 def _sample(row: list[int], parts: tuple[str, ...], question: str) -> Sample:
     mentions = tuple(Mention(n, parts) for n in range(len(row)))
     text = f" {question}" if row else question
     return Sample(tuple(ImageRef(n) for n in row), (Turn((*mentions, text), Answer("")),))
 
 
-def _stages(geometry: Geometry, parameters, batch: dict[str, Array], *, dtype) -> dict[str, Array]:
-    """Every stage: of pictures `[B, I, ...]`, of words `[B, T, ...]`, float32."""
-    model: Calm = geometry.bind(parameters)
-    rows = batch["images"].shape[0]
-    pixels = normalise(rearrange(batch["images"], "b i h w c -> (b i) h w c"), dtype)
-    taps = {part: model.cfg.depths.block(part, model.cfg.vit.depth) for part in config_lib.PARTS}
-    encoded = model.vit(pixels, tuple(range(max(taps.values()) + 1)))
-    found = {f"encoder {depth}": value for depth, value in encoded.items()}
-    for part, depth in taps.items():
-        found["thematic" if part == "thematic" else f"Q-Former {part}"] = model.mfam({part: encoded[depth]})
-    found = {name: rearrange(value, "(b i) n d -> b i n d", b=rows) for name, value in found.items()}
-    x = model.embed(batch["tokens"], batch["visual"], model.encode(batch["images"], config_lib.PARTS, dtype=dtype))
-    positions = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
-    segments = (positions < batch["lengths"][:, None]).astype(jnp.int32)
-    for index in range(model.llama.depth):
-        x = layers.unstack(model.llama.blocks, index)(x, positions, segments)
-        found[f"LLM {index + 1}"] = x
-    found["LLM norm"] = model.llama.norm(x)
-    found["logits"] = model.llama.logits(found["LLM norm"])
-    return {name: value.astype(jnp.float32) for name, value in found.items()}
+class _Stages:
+    """The model in pieces that are compiled once. Blocks run one by one, so that no more than a stage is held."""
+
+    def __init__(self, model: Calm, dtype):
+        self.cfg = model.cfg
+        self.taps = {part: self.cfg.depths.block(part, self.cfg.vit.depth) for part in config_lib.PARTS}
+        self._begin = _jit(model.vit, lambda vit, images: vit(normalise(images, dtype), (0,))[0])
+        self._see = _jit(model.vit.blocks, lambda blocks, n, x: layers.unstack(blocks, n)(x))
+        self._align = _jit(model.mfam, lambda mfam, features: mfam(features))
+        self._embed = _jit(model, lambda model, *arguments: model.embed(*arguments))
+        self._say = _jit(model.llama.blocks, lambda blocks, n, *arguments: layers.unstack(blocks, n)(*arguments))
+        self._norm = _jit(model.llama.norm, lambda norm, x: norm(x))
+        self._logits = _jit(model.llama, lambda llama, x: llama.logits(x))
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> Iterator[tuple[str, np.ndarray]]:
+        """Every stage by name, in order: of pictures `[B, I, ...]`, of words `[B, T, ...]`, float32."""
+        rows = len(batch["tokens"])
+
+        def of_pictures(x):
+            return np.asarray(rearrange(x, "(b i) n d -> b i n d", b=rows), np.float32)
+
+        x = self._begin(rearrange(batch["images"], "b i h w c -> (b i) h w c"))
+        encoded = {0: x}
+        yield "encoder 0", of_pictures(x)
+        for n in range(max(self.taps.values())):
+            encoded[n + 1] = x = self._see(n, x)
+            yield f"encoder {n + 1}", of_pictures(x)
+        tokens = self._align({part: encoded[tap] for part, tap in self.taps.items()})
+        for part, (first, count) in Layout.of(self.cfg, config_lib.PARTS).spans.items():
+            yield "thematic" if part == "thematic" else f"Q-Former {part}", of_pictures(tokens[:, first:first + count])
+        x = self._embed(batch["tokens"], batch["visual"], rearrange(tokens, "(b i) n d -> b (i n) d", b=rows))
+        positions = np.broadcast_to(np.arange(x.shape[1], dtype=np.int32), x.shape[:2])
+        segments = (positions < batch["lengths"][:, None]).astype(np.int32)
+        for n in range(self.cfg.llama.depth):
+            x = self._say(n, x, positions, segments)
+            yield f"LLM {n + 1}", np.asarray(x, np.float32)
+        x = self._norm(x)
+        yield "LLM norm", np.asarray(x, np.float32)
+        yield "logits", np.asarray(self._logits(x))
+
+
+def _jit(module: nnx.Module, function):
+    """`function(module, ...)` compiled, with the module's parameters as arguments of the program."""
+    graphdef, state = nnx.split(module)
+    return functools.partial(jax.jit(lambda state, *arguments: function(nnx.merge(graphdef, state), *arguments)), state)
 
 
 def _kl(ours: np.ndarray, theirs: np.ndarray) -> float:

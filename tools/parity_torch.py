@@ -1,12 +1,13 @@
 """An exported folder and a request in; what torch computes of it, as arrays, out. The torch half of check_parity.
 
-    PYTHON tools/parity_torch.py FOLDER REQUEST.json OUT.npz
+    PYTHON tools/parity_torch.py FOLDER REQUEST.json OUT     one .npz for each conversation, and OUT/rest.npz
 
 It needs torch, transformers, sentencepiece and pillow, and nothing of this package, so that any interpreter with any
 version of transformers can run it.
 """
 
 import json
+import os
 import sys
 
 import numpy as np
@@ -21,8 +22,7 @@ def main(folder: str, request: str, out: str) -> None:
     model, info = transformers.AutoModelForCausalLM.from_pretrained(folder, **loading)
     model.eval()
     processor = transformers.AutoProcessor.from_pretrained(folder, trust_remote_code=True)
-    arrays = {}
-    states = {}
+    states, longest = {}, 0
     watch(model, states)
     with torch.no_grad():
         for number, case in enumerate(wanted["cases"]):
@@ -33,17 +33,17 @@ def main(folder: str, request: str, out: str) -> None:
                      "attention_mask": inputs["attention_mask"], "logits": result.logits, **states}
             said = model.generate(**inputs, max_new_tokens=wanted["new_tokens"], do_sample=False)
             found["said"] = said[:, inputs["input_ids"].shape[1]:]
-            for name, value in found.items():
-                value = value.float() if value.is_floating_point() else value
-                arrays[f"{number}/{name}"] = value.numpy()
+            longest = max(longest, inputs["input_ids"].shape[1])
+            np.savez(os.path.join(out, f"{number}.npz"), **{
+                name: (value.float() if value.is_floating_point() else value).numpy()
+                for name, value in found.items()})
     scores = model.score(wanted["score"], with_spread=True) if wanted["score"] else []
     comments = model.comment(wanted["score"], max_new_tokens=8) if wanted["score"] else []
-    arrays["scores"] = np.asarray(scores)
-    arrays["report"] = np.asarray(json.dumps({
+    report = json.dumps({
         "transformers": transformers.__version__, "torch": torch.__version__, "comments": comments,
         **{name: sorted(str(key) for key in info[name]) for name in ("missing_keys", "unexpected_keys",
-                                                                     "mismatched_keys")}}))
-    np.savez(out, **arrays)
+                                                                     "mismatched_keys")}})
+    np.savez(os.path.join(out, "rest.npz"), scores=np.asarray(scores), longest=longest, report=report)
 
 
 def watch(model, states: dict) -> None:
