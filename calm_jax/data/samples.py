@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Mapping
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from jaxtyping import UInt8
@@ -95,9 +95,20 @@ class Sample:
 class Record:
     """What a dataset knows of one picture.
 
-    `score` is on the dataset's own `scale` (lowest, highest). `unfit` names attributes whose absolute question has no
-    true answer on this picture, such as the horizon of a picture of the sky. Records of one `group` show the same
-    photograph and are not independent of each other; empty = a group of its own.
+    Attributes:
+      key: its name in the dataset, unique there.
+      image: where its pixels are.
+      captions, comments: texts about what it shows, and about how good it is; one of them is said at a time.
+      score: mean aesthetic score on the dataset's own `scale` (lowest, highest), with `spread`, the standard
+        deviation over its raters, where it is known.
+      ratings: rater -> the score of that person alone, on the same scale.
+      questions: conversations of a question-answer set: question and answer in turn; `<image>` in a question says
+        where the picture stands (LLaVA's convention), else it comes first.
+      facts: what else is known, by name: the scene, emotion counts, tags.
+      deciles: statistic measured on the untouched picture -> 0 (lowest tenth of its data set) to 9.
+      unfit: attributes whose absolute question has no true answer on this picture, such as the horizon of a picture
+        of the sky.
+      group: records of one group show the same photograph and are not independent; empty = a group of its own.
     """
 
     key: str
@@ -108,6 +119,11 @@ class Record:
     scale: tuple[float, float] = (1.0, 10.0)
     unfit: tuple[str, ...] = ()
     group: str = ""
+    spread: float | None = None
+    ratings: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    questions: tuple[tuple[str, str], ...] = ()
+    facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    deciles: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
 
 class Dataset(Protocol):
