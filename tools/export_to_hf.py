@@ -96,7 +96,7 @@ def _write(place: pathlib.Path, folder: Folder, progress: Callable[[int], None])
     for name, file in folder.copies.items():
         shutil.copyfile(file, place / name)
     # Without its config no reader accepts a folder: it comes last.
-    for name in sorted(folder.texts, key=lambda name: name.endswith("config.json")):
+    for name in sorted(folder.texts, key=lambda name: name == "config.json"):
         value = folder.texts[name]
         (place / name).write_text(value if isinstance(value, str) else json.dumps(value, indent=2) + "\n")
 
