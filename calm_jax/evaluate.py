@@ -55,7 +55,7 @@ def _answers(path, task, dataset, split):
     parts = trained.parts if task != "attributes" else config_lib.LEVELS
     generator = Generator(model.config.model, model.parameters, model.tokenizer, parts, model.dtype)
     if task == "attributes":
-        return protocols.attributes(generator, dataset, split)
+        return protocols.attributes(generator, dataset, split, cues=trained.cues, phrasings=trained.phrasings)
     return protocols.opinions(generator, dataset, split, {"scoring": "score", "commenting": "comment"}[task])
 
 

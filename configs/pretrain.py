@@ -22,6 +22,7 @@ SIZES = {
     "7b": (256, (0, 4_000, 2_180), c.Row()),
     "13b": (256, (0, 4_000, 2_180), c.Row()),
 }
+PHRASINGS = 5  # of each question and answer, in `tiny`: what it has the steps to learn (ours)
 
 
 def get_config(variant: str = "tiny"):
@@ -32,6 +33,7 @@ def get_config(variant: str = "tiny"):
     scratch = variant in ("tiny", "small")
     # Comparisons are the harder half and twice as long: the smallest model spends little on them.
     tasks = {"attributes": 0.85, "comparisons": 0.15} if variant == "tiny" else {"attributes": 0.7, "comparisons": 0.3}
+    phrasings = PHRASINGS if variant == "tiny" else 0
     encoder_llm = ("vit/.*", "llama/.*")
     optimizer = c.Optimizer(peak_lr=1e-3)
     processes = {}
@@ -39,11 +41,11 @@ def get_config(variant: str = "tiny"):
         rate = 3e-3 if variant == "tiny" else 1e-3
         optimizer = c.Optimizer(peak_lr=rate, b2=0.95, scale=("(vit|mfam)/.*=0.1",))
         processes["language"] = c.Process(
-            tasks=tasks, parts=c.LEVELS, row=row, batch=rows, steps=language,
+            tasks=tasks, parts=c.LEVELS, row=row, batch=rows, phrasings=phrasings, steps=language,
             optimizer=c.Optimizer(peak_lr=rate, b2=0.95, warmup=0.1, final=0.5), train=(r"llama/.*",),
             freeze=(r"vit/.*", r"mfam/.*"), eval_every=0)
     processes["self_supervised"] = c.Process(
-        tasks=tasks, parts=c.LEVELS, row=row, batch=rows, steps=unlabeled, optimizer=optimizer,
+        tasks=tasks, parts=c.LEVELS, row=row, batch=rows, phrasings=phrasings, steps=unlabeled, optimizer=optimizer,
         train=(".*",) if scratch else (r"mfam/qformers/.*",),
         freeze=() if scratch else (r"mfam/thematic/.*", *encoder_llm),
         eval_every=max(-(-unlabeled // 3), 1))

@@ -343,8 +343,8 @@ def unanswerable(pixels: Picture) -> frozenset[str]:
 
 
 @functools.cache
-def _phrases(name: str) -> tuple[dict[str, int], dict[str, str]]:
-    cues, names = get(name).cues, get(name).grades
+def _phrases(name: str, file: str) -> tuple[dict[str, int], dict[str, str]]:
+    names, cues = get(name).grades, cues_lib.bank(file)[name]
     grades = {cues_lib.normal(text): grade for grade, texts in enumerate(cues.answers)
               for text in (names[grade], *texts)}
     choices = {cues_lib.normal(text): which for template in cues.more_answers + cues.less_answers
@@ -352,11 +352,14 @@ def _phrases(name: str) -> tuple[dict[str, int], dict[str, str]]:
     return grades, choices
 
 
-def grade_of(attribute: str, text: str) -> int | None:
-    """The grade that an answer states, or None. Case, white space and the full stop do not matter."""
-    return _phrases(attribute)[0].get(cues_lib.normal(text))
+def grade_of(attribute: str, text: str, file: str = "") -> int | None:
+    """The grade that an answer states, or None. Case, white space and the full stop do not matter.
+
+    `file` holds further phrases, as the config field `cues`.
+    """
+    return _phrases(attribute, file)[0].get(cues_lib.normal(text))
 
 
-def choice_of(attribute: str, text: str) -> str | None:
-    """`first` or `second`, as an answer to a comparison states it, or None. Case and full stop do not matter."""
-    return _phrases(attribute)[1].get(cues_lib.normal(text))
+def choice_of(attribute: str, text: str, file: str = "") -> str | None:
+    """`first` or `second`, as an answer to a comparison states it, or None; otherwise as `grade_of`."""
+    return _phrases(attribute, file)[1].get(cues_lib.normal(text))

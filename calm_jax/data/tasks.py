@@ -15,10 +15,11 @@ import numpy as np
 
 from calm_jax import config as config_lib
 from calm_jax.data import attributes
-from calm_jax.data.cues import CHOICES, variations
+from calm_jax.data.cues import CHOICES, CUES, Cues, variations
 from calm_jax.data.samples import Answer, BadRecord, Dataset, Edit, ImageRef, Mention, Record, Sample, Turn
 
 Parts = tuple[str, ...]
+Bank = Mapping[str, Cues]
 
 CAPTION_PROMPTS = (
     "Describe the picture in one sentence.",
@@ -73,7 +74,7 @@ NEUTRAL_SHARE: Mapping[str, float] = types.MappingProxyType({
     "saturation": 0.9, "tint": 0.65, "vignetting": 0.7, "noise": 0.35, "compression": 0.28})
 
 
-def make(task: str, dataset: Dataset, index: int, rng: np.random.Generator, parts: Parts) -> Sample:
+def make(task: str, dataset: Dataset, index: int, rng: np.random.Generator, parts: Parts, bank: Bank = CUES) -> Sample:
     """The Sample that a task makes of a record.
 
     Args:
@@ -82,6 +83,7 @@ def make(task: str, dataset: Dataset, index: int, rng: np.random.Generator, part
       index: record number.
       rng: decides everything that is drawn: edits, order and phrasing.
       parts: the parts of an image that the model computes; no others are mentioned.
+      bank: the phrases about each attribute, as `cues.bank` gives them.
     Raises:
       ConfigError: there is no such task, or it has no use for these parts.
       BadRecord: the record lacks what the task needs.
@@ -90,7 +92,7 @@ def make(task: str, dataset: Dataset, index: int, rng: np.random.Generator, part
         raise config_lib.ConfigError(f"there is no task {task!r}{config_lib.nearest(task, TASKS)}")
     record = dataset.record(index)
     parts = tuple(part for part in config_lib.PARTS if part in parts)
-    images, turns, target = TASKS[task](record, rng, parts)
+    images, turns, target = TASKS[task](record, rng, parts, bank)
     return Sample(images, turns, target, f"{dataset.name}/{task}/{record.key}")
 
 
@@ -121,7 +123,7 @@ def _levels(parts: Parts) -> Parts:
     return levels
 
 
-def _attributes(record: Record, rng: np.random.Generator, parts: Parts):
+def _attributes(record: Record, rng: np.random.Generator, parts: Parts, bank: Bank):
     """Absolute questions about one edited picture; a level's visual tokens come once, with its first question."""
     drawn = _draw_grades(record, rng, _levels(parts))
     edits = attributes.ordered(
@@ -130,14 +132,14 @@ def _attributes(record: Record, rng: np.random.Generator, parts: Parts):
     turns: list[Turn] = []
     for level, asked in drawn.items():
         for place, (name, grade) in enumerate(asked.items()):
-            attribute = attributes.get(name)
-            question, answer = _pick(rng, attribute.cues.questions), _pick(rng, attribute.cues.answers[grade])
+            attribute, cues = attributes.get(name), bank[name]
+            question, answer = _pick(rng, cues.questions), _pick(rng, cues.answers[grade])
             if rng.random() < SHORT_SHARE:
                 question, answer = f"{question} {_pick(rng, _BRIEFLY)}", f"{attribute.grades[grade].capitalize()}."
             prompt = (question,) if place else (Mention(0, (level,)), f" {question}")
             turns.append(Turn(prompt, Answer(answer), f"{name}={grade}"))
     if not turns:  # every question of these levels is unfit for this picture; comparisons never are
-        return _comparisons(record, rng, parts)
+        return _comparisons(record, rng, parts, bank)
     return (ImageRef(record.image.index, record.image.window, edits),), tuple(turns), None
 
 
@@ -166,7 +168,7 @@ def _draw_grades(record: Record, rng: np.random.Generator, levels: Parts) -> dic
     return drawn
 
 
-def _comparisons(record: Record, rng: np.random.Generator, parts: Parts):
+def _comparisons(record: Record, rng: np.random.Generator, parts: Parts, bank: Bank):
     """One or two questions about two versions that differ in one grade; right whatever the picture itself is like."""
     attribute = _pick(rng, tuple(attribute for attribute in attributes.of_level(_pick(rng, _levels(parts)))
                                  if attribute.relative or attribute.name not in record.unfit))
@@ -175,7 +177,7 @@ def _comparisons(record: Record, rng: np.random.Generator, parts: Parts):
         ImageRef(record.image.index, record.image.window,
                  () if grade == attribute.neutral else (Edit(attribute.name, int(grade), _seed(rng)),))
         for grade in grades)
-    cues = attribute.cues
+    cues = bank[attribute.name]
     kinds = [(cues.more, cues.more_answers, int(np.argmax(grades))),
              (cues.less, cues.less_answers, int(np.argmin(grades)))]
     kinds = [kinds[i] for i in rng.permutation(2)][:rng.integers(1, 3)]
@@ -190,12 +192,12 @@ def _comparisons(record: Record, rng: np.random.Generator, parts: Parts):
     return images, tuple(turns), None
 
 
-def _caption(record: Record, rng: np.random.Generator, parts: Parts):
+def _caption(record: Record, rng: np.random.Generator, parts: Parts, bank: Bank):
     parts = ("thematic",) if "thematic" in parts else parts
     return _said(record, rng, parts, CAPTION_PROMPTS, record.captions, "caption")
 
 
-def _comment(record: Record, rng: np.random.Generator, parts: Parts):
+def _comment(record: Record, rng: np.random.Generator, parts: Parts, bank: Bank):
     return _said(record, rng, parts, COMMENT_PROMPTS, record.comments, "comment")
 
 
@@ -207,7 +209,7 @@ def _said(record: Record, rng: np.random.Generator, parts: Parts, prompts: tuple
     return (record.image,), (Turn(prompt, Answer(_pick(rng, texts)), what),), None
 
 
-def _score(record: Record, rng: np.random.Generator, parts: Parts):
+def _score(record: Record, rng: np.random.Generator, parts: Parts, bank: Bank):
     if record.score is None:
         raise BadRecord(f"record {record.key} has no score, which the task score needs")
     target = mapped(record.score, record.scale)

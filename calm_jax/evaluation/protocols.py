@@ -15,6 +15,7 @@ import tqdm
 
 from calm_jax import config as config_lib
 from calm_jax.data import attributes as attributes_lib
+from calm_jax.data import cues as cues_lib
 from calm_jax.data import images, tasks
 from calm_jax.data.samples import Dataset, ImageRef, Mention, Sample, Turn
 from calm_jax.evaluation import metrics
@@ -70,18 +71,20 @@ def _ask(generator: Generator, dataset: Dataset, samples: Sequence[Sample], limi
     return list(tqdm.tqdm(answers, total=len(samples), desc=what, unit="answer", mininterval=0.5))
 
 
-def attributes(generator: Generator, dataset: Dataset, split: str, *, draws: int = 3) -> list[Answered]:
+def attributes(generator: Generator, dataset: Dataset, split: str, *, draws: int = 3, cues: str = "",
+               phrasings: int = 0) -> list[Answered]:
     """Asks about every record of a split, at the levels the generator computes.
 
     Args:
       draws: how often, each time with other edits; single pictures and comparisons alternate, single ones first.
+      cues, phrasings: the phrases asked with and understood, as in the config of the process that trained it.
     """
     asked: list[tuple[Sample, int]] = []
     for index in dataset.indices(split):
         for draw in range(draws):
             rng = np.random.default_rng([SEED, int(index), draw])
             sample = tasks.make(("attributes", "comparisons")[draw % 2], dataset, int(index), rng,
-                                generator.layout.parts)
+                                generator.layout.parts, cues_lib.bank(cues, phrasings))
             doubtful = set().union(*(images.render_noting(dataset.pixels(ref.index), ref, generator.size)[1]
                                      for ref in sample.images))
             asked += [(alone, int(index)) for alone in _alone(sample) if alone.turns[0].subject not in doubtful]
@@ -90,7 +93,7 @@ def attributes(generator: Generator, dataset: Dataset, split: str, *, draws: int
     for (sample, index), text in zip(asked, texts, strict=True):
         subject, kind, true = re.fullmatch(r"(\w+)([=:])(\w+)", sample.turns[0].label).groups()
         record = dataset.record(index)
-        said = attributes_lib.grade_of(subject, text) if kind == "=" else attributes_lib.choice_of(subject, text)
+        said = (attributes_lib.grade_of if kind == "=" else attributes_lib.choice_of)(subject, text, cues)
         answered.append(Answered(subject, "grade" if kind == "=" else "comparison", record.group or record.key,
                                  record.key, sample.images, str(sample.turns[0].prompt[-1]).strip(), true, text,
                                  "" if said is None else str(said)))
