@@ -166,14 +166,12 @@ def test_the_bank_is_complete_and_ambiguous_nowhere(name):
     bank = attribute.cues
     assert len(bank.answers) == len(attribute.grades) == len(attribute.penalty)
     assert attribute.penalty[attribute.neutral] == 0 and all(attribute.penalty[grade] > 0 for grade in attribute.flaws)
-    assert all(len(phrases) >= 4 for phrases in bank.answers)
-    assert len(bank.questions) >= (4 if attribute.absolute else 0)
-    assert len(bank.more) >= 3 and len(bank.less) >= 3 and not set(bank.more) & set(bank.less)
+    assert not set(bank.more) & set(bank.less)
     assert set(bank.advice) == set(attribute.flaws)
     sentences = [phrase for phrases in bank.answers for phrase in phrases]
     sentences += [text for template in bank.more_answers + bank.less_answers for text in cues.variations(template)]
     assert len({cues.normal(sentence) for sentence in sentences}) == len(sentences)
-    assert all(sentence.endswith(".") for sentence in [*sentences, *bank.advice.values()])
+    assert all(sentence.endswith(".") for sentence in sentences)
     assert all("{" not in sentence for sentence in sentences)
 
 

@@ -36,12 +36,13 @@ def bank(path: str = "", phrasings: int = 0) -> Mapping[str, Cues]:
     if path:
         raise config_lib.ConfigError("files of phrases cannot be read yet")
     kept = slice(phrasings or None)
-    return types.MappingProxyType({
+    return {  # a dict, because worker processes need to pickle it
         name: dataclasses.replace(
             cues, answers=tuple(texts[kept] for texts in cues.answers),
+            advice={grade: texts[kept] for grade, texts in cues.advice.items()},
             **{kind: getattr(cues, kind)[kept]
                for kind in ("questions", "more", "more_answers", "less", "less_answers")})
-        for name, cues in CUES.items()})
+        for name, cues in CUES.items()}
 
 
 def normal(text: str) -> str:

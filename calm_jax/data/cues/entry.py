@@ -15,7 +15,7 @@ class Cues:
       answers: the phrasings of each grade, in the order of the grades; no phrase serves two grades.
       more: ask which of two pictures has the higher grade, and `more_answers` answers, with `{which}`.
       less: ask which of two pictures has the lower grade, and `less_answers` answers, with `{which}`.
-      advice: grade -> the suggestion that undoes it, one sentence; the neutral grade has none.
+      advice: grade -> suggestions that undo it, one sentence each; the neutral grade has none.
     """
 
     questions: tuple[str, ...]
@@ -24,4 +24,4 @@ class Cues:
     more_answers: tuple[str, ...]
     less: tuple[str, ...]
     less_answers: tuple[str, ...]
-    advice: Mapping[int, str]
+    advice: Mapping[int, tuple[str, ...]]
