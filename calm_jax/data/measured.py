@@ -18,9 +18,10 @@ from calm_jax.data.samples import Answer, BadRecord, ImageRef, Mention, Record, 
 Parts = tuple[str, ...]
 
 # Fewest and most questions about a level of one picture, where it has so many answers (ours).
-QUESTIONS: Mapping[str, tuple[int, int]] = types.MappingProxyType({"low": (3, 5), "middle": (3, 4), "high": (2, 4)})
+QUESTIONS: Mapping[str, tuple[int, int]] = types.MappingProxyType({"low": (2, 4), "middle": (2, 3), "high": (2, 3)})
 TENTH_SHARE = 0.5  # of the questions asked for the tenth; the others ask for a word (ours)
 SHORT_SHARE = 0.8  # of the latter answered with the bare word: it carries the whole label (ours)
+TOPIC_SHARE = 0.8  # of the questions behind the first of a level that only name their topic: rows are short (ours)
 APART = 2  # tenths between two pictures from which on they are compared (ours)
 _PAIRS = (
     ("First picture: ", " second picture: "),
@@ -43,7 +44,7 @@ def measured(record: Record, rng: np.random.Generator, parts: Parts):
         known = [statistic for statistic in statistics.of_level(level) if statistic.name in _deciles(record)]
         wanted = rng.integers(*QUESTIONS[level], endpoint=True)
         for place, which in enumerate(rng.permutation(len(known))[:wanted]):
-            question, answer, label = _question(known[which], record.deciles[known[which].name], rng)
+            question, answer, label = _question(known[which], record.deciles[known[which].name], place, rng)
             turns.append(Turn((question,) if place else (Mention(0, (level,)), f" {question}"), Answer(answer), label))
     if not turns:
         raise BadRecord(f"record {record.key} has no deciles at the levels {', '.join(_levels(parts))}")
@@ -77,16 +78,20 @@ def compared(one: Record, other: Record, rng: np.random.Generator, parts: Parts)
     return tuple(ImageRef(record.image.index) for record in (one, other)), tuple(turns), None
 
 
-def _question(statistic: statistics.Statistic, decile: int, rng: np.random.Generator) -> tuple[str, str, str]:
-    """(question, answer, label)."""
+def _question(statistic: statistics.Statistic, decile: int, place: int, rng: np.random.Generator
+              ) -> tuple[str, str, str]:
+    """(question, answer, label); `place` counts the questions of its level."""
     cues = statistic.cues
-    question = _pick(rng, cues.questions)
+    question, brief = _pick(rng, cues.questions), bool(place) and rng.random() < TOPIC_SHARE
     if not statistic.circular and rng.random() < TENTH_SHARE:
-        return (f"{question} {_pick(rng, statistics_cues.AS_TENTH)}", statistics_cues.tenth(decile),
-                f"{statistic.name}={decile}")
+        question = (f"{cues.topic.capitalize()}, {statistics_cues.SHORT_AS_TENTH}" if brief else
+                    f"{question} {_pick(rng, statistics_cues.AS_TENTH)}")
+        return question, statistics_cues.tenth(decile), f"{statistic.name}={decile}"
     level = decile if statistic.circular else decile // 2
     word, sentence = cues.answers(level)
     label = f"{statistic.name}={decile}" if statistic.circular else f"{statistic.name}=level{level}"
+    if brief:
+        return f"{cues.topic.capitalize()}, {statistics_cues.SHORT_AS_WORD}", word, label
     if rng.random() < SHORT_SHARE:
         return f"{question} {_pick(rng, statistics_cues.AS_WORD)}", word, label
     return question, sentence, label

@@ -18,6 +18,7 @@ AMOUNTS = ("very low", "low", "medium", "high", "very high")
 # Appended to a question: which form of answer is wanted.
 AS_TENTH = ("As a number from 1 to 10?", "On a scale from 1 to 10?", "Which tenth is it in, from 1 to 10?")
 AS_WORD = ("In a word?", "Answer in a word.", "Be brief.")
+SHORT_AS_TENTH, SHORT_AS_WORD = "from 1 to 10?", "in a word?"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +26,7 @@ class Cues:
     """Phrases about one statistic.
 
     Attributes:
+      topic: its short name, which with SHORT_AS_... is a question too, for what follows on the same picture.
       questions: ask for it on one picture; what is appended says whether a number or a word is wanted.
       words: name the five pairs of tenths, or the sectors of the hue.
       sentences: one sentence for each of the words.
@@ -33,6 +35,7 @@ class Cues:
       less: ask which has less, and `less_answers` answers.
     """
 
+    topic: str
     questions: tuple[str, ...]
     words: tuple[str, ...]
     sentences: tuple[str, ...]
@@ -61,6 +64,7 @@ def tenth(place: int) -> str:
 
 CUES: Mapping[str, Cues] = types.MappingProxyType({
     "brightness": Cues(
+        "overall brightness",
         ("How bright is the picture as a whole?",
          "How much light does the picture show?",
          "Where does the mean brightness lie among other pictures?",
@@ -79,6 +83,7 @@ CUES: Mapping[str, Cues] = types.MappingProxyType({
         ("Which picture is darker as a whole?", "Which one shows less light?", "Which has the lower mean brightness?"),
         ("The {which} picture has the lower brightness.", "Less light is in the {which} one.")),
     "tonal_spread": Cues(
+        "spread of tones",
         ("How far do light and dark lie apart?",
          "How large is the RMS contrast?",
          "How strongly do the grey levels vary?",
@@ -98,6 +103,7 @@ CUES: Mapping[str, Cues] = types.MappingProxyType({
          "Which has the smaller RMS contrast?"),
         ("The {which} picture has the narrower spread of tones.", "Closer together are the tones of the {which} one.")),
     "acuity": Cues(
+        "fine structure",
         ("How much fine structure is there?",
          "How strong is the fine detail?",
          "How crisp is the picture beside others?",
@@ -117,6 +123,7 @@ CUES: Mapping[str, Cues] = types.MappingProxyType({
          "In which does less happen from pixel to pixel?"),
         ("The {which} picture has less fine structure.", "Weaker fine detail is in the {which} one.")),
     "grain": Cues(
+        "roughness of surfaces",
         ("How strong is the grain beside other pictures?",
          "How large is the estimated noise?",
          "How rough are the surfaces?",
@@ -136,6 +143,7 @@ CUES: Mapping[str, Cues] = types.MappingProxyType({
          "Which is covered by less irregular texture?"),
         ("The {which} picture has the smoother surfaces.", "Smoother surfaces are in the {which} one.")),
     "highlights": Cues(
+        "clipped highlights",
         ("How much of the picture is clipped?",
          "How large are the clipped highlights?",
          "How much burns out at the bright end?",
@@ -155,6 +163,7 @@ CUES: Mapping[str, Cues] = types.MappingProxyType({
          "Which has fewer pixels at the top of the scale?"),
         ("The {which} picture has fewer clipped highlights.", "Less burns out in the {which} one.")),
     "shadows": Cues(
+        "share of black",
         ("How much of the picture is pure black?",
          "How large are the crushed shadows?",
          "How much sinks into black?",
@@ -174,6 +183,7 @@ CUES: Mapping[str, Cues] = types.MappingProxyType({
          "Which has fewer pixels at the bottom of the scale?"),
         ("The {which} picture has less black in it.", "Less sinks into black in the {which} one.")),
     "edge_density": Cues(
+        "density of edges",
         ("How dense are the edges?",
          "How busy is the picture with edges?",
          "How much of the picture is covered by edges?",
@@ -191,6 +201,7 @@ CUES: Mapping[str, Cues] = types.MappingProxyType({
         ("Which picture has fewer edges?", "Which one is calmer in its edges?", "Which is less crowded with contours?"),
         ("The {which} picture has fewer edges.", "Calmer in its edges is the {which} one.")),
     "tones": Cues(
+        "richness in greys",
         ("How many different tones does the picture use?",
          "How evenly is the tonal scale used?",
          "How large is the entropy of the grey levels?",
@@ -210,6 +221,7 @@ CUES: Mapping[str, Cues] = types.MappingProxyType({
          "Which uses the tonal scale less evenly?"),
         ("The {which} picture uses fewer tones.", "Poorer in greys is the {which} one.")),
     "colourfulness": Cues(
+        "colourfulness",
         ("How colourful is the picture?",
          "How colourful does the picture look beside others?",
          "How large is the colourfulness after Hasler and Süsstrunk?",
@@ -227,6 +239,7 @@ CUES: Mapping[str, Cues] = types.MappingProxyType({
         ("Which picture is less colourful?", "Which one has less colour?", "Which has the lower colourfulness?"),
         ("The {which} picture has the lower colourfulness.", "Less colour is in the {which} one.")),
     "vividness": Cues(
+        "purity of colours",
         ("How saturated are the colours on average?",
          "How pure are the colours?",
          "How far are the colours from grey?",
@@ -246,6 +259,7 @@ CUES: Mapping[str, Cues] = types.MappingProxyType({
          "In which are the colours closer to grey?"),
         ("The {which} picture has the greyer colours.", "Greyer are the colours of the {which} one.")),
     "hue": Cues(
+        "dominant hue",
         ("Which colour dominates the picture?",
          "What is the dominant hue?",
          "Which hue do the colours have on the whole?",
@@ -264,6 +278,7 @@ CUES: Mapping[str, Cues] = types.MappingProxyType({
          "The dominant hue is purple.",
          "The dominant hue is pink.")),
     "hue_unity": Cues(
+        "unity of hues",
         ("How united are the colours in one hue?",
          "How similar are the hues to each other?",
          "How strongly does a single hue rule?",
@@ -283,6 +298,7 @@ CUES: Mapping[str, Cues] = types.MappingProxyType({
          "In which are the hues less alike?"),
         ("The {which} picture mixes its hues more.", "Less alike are the hues of the {which} one.")),
     "warmth": Cues(
+        "warmth of colours",
         ("How warm are the colours on average?",
          "How much does red weigh against blue?",
          "How far from blue does the balance lie?",
@@ -302,6 +318,7 @@ CUES: Mapping[str, Cues] = types.MappingProxyType({
          "Which leans further from red to blue?"),
         ("The {which} picture has the colder colours.", "Colder in its colours is the {which} one.")),
     "greenness": Cues(
+        "weight of green",
         ("How green are the colours on average?",
          "How much does green weigh against magenta?",
          "How far from magenta does the balance lie?",
@@ -321,6 +338,7 @@ CUES: Mapping[str, Cues] = types.MappingProxyType({
          "Which leans further from green to magenta?"),
         ("The {which} picture leans less to green.", "Less weight of green is in the {which} one.")),
     "colour_variety": Cues(
+        "size of the palette",
         ("How many different colours are there?",
          "How varied are the colours?",
          "How large is the entropy of the colours?",
@@ -340,6 +358,7 @@ CUES: Mapping[str, Cues] = types.MappingProxyType({
          "In which are the colours less varied?"),
         ("The {which} picture has the smaller palette.", "Fewer different colours are in the {which} one.")),
     "falloff": Cues(
+        "fall-off to the corners",
         ("How much brighter is the middle than the corners?",
          "How much does the light fall off towards the corners?",
          "How dark are the corners against the middle?",
@@ -363,6 +382,7 @@ CUES: Mapping[str, Cues] = types.MappingProxyType({
         ("The {which} picture has the brighter corners against its middle.",
          "Light gathers less in the middle of the {which} one.")),
     "symmetry": Cues(
+        "symmetry of left and right",
         ("How symmetric are left and right?",
          "How alike are the left and the right half?",
          "How well does the picture match its mirror image?",
@@ -382,6 +402,7 @@ CUES: Mapping[str, Cues] = types.MappingProxyType({
          "In which are left and right less alike?"),
         ("The {which} picture is less symmetric.", "The worse match with its mirror image has the {which} one.")),
     "detail_height": Cues(
+        "depth of the detail",
         ("How low in the frame does the detail lie?",
          "How deep in the frame is most of the detail?",
          "How bottom-heavy is the detail?",
@@ -401,6 +422,7 @@ CUES: Mapping[str, Cues] = types.MappingProxyType({
          "Which is heavier at the top?"),
         ("The {which} picture has its detail higher.", "Further up lies the detail of the {which} one.")),
     "detail_side": Cues(
+        "detail on the right",
         ("How much of the detail lies to the right?",
          "How far does the right side lead in detail?",
          "How right-heavy is the detail?",
@@ -420,6 +442,7 @@ CUES: Mapping[str, Cues] = types.MappingProxyType({
          "Which shows more of its structure on the left?"),
         ("The {which} picture has its detail further left.", "Further left lies the detail of the {which} one.")),
     "thirds": Cues(
+        "detail at the thirds",
         ("How much detail lies where the thirds cross?",
          "How well does the detail follow the rule of thirds?",
          "How strongly are the crossings of the thirds used?",
@@ -441,6 +464,7 @@ CUES: Mapping[str, Cues] = types.MappingProxyType({
         ("The {which} picture has less detail where the thirds cross.",
          "Less use of the power points is in the {which} one.")),
     "centre_focus": Cues(
+        "fine detail in the centre",
         ("How far is the fine detail gathered in the middle?",
          "How much crisper is the middle than the rest?",
          "How much of the fine detail lies in the centre?",
@@ -463,6 +487,7 @@ CUES: Mapping[str, Cues] = types.MappingProxyType({
         ("The {which} picture gathers less of its fine detail in the centre.",
          "Crisper around the middle is the {which} one.")),
     "free_space": Cues(
+        "free space",
         ("How much of the picture is empty?",
          "How much free space is there?",
          "How large are the areas without any structure?",
@@ -480,6 +505,7 @@ CUES: Mapping[str, Cues] = types.MappingProxyType({
         ("Which picture has less free space?", "Which one is fuller?", "Which leaves less room around the subject?"),
         ("The {which} picture has less free space.", "Fuller is the {which} one.")),
     "light_above": Cues(
+        "light above",
         ("How much brighter is the top than the bottom?",
          "How far above does the light lie?",
          "How far does the upper third outshine the lower?",
@@ -499,6 +525,7 @@ CUES: Mapping[str, Cues] = types.MappingProxyType({
          "Which gets brighter towards the bottom?"),
         ("The {which} picture has more light below.", "Brighter at the bottom against the top is the {which} one.")),
     "light_right": Cues(
+        "light on the right",
         ("How much of the light lies to the right?",
          "How much brighter is the right half than the left?",
          "How far does the right half outshine the left?",
@@ -520,6 +547,7 @@ CUES: Mapping[str, Cues] = types.MappingProxyType({
          "Which gets brighter towards the left?"),
         ("The {which} picture has more of its light on the left.", "Brighter on the left is the {which} one.")),
     "format": Cues(
+        "width of the frame",
         ("How wide is the picture for its height?",
          "How wide is the frame?",
          "What is the width of the frame by its height?",
