@@ -1,6 +1,6 @@
 """A trained model and a dataset in; a table on the terminal, answers and figures as JSON out.
 
-    python -m calm_jax.evaluate --workdir DIR --task attributes|scoring|commenting --dataset NAME [--split test]
+    python -m calm_jax.evaluate --workdir DIR --task attributes|scoring|commenting --dataset NAME [--data_dir DIR]
 
 DIR is a workdir, the folder of one of its processes, or a checkpoint. Results go to DIR/evaluation unless --out says
 otherwise.
@@ -27,16 +27,18 @@ TASKS = ("attributes", "scoring", "commenting")
 _WORKDIR = flags.DEFINE_string("workdir", None, "workdir, process folder or checkpoint of the model")
 _TASK = flags.DEFINE_enum("task", None, TASKS, "what to measure")
 _DATASET = flags.DEFINE_string("dataset", "demo", "name of the dataset")
+_DATA_DIR = flags.DEFINE_string("data_dir", "", "folder of datasets that tools.prepare_data stored; demo needs none")
 _SPLIT = flags.DEFINE_string("split", "test", "its split: train, validation or test")
 _CONTROL = flags.DEFINE_string("control", None, "attributes: a model trained on shuffled labels, to compare with")
 _OUT = flags.DEFINE_string("out", None, "folder of the results; default: WORKDIR/evaluation")
 
 
-def evaluate(path: str, task: str, dataset_name: str, split: str, control: str | None = None) -> dict:
-    """The result of one task as JSON values: `model`, `task`, `dataset`, `split`, `table` and `answers`."""
-    dataset = builders.load(dataset_name)
+def evaluate(path: str, task: str, dataset_name: str, split: str, control: str | None = None,
+             data_dir: str = "") -> dict:
+    """The result of one task as JSON values: `model`, `task`, `dataset`, `data_dir`, `split`, `table`, `answers`."""
+    dataset = builders.load(dataset_name, data_dir)
     answered = _answers(path, task, dataset, split)
-    result = {"model": str(path), "task": task, "dataset": dataset_name, "split": split}
+    result = {"model": str(path), "task": task, "dataset": dataset_name, "data_dir": data_dir, "split": split}
     if task == "attributes":
         others = _answers(control, task, dataset, split) if control else ()
         result["table"] = protocols.attribute_table(answered, others)
@@ -84,7 +86,8 @@ def main() -> None:
     for name in ("workdir", "task"):
         if not flags.FLAGS[name].value:
             raise config_lib.ConfigError(f"--{name} is missing; see the first lines of calm_jax/evaluate.py")
-    result = evaluate(_WORKDIR.value, _TASK.value, _DATASET.value, _SPLIT.value, _CONTROL.value)
+    result = evaluate(_WORKDIR.value, _TASK.value, _DATASET.value, _SPLIT.value, _CONTROL.value,
+                      _DATA_DIR.value)
     out = pathlib.Path(_OUT.value or f"{_WORKDIR.value}/evaluation")
     out.mkdir(parents=True, exist_ok=True)
     file = out / f"{_TASK.value}-{_DATASET.value}-{_SPLIT.value}.json"

@@ -74,7 +74,8 @@ def write(out: str | os.PathLike, *, workdirs: Mapping[str, str | os.PathLike], 
     found = {result["task"]: result for result in results}
     runs = [_Run(name, pathlib.Path(folder)) for name, folder in workdirs.items()]
     sizes = [run.config["model"]["vit"]["image_size"] for run in runs if run.config]
-    painter = _Painter(max(SHARP, *sizes) if sizes else SHARP)
+    painter = _Painter(max(SHARP, *sizes) if sizes else SHARP,
+                       {result["dataset"]: result.get("data_dir", "") for result in results})
     asked = found.get("attributes")
     page = {
         "title": title, "lead": lead, "notes": notes, "commands": commands, "truth": truth,
@@ -200,9 +201,9 @@ def _cores() -> int:
 class _Painter:
     """Pictures of results as data URIs, datasets loaded once."""
 
-    def __init__(self, size: int):
+    def __init__(self, size: int, places: Mapping[str, str]):
         self.size = size
-        self._dataset = functools.cache(builders.load)
+        self._dataset = functools.cache(lambda name: builders.load(name, places.get(name, "")))
 
     def dataset(self, name: str) -> Dataset:
         return self._dataset(name)

@@ -3,25 +3,50 @@
 from __future__ import annotations
 
 import importlib
+from typing import TYPE_CHECKING
 
 from calm_jax import config as config_lib
 from calm_jax.data.samples import Dataset
 
-# name -> module of this package; each has a function `build() -> Dataset`.
-_MODULES = {"demo": "demo"}
+if TYPE_CHECKING:
+    from calm_jax.data.builders.labels import Source
+
+# Datasets that tools.prepare_data stores: name, which is also the module's -> its Source in that module.
+_SOURCES = {"para": "Para", "oasis": "Oasis", "ava": "Ava", "folder": "Folder", "csv": "Csv", "qa": "Qa"}
 
 
 def names() -> tuple[str, ...]:
-    """The datasets that `load` knows."""
-    return tuple(_MODULES)
+    """The datasets that this package knows; `folder`, `csv` and `qa` may be stored under other names."""
+    return ("demo", *_SOURCES)
 
 
-def load(name: str) -> Dataset:
-    """The dataset of that name; pixels are read later.
+def source(name: str) -> type[Source]:
+    """The class that reads a dataset as it was published.
 
     Raises:
-      ConfigError: there is no such dataset (the nearest name is given), or what it needs is not installed.
+      ConfigError: there is none of that name (the nearest is given).
     """
-    if name not in _MODULES:
-        raise config_lib.ConfigError(f"there is no dataset {name!r}{config_lib.nearest(name, _MODULES)}")
-    return importlib.import_module(f"{__name__}.{_MODULES[name]}").build()
+    if name not in _SOURCES:
+        raise config_lib.ConfigError(f"there is no dataset {name!r} to prepare{config_lib.nearest(name, _SOURCES)}")
+    return getattr(importlib.import_module(f"{__name__}.{name}"), _SOURCES[name])
+
+
+def load(name: str, data_dir: str = "") -> Dataset:
+    """The dataset of that name: `demo`, or one that tools.prepare_data stored in `data_dir`; pixels are read later.
+
+    Raises:
+      ConfigError: there is no such dataset (the nearest name is given), it was not prepared (the command is given), or
+        what it needs is not installed.
+    """
+    if name == "demo":
+        return importlib.import_module(f"{__name__}.demo").build()
+    from calm_jax.data.builders import stored
+    known = {*names(), *(stored.names(data_dir) if data_dir else ())}
+    if name not in known:
+        raise config_lib.ConfigError(f"there is no dataset {name!r}{config_lib.nearest(name, sorted(known))}")
+    if not data_dir:
+        raise config_lib.ConfigError(
+            f"the dataset {name!r} is read from a folder of prepared datasets, and none is named: give "
+            "--config.data.dir=DIR to train, --data_dir DIR to evaluate; to prepare it: python -m tools.prepare_data "
+            f"--dataset {name} --source DIR --data_dir DIR")
+    return stored.Stored(name, data_dir)

@@ -1,0 +1,125 @@
+"""A folder that `store.prepare` wrote in, a Dataset out: records from the labels alone, pictures when asked for."""
+
+from __future__ import annotations
+
+import json
+import mmap
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int64, UInt8
+
+from calm_jax import config as config_lib
+from calm_jax.data import pictures
+from calm_jax.data.builders.labels import SPLITS
+from calm_jax.data.samples import BadRecord, ImageRef, Record
+
+VERSION = "1.0.0"  # of the folder's layout; a dataset lies in DATA_DIR/NAME/VERSION
+
+
+def names(data_dir: Path | str) -> tuple[str, ...]:
+    """Names of the datasets that lie in a folder."""
+    return tuple(sorted(path.parent.parent.name for path in Path(data_dir).glob(f"*/{VERSION}/manifest.json")))
+
+
+class Stored:
+    """A prepared dataset; records are read from the labels alone, pictures when they are asked for.
+
+    Record numbers run through train, validation and test. Cheap to open and to copy into worker processes.
+
+    Raises:
+      ConfigError: it is not there, not finished or damaged; the sentence names the command that prepares it.
+    """
+
+    def __init__(self, name: str, data_dir: Path | str):
+        self.name, self.folder = name, Path(data_dir) / name / VERSION
+        remedy = f"python -m tools.prepare_data --dataset {name} --source DIR --data_dir {data_dir}"
+        try:
+            manifest = json.loads((self.folder / "manifest.json").read_text())
+            self._scale = tuple(manifest["plan"]["scale"]) or (1.0, 10.0)
+            self._counts = {split: int(count) for split, count in manifest["splits"].items()}
+        except FileNotFoundError:
+            state = "is not finished" if self.folder.with_name(f"{VERSION}.partial").exists() else "is not there"
+            raise config_lib.ConfigError(f"the dataset {name!r} {state} in {data_dir}; prepare it: {remedy}") from None
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise config_lib.ConfigError(f"{self.folder} is damaged ({error!r}); prepare it again: {remedy} --rebuild"
+                                         ) from None
+        self._ends = np.cumsum([self._counts.get(split, 0) for split in SPLITS])
+        self._open: dict[tuple[str, str], Any] = {}
+        for split, count in self._counts.items():
+            starts, text = self._labels(split)
+            if len(starts) != count + 1 or starts[-1] != len(text):
+                raise config_lib.ConfigError(f"{self.folder}/labels is damaged: {split} should have {count:,} records; "
+                                             f"prepare it again: {remedy} --rebuild")
+
+    def __len__(self) -> int:
+        """Records of all splits together."""
+        return int(self._ends[-1])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_open": {}}  # files are opened anew in each process
+
+    def indices(self, split: str) -> Int64[np.ndarray, "n"]:
+        """Record numbers of a split, none where the dataset has no such part.
+
+        Raises:
+          ConfigError: the name is none of train, validation and test.
+        """
+        if split not in SPLITS:
+            raise config_lib.ConfigError(f"{self.name} has no split {split!r}{config_lib.nearest(split, SPLITS)}")
+        end = int(self._ends[SPLITS.index(split)])
+        return np.arange(end - self._counts.get(split, 0), end, dtype=np.int64)
+
+    def record(self, index: int) -> Record:
+        """What is known of record `index`."""
+        split, place = self._place(index)
+        starts, text = self._labels(split)
+        label = json.loads(text[int(starts[place]):int(starts[place + 1])])
+        for name in ("captions", "comments", "unfit"):
+            label[name] = tuple(label.get(name, ()))
+        label["questions"] = tuple((question, answer) for question, answer in label.get("questions", ()))
+        return Record(label.pop("key"), ImageRef(int(index)), scale=self._scale, **label)
+
+    def pixels(self, index: int) -> UInt8[np.ndarray, "H W 3"]:
+        """The stored picture, RGB 0..255.
+
+        Raises:
+          BadRecord: the shard that holds it is missing or damaged.
+        """
+        split, place = self._place(index)
+        try:
+            return pictures.read(self._pictures(split)[place]["image"])
+        except Exception as error:  # array_record and protobuf raise what they like on damaged files
+            reason = " ".join(str(error).split())[:300]
+            raise BadRecord(f"{self.record(index).key} of {self.folder} cannot be read: {reason}; prepare the dataset "
+                            "again with --rebuild") from error
+
+    def _place(self, index: int) -> tuple[str, int]:
+        if not 0 <= index < len(self):
+            raise IndexError(f"{self.name} has no record {index}; there are {len(self)}")
+        number = int(np.searchsorted(self._ends, index, side="right"))
+        split = SPLITS[number]
+        return split, int(index - (self._ends[number] - self._counts[split]))
+
+    def _labels(self, split: str) -> tuple[np.ndarray, Any]:
+        """Where each line begins, and all lines, both mapped into memory."""
+        if ("labels", split) not in self._open:
+            path = self.folder / "labels" / f"{split}.jsonl"
+            try:
+                starts = np.load(path.with_suffix(".npy"), mmap_mode="r")
+                with open(path, "rb") as stream:  # an empty file cannot be mapped
+                    text = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) if path.stat().st_size else b""
+            except (OSError, ValueError) as error:
+                raise config_lib.ConfigError(f"{path} cannot be read ({error}); prepare {self.name} again with "
+                                             "--rebuild") from None
+            self._open["labels", split] = (starts, text)
+        return self._open["labels", split]
+
+    def _pictures(self, split: str) -> Any:
+        if ("pictures", split) not in self._open:
+            import tensorflow_datasets as tfds
+            builder = tfds.builder_from_directory(str(self.folder))
+            self._open["pictures", split] = builder.as_data_source(
+                split, decoders={"image": tfds.decode.SkipDecoding()})
+        return self._open["pictures", split]
