@@ -193,6 +193,8 @@ class Checkpoint:
 
 @dataclasses.dataclass(frozen=True)
 class Data:
+    dir: str = field("", "folder of datasets that tools.prepare_data stored; only `demo` needs none", "ours",
+                     runtime=True)
     workers: int = field(0, "data processes; 0 = threads of the training process", "ours", runtime=True)
     threads: int = field(4, "rows prepared at the same time", "ours", runtime=True)
     max_bad_share: float = field(0.01, "share of unreadable records above which the run stops", "ours", runtime=True)

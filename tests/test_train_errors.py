@@ -66,7 +66,7 @@ def coloured(monkeypatch):
     """Makes `builders.load` return the given dataset."""
     def use(**options):
         dataset = Coloured(**options)
-        monkeypatch.setattr(builders, "load", lambda name: dataset)
+        monkeypatch.setattr(builders, "load", lambda name, data_dir="": dataset)
         return dataset
     return use
 
