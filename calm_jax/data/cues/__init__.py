@@ -8,14 +8,14 @@ that a model cannot live on one position.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import types
 from collections.abc import Mapping
 
 from calm_jax import config as config_lib
-from calm_jax.data.cues import high, low, middle
+from calm_jax.data.cues import high, low, middle, stored
 from calm_jax.data.cues.entry import Cues
+from calm_jax.data.cues.stored import normal as normal
 
 CHOICES = ("first", "second")  # fills `{which}`
 CUES: Mapping[str, Cues] = types.MappingProxyType({**low.CUES, **middle.CUES, **high.CUES})
@@ -33,21 +33,20 @@ def bank(path: str = "", phrasings: int = 0) -> Mapping[str, Cues]:
     """
     if phrasings < 0:
         raise config_lib.ConfigError(f"phrasings={phrasings} is negative; 0 takes all")
-    if path:
-        raise config_lib.ConfigError("files of phrases cannot be read yet")
     kept = slice(phrasings or None)
+    new = stored.read(path, CUES) if path else {}
+
+    def more(name: str, kind: str, grade: int | None = None) -> tuple[str, ...]:
+        return new.get((name, kind, grade), ())
+
     return {  # a dict, because worker processes need to pickle it
-        name: dataclasses.replace(
-            cues, answers=tuple(texts[kept] for texts in cues.answers),
-            advice={grade: texts[kept] for grade, texts in cues.advice.items()},
-            **{kind: getattr(cues, kind)[kept]
-               for kind in ("questions", "more", "more_answers", "less", "less_answers")})
+        name: Cues(
+            questions=cues.questions[kept] + more(name, "question"),
+            answers=tuple(texts[kept] + more(name, "answer", grade) for grade, texts in enumerate(cues.answers)),
+            more=cues.more[kept] + more(name, "more"), more_answers=cues.more_answers[kept] + more(name, "more_answer"),
+            less=cues.less[kept] + more(name, "less"), less_answers=cues.less_answers[kept] + more(name, "less_answer"),
+            advice={grade: texts[kept] + more(name, "advice", grade) for grade, texts in cues.advice.items()})
         for name, cues in CUES.items()}
-
-
-def normal(text: str) -> str:
-    """`text` without case, surplus white space and its full stop: the form in which phrases are compared."""
-    return " ".join(text.lower().split()).rstrip(". ")
 
 
 def variations(text: str) -> tuple[str, ...]:
