@@ -14,7 +14,7 @@ from calm_jax import config as config_lib
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "launch/README.md", *sorted((ROOT / "docs").glob("*.md"))]
-MODULES = ("calm_jax.train", "calm_jax.evaluate", "calm_jax.config", "tools.demo", "tools.bench",
+MODULES = ("calm_jax.train", "calm_jax.evaluate", "calm_jax.config", "tools.demo", "tools.bench", "tools.prepare_data",
            "tools.convert_from_hf", "tools.export_to_hf", "tools.check_parity", "tools.train_tokenizer")
 
 
@@ -22,8 +22,8 @@ def commands() -> list[tuple[str, str]]:
     """(page, command) for each line of the code blocks that starts like a command; comments are cut off."""
     found = []
     for page in PAGES:
-        for block in re.findall(r"```(?:bash|sh)?\n(.*?)```", page.read_text(), re.DOTALL):
-            for line in block.splitlines():
+        for language, block in re.findall(r"```(\w*)\n(.*?)```", page.read_text(), re.DOTALL):
+            for line in block.splitlines() if language in ("", "bash", "sh") else ():
                 text = line.split("  #")[0].strip()
                 if text.startswith(("make ", "python -m ", "pip install", "bash ")):
                     found.append((page.name, text))
