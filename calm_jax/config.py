@@ -155,7 +155,14 @@ class Optimizer:
 @dataclasses.dataclass(frozen=True)
 class Process:
     dataset: str = field("demo", "name of the dataset", "ours")
-    tasks: dict[str, float] = field({"attributes": 1.0}, "task -> weight in the mixture", "ours")
+    tasks: dict[str, float] = field({"attributes": 1.0}, "task -> weight in the mixture; DATASET:TASK takes another "
+                                    "dataset than the process's own", "ours")
+    support: tuple[int, ...] = field((2, 8), "fewest and most rated pictures shown before a personal question",
+                                     "paper: in context; numbers are ours")
+    score_spread: float = field(0.0, "standard deviation of the Gaussian that replaces the one right digit of a score, "
+                                "on the scale 1-10; 0 = none", "ours")
+    rater_spread: bool = field(False, "where a picture's raters are known, take their standard deviation instead",
+                               "ours")
     cues: str = field("", "file of further phrases about attributes, from tools.make_cues; '' = only the written",
                       "paper: GPT-3.5 wrote them; ours: most are written by hand")
     phrasings: int = field(0, "of each written question and answer about attributes only so many are used; 0 = all",
@@ -180,6 +187,25 @@ class Process:
                               "choose a divisor")
         if not self.tasks:
             raise ConfigError("a process needs at least one task, such as tasks.attributes=1.0")
+        for name, weight in self.tasks.items():
+            if not weight > 0:
+                raise ConfigError(f"tasks.{name}={weight} is no weight; give a number above 0, or leave the task out")
+        if len(self.support) != 2 or not 1 <= self.support[0] <= self.support[1]:
+            raise ConfigError(f"support={self.support} is not (fewest, most), such as (2, 8)")
+
+    @property
+    def mixture(self) -> dict[tuple[str, str], float]:
+        """(dataset, task) -> weight."""
+        found: dict[tuple[str, str], float] = {}
+        for name, weight in self.tasks.items():
+            dataset, _, task = name.rpartition(":")
+            found[dataset or self.dataset, task] = found.get((dataset or self.dataset, task), 0.0) + weight
+        return found
+
+    @property
+    def datasets(self) -> tuple[str, ...]:
+        """The datasets of the mixture, in the order in which the tasks name them."""
+        return tuple(dict.fromkeys(dataset for dataset, _ in self.mixture))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,6 +223,7 @@ class Data:
                      runtime=True)
     workers: int = field(0, "data processes; 0 = threads of the training process", "ours", runtime=True)
     threads: int = field(4, "rows prepared at the same time", "ours", runtime=True)
+    cache_mb: int = field(0, "decoded pictures kept in memory, megabytes a process; 0 = none", "ours", runtime=True)
     max_bad_share: float = field(0.01, "share of unreadable records above which the run stops", "ours", runtime=True)
 
 

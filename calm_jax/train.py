@@ -40,7 +40,8 @@ def train(config: config_lib.Config, workdir: pathlib.Path) -> None:
     loop.say(sharding.table(geometry.shapes, mesh))
     run = loop.Run(config, workdir, mesh, geometry, tokenizer)
     for name in config.run:
-        loop.run_process(run, name, builders.load(config.processes[name].dataset))
+        datasets = {dataset: builders.load(dataset, config.data.dir) for dataset in config.processes[name].datasets}
+        loop.run_process(run, name, datasets)
     loop.say(f"done: {', '.join(config.run)} in {workdir}")
 
 

@@ -15,7 +15,7 @@ MODEL = dataclasses.replace(config_lib.model("tiny"), vit=dataclasses.replace(co
                                                                              image_size=32))
 ROW = config_lib.Row(tokens=384, images=3, answers=160, candidates=2)
 PROCESS = config_lib.Process(tasks={"attributes": 2.0, "comment": 1.0}, row=ROW, batch=4)
-PER_STEP = ("images", "tokens", "visual", "segments", "positions", "places", "labels", "weights", "bad")
+PER_STEP = ("images", "tokens", "visual", "segments", "positions", "places", "labels", "weights", "bad", "cursor")
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +24,7 @@ def demo():
 
 
 def make_rows(dataset, process=PROCESS, seed=0, split="train"):
-    return pipeline.Rows(process, dataset, Tokenizer(), MODEL, seed=seed, split=split)
+    return pipeline.Rows(process, {process.dataset: dataset}, Tokenizer(), MODEL, seed=seed, split=split)
 
 
 def read(rows, start, stop, shard=(0, 1), **data):
@@ -44,9 +44,10 @@ def test_starting_later_gives_the_same_batches(demo):
     assert not same(whole[0], read(make_rows(demo, seed=1), 0, 1)[0])
 
 
-def test_worker_processes_change_nothing(demo):
-    threads, workers = read(make_rows(demo), 0, 3), read(make_rows(demo), 0, 3, workers=1)
-    assert all(same(a, b) for a, b in zip(threads, workers, strict=True))
+@pytest.mark.parametrize("workers", [1, 2])
+def test_worker_processes_change_nothing(demo, workers):
+    threads, others = read(make_rows(demo), 0, 3), read(make_rows(demo), 0, 3, workers=workers)
+    assert all(same(a, b) for a, b in zip(threads, others, strict=True))
 
 
 def test_two_processes_share_the_rows_of_one(demo):
@@ -59,25 +60,78 @@ def test_two_processes_share_the_rows_of_one(demo):
         read(make_rows(demo), 0, 1, shard=(0, 3))
 
 
+def examples_of(rows, count):
+    """The first `count` accepted examples, in the order in which their streams give them."""
+    found, number = [], 0
+    while len(found) < count + 200:  # rows finish out of order: a few more settle which came first
+        found += rows.plan(number).examples
+        number += 1
+    return found
+
+
 def test_an_epoch_holds_every_record_once(demo):
-    rows = make_rows(demo)
-    rows.plan(0)
-    first = [example for row in rows._rows for example in row]
-    assert sorted(e.index for e in first) == sorted(demo.indices("train").tolist())
-    before = len(rows._rows)
-    rows.plan(before)
-    second = [example for row in rows._rows[before:] for example in row]
-    assert sorted(e.index for e in second) == sorted(e.index for e in first)
-    assert [e.index for e in second] != [e.index for e in first]
-    assert {e.epoch for e in second} == {1}
-    share = np.mean([e.task == "comment" for e in first + second])
+    """Over two epochs none is missed, none repeated, whatever blocks they fall into."""
+    rows, size = make_rows(demo), len(demo.indices("train"))
+    found = examples_of(rows, 2 * size)
+    for epoch in range(2):
+        assert sorted(e.index for e in found if e.epoch == epoch) == sorted(demo.indices("train").tolist())
+    orders = [[e.index for e in found if e.epoch == epoch] for epoch in range(2)]
+    assert orders[0] != orders[1]
+    share = np.mean([e.task == "comment" for e in found])
     assert 0.25 < share < 0.42  # weights 2 : 1
+
+
+def test_a_mixture_keeps_its_weights_and_every_dataset_its_epochs(demo):
+    class Few(Renamed):
+        def indices(self, split):
+            return self._dataset.indices(split)[:50]
+
+    process = dataclasses.replace(PROCESS, tasks={"comment": 3.0, "few:score": 1.0, "few:caption": 2.0})
+    rows = pipeline.Rows(process, {"demo": demo, "few": Few(demo, "few")}, Tokenizer(), MODEL, seed=0, split="train")
+    found = [e for number in range(pipeline.BLOCK) for e in rows.plan(number).examples]
+    assert abs(np.mean([e.source == 1 for e in found]) - 0.5) < 0.01
+    few = [e for e in found if e.source == 1]
+    assert 0.23 < np.mean([e.task == "score" for e in few]) < 0.43 and {e.task for e in few} == {"score", "caption"}
+    whole = max(e.epoch for e in few)
+    assert whole > 3
+    for epoch in range(whole):
+        assert sorted(e.index for e in few if e.epoch == epoch) == sorted(demo.indices("train")[:50].tolist())
+    with pytest.raises(config_lib.ConfigError, match="is no weight"):
+        dataclasses.replace(PROCESS, tasks={"comment": 0.0})
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_any_row_can_be_the_first(demo, seed):
+    """Planned from the beginning, or from the cursor that an earlier row carried, as a resumed run does."""
+    rows, rng = make_rows(demo, seed=seed), np.random.default_rng(seed)
+    last = 3 * pipeline.BLOCK
+    expected = {int(number): rows.row(int(number)) for number in np.sort(rng.integers(0, last, 10))}
+    for number, row in expected.items():
+        fresh = make_rows(demo, seed=seed)
+        fresh.resume(row["cursor"])
+        assert fresh._cursors.keys() <= {0, number // pipeline.BLOCK}
+        again = fresh.row(number)
+        assert all(np.array_equal(again[name], row[name]) for name in row)
+        before = number - pipeline.BLOCK
+        if before in expected:  # earlier blocks are still there
+            assert all(np.array_equal(fresh.row(before)[name], expected[before][name]) for name in row)
+    late = make_rows(demo, seed=seed)
+    late.resume((7, 1, 2, 3))  # of another mixture: planned from the beginning
+    assert late._cursors.keys() == {0}
+
+
+def test_kept_pictures_are_the_same_and_bounded(demo):
+    plain = make_rows(demo)
+    kept = pipeline.Rows(PROCESS, {"demo": demo}, Tokenizer(), MODEL, seed=0, split="train", cache_mb=1)
+    for number in range(6):
+        assert all(np.array_equal(kept.row(number)[name], value) for name, value in plain.row(number).items())
+    assert kept._pictures._held <= 1 << 20
 
 
 def test_rows_are_laid_out_as_documented(demo):
     rows = make_rows(demo)
     for number in range(8):
-        row, examples = rows.row(number), rows.plan(number)
+        row, examples = rows.row(number), rows.plan(number).examples
         assert row["segments"].max() == len(examples)
         used = row["segments"] > 0
         assert not used[np.argmin(used):].any() or used.all()  # padding only behind
@@ -95,16 +149,32 @@ def test_rows_are_laid_out_as_documented(demo):
 def test_packing_wastes_little(demo):
     rows = make_rows(demo)
     rows.plan(0)
-    images = np.mean([row["images"].any((1, 2, 3)).mean() for row in map(rows.row, range(20))])
-    assert images > 0.85  # images are what the encoder pays for
+    images = np.mean([row["images"].any((1, 2, 3)).mean() for row in map(rows.row, range(60))])
+    assert images > 0.83  # images are what the encoder pays for
 
 
-class Spoiled:
+class Renamed:
+    """A dataset under another name."""
+
+    def __init__(self, dataset, name):
+        self.name, self._dataset = name, dataset
+
+    def indices(self, split):
+        return self._dataset.indices(split)
+
+    def record(self, index):
+        return self._dataset.record(index)
+
+    def pixels(self, index):
+        return self._dataset.pixels(index)
+
+
+class Spoiled(Renamed):
     """The demo with one record whose picture cannot be read."""
 
     def __init__(self, dataset, index):
-        self.name, self._dataset, self._index = "spoiled", dataset, index
-        self.indices, self.record = dataset.indices, dataset.record
+        super().__init__(dataset, "spoiled")
+        self._index = index
 
     def pixels(self, index):
         if index == self._index:
@@ -114,20 +184,20 @@ class Spoiled:
 
 def test_a_corrupt_picture_is_masked_counted_and_named_and_shifts_nothing(demo):
     rows = make_rows(demo)
-    spoiled_index = rows.plan(1)[0].index
+    spoiled_index = rows.plan(1).examples[0].index
     spoiled = make_rows(Spoiled(demo, spoiled_index))
     bad = 0
     for number in range(6):
         good_row, row = rows.row(number), spoiled.row(number)
         for name in ("tokens", "visual", "segments", "positions", "places", "labels"):
             np.testing.assert_array_equal(good_row[name], row[name])
-        hit = [i for i, example in enumerate(rows.plan(number), 1) if example.index == spoiled_index]
+        hit = [i for i, example in enumerate(rows.plan(number).examples, 1) if example.index == spoiled_index]
         changed = np.flatnonzero((good_row["weights"] != row["weights"]).any(-1))
         assert set(good_row["segments"][good_row["places"][changed]]) <= set(hit)
         assert row["bad"] == len(hit)
         bad += int(row["bad"])
     assert bad >= 1
-    assert list(spoiled.bad) == [demo.record(spoiled_index).key]
+    assert list(spoiled.bad) == [f"spoiled/{demo.record(spoiled_index).key}"]
     assert "truncated" in next(iter(spoiled.bad.values()))
 
 
@@ -139,15 +209,12 @@ def test_a_conversation_longer_than_a_row_is_named_and_skipped(demo):
 
 def test_records_refused_while_planning_count_as_bad_in_the_row_that_was_filled(demo):
     wide = make_rows(demo)
-    lengths = [len(wide.encode(wide.sample(example)).tokens) for number in range(20) for example in wide.plan(number)]
+    lengths = [len(encoded.tokens) for number in range(20) for _, encoded in wide.plan(number).texts]
     row = dataclasses.replace(PROCESS.row, tokens=int(np.median(lengths)))
     rows = make_rows(demo, dataclasses.replace(PROCESS, row=row))
-    count = 1
-    while rows.plan(count)[0].epoch == 0:
-        count += 1
-    kept = sum(len(rows.plan(number)) for number in range(count))
-    refused = sum(int(rows.row(number)["bad"]) for number in range(count))
-    assert refused > 20 and kept + refused == len(demo.indices("train"))
+    kept = sum(len(rows.plan(number).examples) for number in range(pipeline.BLOCK))
+    refused = sum(int(rows.row(number)["bad"]) for number in range(pipeline.BLOCK))
+    assert refused > 20 and kept + refused == sum(rows.row(pipeline.BLOCK)["cursor"][1:])
 
 
 def test_shuffled_labels_keep_texts_and_change_pictures(demo):

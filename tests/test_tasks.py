@@ -9,8 +9,11 @@ import pytest
 from calm_jax import config as config_lib
 from calm_jax.data import attributes, builders, tasks
 from calm_jax.data.samples import BadRecord, Mention
+from calm_jax.data.tasks import instructions, opinions
+from calm_jax.data.tasks.context import Context
 
 PARTS = config_lib.PARTS
+CONTEXT = Context(PARTS)
 DRAWS = 900
 
 
@@ -23,7 +26,7 @@ def demo():
 def drawn(demo):
     rng = np.random.default_rng(0)
     indices = demo.indices("train")
-    return [tasks.make(("attributes", "comparisons")[draw % 3 // 2], demo, int(rng.choice(indices)), rng, PARTS)
+    return [tasks.make(("attributes", "comparisons")[draw % 3 // 2], demo, int(rng.choice(indices)), rng, CONTEXT)
             for draw in range(DRAWS)]
 
 
@@ -39,16 +42,16 @@ def split_label(turn):
 def test_unknown_tasks_and_useless_parts_are_refused(demo):
     rng = np.random.default_rng(0)
     with pytest.raises(config_lib.ConfigError, match="nearest is 'caption'"):
-        tasks.make("captions", demo, 0, rng, PARTS)
+        tasks.make("captions", demo, 0, rng, CONTEXT)
     with pytest.raises(config_lib.ConfigError, match="add one of them"):
-        tasks.make("attributes", demo, 0, rng, ("thematic",))
+        tasks.make("attributes", demo, 0, rng, Context(("thematic",)))
     with pytest.raises(config_lib.ConfigError, match="add one of them"):
-        tasks.make("comparisons", demo, 0, rng, ("thematic",))
+        tasks.make("comparisons", demo, 0, rng, Context(("thematic",)))
 
 
-@pytest.mark.parametrize("task", tasks.TASKS)
+@pytest.mark.parametrize("task", ["attributes", "comparisons", "caption", "comment", "score", "suggestion"])
 def test_a_sample_is_a_function_of_the_seed(demo, task):
-    one, two, other = (tasks.make(task, demo, 3, np.random.default_rng(seed), PARTS) for seed in (1, 1, 2))
+    one, two, other = (tasks.make(task, demo, 3, np.random.default_rng(seed), CONTEXT) for seed in (1, 1, 2))
     assert one == two and one != other
     assert one.name == f"demo/{task}/{demo.record(3).key}"
 
@@ -118,7 +121,7 @@ def test_answers_are_about_balanced(drawn):
 def test_only_given_parts_are_asked(demo, task, parts):
     for seed in range(40):
         rng = np.random.default_rng(seed)
-        sample = tasks.make(task, demo, seed * 4, rng, parts)
+        sample = tasks.make(task, demo, seed * 4, rng, Context(parts))
         assert {part for mention in mentions(sample) for part in mention.parts} <= set(parts)
         assert {attributes.get(split_label(turn)[0]).level for turn in sample.turns} <= set(parts)
 
@@ -128,7 +131,7 @@ def test_only_given_parts_are_asked(demo, task, parts):
     ("comment", PARTS, PARTS), ("score", PARTS, PARTS), ("score", ("thematic", "low"), ("low", "thematic")),
 ])
 def test_parts_are_mentioned_in_order(demo, task, parts, shown):
-    sample = tasks.make(task, demo, 0, np.random.default_rng(0), parts)
+    sample = tasks.make(task, demo, 0, np.random.default_rng(0), Context(parts))
     assert mentions(sample) == [Mention(0, shown)]
 
 
@@ -136,7 +139,7 @@ def test_known_facts_become_answers(demo):
     for index in range(0, len(demo), 7):
         record = demo.record(index)
         rng = np.random.default_rng(index)
-        caption, comment, score = (tasks.make(task, demo, index, rng, PARTS)
+        caption, comment, score = (tasks.make(task, demo, index, rng, CONTEXT)
                                    for task in ("caption", "comment", "score"))
         assert caption.images == comment.images == score.images == (record.image,)
         assert caption.turns[0].answer.text in record.captions
@@ -148,15 +151,116 @@ def test_known_facts_become_answers(demo):
     (0.0, (0.0, 1.0), "1.0."), (1.0, (0.0, 1.0), "10.0."), (3.0, (1.0, 5.0), "5.5."), (6.52, (1.0, 10.0), "6.5."),
 ])
 def test_scores_are_mapped_to_one_to_ten(score, scale, text):
-    assert tasks.score_text(tasks.mapped(score, scale)) == text
+    assert opinions.score_text(opinions.mapped(score, scale)) == text
 
 
 def test_instructions_are_many():
-    for prompts in (tasks.CAPTION_PROMPTS, tasks.COMMENT_PROMPTS, tasks.SCORE_PROMPTS):
+    for prompts in (instructions.CAPTION, instructions.COMMENT, instructions.SCORE, instructions.SUGGEST,
+                    instructions.PERSONAL):
         assert len(set(prompts)) == len(prompts) >= 8
 
 
-@pytest.mark.parametrize("task", ["caption", "comment", "score"])
+def test_soft_digits_are_a_gaussian_whose_mean_is_the_score():
+    for target in (1.0, 1.04, 3.46, 5.5, 6.97, 9.3, 9.9):
+        soft = opinions.soft_digits(target, 0.6)
+        text = opinions.score_text(target)
+        first, second = soft[0], soft[2]
+        assert sum(first.values()) == pytest.approx(1) and sum(second.values()) == pytest.approx(1)
+        near = {f"{tenth / 10:.1f}"[0] for tenth in range(10, 101) if abs(tenth / 10 - target) < 0.8}
+        assert near <= first.keys() <= set("123456789") and text[2] in second
+        if 3 < target < 8:  # the second digits of the other first digits follow the same Gaussian
+            mean = sum(p * (float(digit) + (0.45 if digit != text[0] else sum(
+                float(d) * q / 10 for d, q in second.items()))) for digit, p in first.items())
+            assert mean == pytest.approx(target, abs=0.35)
+    assert opinions.soft_digits(10.0, 0.6) == {}
+    narrow = opinions.soft_digits(6.5, 0.01)
+    assert narrow == {0: {"6": 1.0}, 2: {"5": 1.0}}
+
+
+def test_spread_comes_from_the_raters_or_the_config(demo):
+    record = dataclasses.replace(demo.record(0), score=3.0, scale=(1.0, 5.0), spread=0.2)
+    one = single(record)
+    rng = np.random.default_rng
+    hard = tasks.make("score", one, 0, rng(0), CONTEXT).turns[0].answer
+    fixed = tasks.make("score", one, 0, rng(0), Context(PARTS, spread=1.0)).turns[0].answer
+    raters = tasks.make("score", one, 0, rng(0), Context(PARTS, spread=1.0, raters=True)).turns[0].answer
+    assert hard.text == fixed.text == raters.text == "5.5." and not hard.soft
+    assert len(fixed.soft[0]) > len(raters.soft[0]) > 1
+    assert raters.soft == opinions.soft_digits(5.5, 0.2 * 9 / 4)
+
+
+def single(*records):
+    class Some:
+        name = "some"
+
+        def record(self, index):
+            return records[index]
+
+    return Some()
+
+
+def test_a_personal_question_shows_pictures_that_this_person_rated(demo):
+    raters = [f"rater{number}" for number in range(12)]
+    records = []
+    for index in range(10):
+        image = dataclasses.replace(demo.record(0).image, index=index, edits=())
+        ratings = {rater: float((index + number) % 7 + 1) for number, rater in enumerate(raters) if number != index}
+        records.append(dataclasses.replace(demo.record(0), image=image, ratings=ratings, scale=(1.0, 7.0)))
+    rated = {rater: np.asarray([i for i, record in enumerate(records) if rater in record.ratings]) for rater in raters}
+    context = Context(PARTS, dataset=single(*records), rated=rated, support=(2, 4))
+    counts, seen = set(), set()
+    for seed in range(60):
+        sample = tasks.make("personal", single(*records), 5, np.random.default_rng(seed), context)
+        assert [image.index for image in sample.images].count(5) == 1 and sample.images[-1].index == 5
+        assert len({image.index for image in sample.images}) == len(sample.images)
+        counts.add(len(sample.images) - 1)
+        given = [float(turn.answer.text[:-1]) for turn in sample.turns]
+        possible = [rater for rater in raters if rater in records[5].ratings and all(
+            rater in records[image.index].ratings and opinions.score_text(opinions.mapped(
+                records[image.index].ratings[rater], (1, 7))) == f"{score:.1f}."
+            for image, score in zip(sample.images, given, strict=True))]
+        assert possible  # all scores are one person's
+        seen.update(possible if len(possible) == 1 else ())
+        assert [turn.answer.weight for turn in sample.turns] == [0.0] * (len(given) - 1) + [1.0]
+        assert [mention.parts for mention in mentions(sample)] == [config_lib.LEVELS] * (len(given) - 1) + [PARTS]
+    assert counts == {2, 3, 4} and len(seen) > 3 and not any(map(opinions.held_out, seen))
+    share = np.mean([opinions.held_out(f"user{number}") for number in range(2000)])
+    assert 0.17 < share < 0.23
+    with pytest.raises(BadRecord, match="no rater with 2 other pictures"):
+        tasks.make("personal", single(*records), 5, np.random.default_rng(0), Context(PARTS))
+
+
+def test_a_suggestion_undoes_the_flaw_that_was_put_in(demo):
+    said = collections.Counter()
+    for seed in range(200):
+        sample = tasks.make("suggestion", demo, seed * 5 % len(demo), np.random.default_rng(seed), CONTEXT)
+        record, turn = demo.record(seed * 5 % len(demo)), sample.turns[0]
+        name, truth = split_label(turn)
+        said[name] += 1
+        if name == "suggestion":
+            assert truth == "none" and turn.answer.text in instructions.NOTHING_TO_IMPROVE
+            assert not [edit for edit in sample.images[0].edits if attributes.get(edit.attribute).absolute]
+            continue
+        attribute = attributes.get(name)
+        assert attribute.absolute and name not in record.unfit
+        assert {edit.attribute: edit.grade for edit in sample.images[0].edits}[name] == int(truth)
+        assert turn.answer.text in attribute.cues.advice[int(truth)]
+        assert attributes.together(edit.attribute for edit in sample.images[0].edits)
+    assert len(said) > 8 and said["suggestion"] > 2
+
+
+@pytest.mark.parametrize(("asked", "prompt"), [
+    ("What is it?", (Mention(0), " What is it?")), ("<image>\nWhat is it?", (Mention(0), "\nWhat is it?")),
+    ("What is it?\n<image>", ("What is it?\n", Mention(0))),
+])
+def test_a_question_answer_set_keeps_its_conversation(demo, asked, prompt):
+    record = dataclasses.replace(demo.record(0), questions=((asked, "A cat."), ("Why?", "It purrs.")))
+    sample = tasks.make("question", single(record), 0, np.random.default_rng(0), CONTEXT)
+    assert [turn.prompt for turn in sample.turns] == [prompt, ("Why?",)]
+    assert [turn.answer.text for turn in sample.turns] == ["A cat.", "It purrs."]
+
+
+@pytest.mark.parametrize("task", ["caption", "comment", "score", "personal", "question"])
 def test_a_record_without_the_fact_is_a_bad_record(demo, task):
     class Bare:
         name = "bare"
@@ -165,4 +269,4 @@ def test_a_record_without_the_fact_is_a_bad_record(demo, task):
             return dataclasses.replace(demo.record(index), captions=(), comments=(), score=None)
 
     with pytest.raises(BadRecord, match=f"task {task} needs"):
-        tasks.make(task, Bare(), 0, np.random.default_rng(0), PARTS)
+        tasks.make(task, Bare(), 0, np.random.default_rng(0), CONTEXT)

@@ -73,7 +73,7 @@ def coloured(monkeypatch):
 
 def rows_of(dataset, process=None) -> pipeline.Rows:
     process = process or miniature.PROCESS
-    return pipeline.Rows(process, dataset, Tokenizer(), miniature.MODEL, seed=0, split="train")
+    return pipeline.Rows(process, {process.dataset: dataset}, Tokenizer(), miniature.MODEL, seed=0, split="train")
 
 
 # ---- the real program -------------------------------------------------------------------------------------------
@@ -170,7 +170,7 @@ def test_a_batch_that_does_not_divide_the_mesh_is_refused_before_anything_is_mad
     run = loop.Run(miniature.config(), tmp_path, loop.sharding.make_mesh(None), None, Tokenizer())
     with pytest.raises(config_lib.ConfigError, match=r"batch=2 over accumulate=1 makes 2 rows a micro-batch, which do "
                        r"not divide among data\*fsdp=8 devices; choose a batch that is a multiple of 8"):
-        loop.run_process(run, "only", builders.load("coloured"))
+        loop.run_process(run, "only", {"coloured": builders.load("coloured")})
 
 
 def test_a_start_that_is_no_checkpoint_is_refused(tmp_path, coloured):
@@ -187,7 +187,7 @@ def trained(tmp_path_factory):
     """A run of four steps over sound pictures, with checkpoints after two and four."""
     workdir = tmp_path_factory.mktemp("trained") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(builders, "load", lambda name: Coloured())
+        patch.setattr(builders, "load", lambda name, data_dir="": Coloured())
         program.train(miniature.config(checkpoint=config_lib.Checkpoint(every_steps=2)), workdir)
     return workdir
 
@@ -246,11 +246,11 @@ def test_a_truncated_checkpoint_is_named_and_the_run_goes_on_from_the_one_before
 
 
 def test_a_corrupt_picture_is_masked_counted_and_named_and_the_run_goes_on(trained, tmp_path, coloured, caplog):
-    broken = rows_of(Coloured()).plan(0)[0].index  # a picture of the first batch
+    broken = rows_of(Coloured()).plan(0).examples[0].index  # a picture of the first batch
     coloured(broken=[broken])
     with caplog.at_level(logging.WARNING):
         program.train(only(), tmp_path / "run")
-    assert f"skipped picture-{broken:02d} of coloured: /pictures/{broken:02d}.jpg is truncated" in caplog.text
+    assert f"skipped coloured/picture-{broken:02d}: /pictures/{broken:02d}.jpg is truncated" in caplog.text
     ours, theirs = (next(record for record in logs.read(where / "metrics.jsonl") if record["step"] == 1)
                     for where in (tmp_path / "run", trained))
     assert ours["bad"] == 1 and theirs["bad"] == 0
@@ -259,26 +259,27 @@ def test_a_corrupt_picture_is_masked_counted_and_named_and_the_run_goes_on(train
 
 def test_nothing_else_in_the_batch_shifts_when_a_picture_is_corrupt():
     sound = rows_of(Coloured())
-    broken = sound.plan(0)[0].index
+    broken = sound.plan(0).examples[0].index
     harmed = rows_of(Coloured(broken=[broken]))
-    assert [harmed.plan(number) for number in range(6)] == [sound.plan(number) for number in range(6)]
+    assert [harmed.plan(number).examples for number in range(6)] == [
+        sound.plan(number).examples for number in range(6)]
     for number in range(6):
         a, b = sound.row(number), harmed.row(number)
-        hit = [place for place, example in enumerate(sound.plan(number), 1) if example.index == broken]
+        hit = [place for place, example in enumerate(sound.plan(number).examples, 1) if example.index == broken]
         for name in ("tokens", "visual", "segments", "positions", "places", "labels"):
             assert np.array_equal(a[name], b[name]), name
         assert b["bad"] == len(hit)
         lost = np.isin(a["segments"][a["places"]], hit) & (a["weights"][:, 0] > 0)
         assert np.array_equal(b["weights"], np.where(lost[:, None], 0, a["weights"]))
         assert bool(hit) == bool(lost.any())
-    assert harmed.bad == {f"picture-{broken:02d}": f"/pictures/{broken:02d}.jpg is truncated"}
+    assert harmed.bad == {f"coloured/picture-{broken:02d}": f"/pictures/{broken:02d}.jpg is truncated"}
 
 
 def test_too_many_corrupt_pictures_stop_the_run(tmp_path, coloured, monkeypatch):
     coloured(broken=range(0, 32, 2))
     monkeypatch.setattr(loop, "MIN_EXAMPLES", 3)
     with pytest.raises(loop.TrainingError, match=r"[0-9]+ of [0-9]+ examples could not be used, more than "
-                       r"data.max_bad_share=0.01; the first is picture-[0-9]+: /pictures/[0-9]+.jpg is truncated"):
+                       r"data.max_bad_share=0.01; the first is coloured/picture-[0-9]+: /pictures/[0-9]+.jpg is truncated"):
         program.train(only(), tmp_path / "run")
 
 
@@ -286,7 +287,7 @@ def test_a_dataset_of_which_nothing_fits_a_row_is_refused(tmp_path, coloured):
     coloured()
     process = miniature.process(row=config_lib.Row(tokens=40, images=2, answers=64))
     with pytest.raises(config_lib.ConfigError, match=r"no record of 'coloured' \(train\) can be used; the first one, "
-                       r"picture-[0-9]+: needs [0-9]+ tokens"):
+                       r"coloured/picture-[0-9]+: needs [0-9]+ tokens"):
         program.train(miniature.config(processes={"only": process}), tmp_path / "run")
 
 

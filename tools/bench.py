@@ -47,9 +47,11 @@ def make_batch(config: config_lib.Config, process: config_lib.Process) -> dict[s
     """The first rows of the real pipeline."""
     from calm_jax.data import builders, pipeline
     from calm_jax.data.tokenizer import Tokenizer
-    rows = pipeline.Rows(process, builders.load(process.dataset), Tokenizer(config.tokenizer), config.model,
-                         seed=config.seed, split="train")
-    return next(pipeline.batches(rows, config.data, batch=process.batch, start=0, stop=1))
+    datasets = {name: builders.load(name, config.data.dir) for name in process.datasets}
+    rows = pipeline.Rows(process, datasets, Tokenizer(config.tokenizer), config.model, seed=config.seed, split="train")
+    batch = next(pipeline.batches(rows, config.data, batch=process.batch, start=0, stop=1))
+    del batch["cursor"]
+    return batch
 
 
 def jax_step(config: config_lib.Config, process: config_lib.Process,

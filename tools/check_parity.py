@@ -31,9 +31,10 @@ from PIL import Image
 
 from calm_jax import command
 from calm_jax import config as config_lib
-from calm_jax.data import pictures, tasks
+from calm_jax.data import pictures
 from calm_jax.data.prompts import Layout
 from calm_jax.data.samples import Answer, ImageRef, Mention, Sample, Turn
+from calm_jax.data.tasks import instructions
 from calm_jax.inference.generate import BUCKET, Generator
 from calm_jax.models import layers
 from calm_jax.models.calm import Calm
@@ -182,7 +183,7 @@ def _compare(restored: restore.Restored, cases, files, folder, tolerance, new_to
                     kl = max(kl, _kl(value[row, :length], case[name][row, -length:]))
         for mine, said in zip(generator.greedy(batch, new_tokens), case["said"], strict=True):
             answers, agree = answers + 1, agree + _agree(mine, said, restored.tokenizer)
-    asked = [(_sample([n], config_lib.PARTS, tasks.SCORE_PROMPTS[0]), 0) for n in range(len(files))]
+    asked = [(_sample([n], config_lib.PARTS, instructions.SCORE[0]), 0) for n in range(len(files))]
     scores = np.asarray(list(generator.scores(asked, pixels.__getitem__, batch=len(files))))
     return Result(json.loads(str(theirs["report"])), same, list(stages.values()), kl, answers, agree,
                   float(np.abs(scores - theirs["scores"]).max()), tolerance)

@@ -30,7 +30,8 @@ from absl import flags
 from calm_jax import command
 from calm_jax import config as config_lib
 from calm_jax.convert import huggingface, tables, torch_files
-from calm_jax.data import pictures, prompts, tasks
+from calm_jax.data import pictures, prompts
+from calm_jax.data.tasks import instructions
 from calm_jax.data.tokenizer import Tokenizer
 from calm_jax.models import vit as vit_lib
 from calm_jax.training import checkpoint, restore
@@ -170,7 +171,7 @@ def whole(saved: checkpoint.Saved, model: config_lib.Model, leaves: Leaves, toke
         "auto_map": {"AutoProcessor": CLASSES["AutoProcessor"]}, "processor_class": "CalmProcessor",
         "image_size": model.vit.image_size, "mean": vit_lib.MEAN, "std": vit_lib.STD, "system": prompts.SYSTEM,
         "tokens": {part: model.visual_tokens(part) for part in config_lib.PARTS},
-        "instructions": {"score": tasks.SCORE_PROMPTS[0], "comment": tasks.COMMENT_PROMPTS[0]}}
+        "instructions": {"score": instructions.SCORE[0], "comment": instructions.COMMENT[0]}}
     here = pathlib.Path(huggingface.__file__).parent
     files = {f"{name}_calm.py": here / f"{name}_calm.py" for name in ("configuration", "modeling", "processing")}
     files |= {"pictures.py": pathlib.Path(pictures.__file__), "tokenizer.model": tokenizer.path}

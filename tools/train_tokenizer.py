@@ -19,9 +19,11 @@ from absl import flags
 from calm_jax import command
 from calm_jax import config as config_lib
 from calm_jax.data import builders, prompts, tasks, tokenizer
+from calm_jax.data.tasks.context import Context
 
 _OUT = flags.DEFINE_string("out", str(tokenizer.SHIPPED), "where to write the model")
 _VOCAB = flags.DEFINE_integer("vocab", 2048, "pieces, the three control pieces and 256 bytes included")
+DEMO_TASKS = ("attributes", "comparisons", "caption", "comment", "score")
 DRAWS = 3  # conversations drawn for each task and record of the demo: phrasings vary from draw to draw
 
 
@@ -31,10 +33,10 @@ def corpus() -> list[str]:
     lines += [prompts.SYSTEM, *prompts.MARKERS[-2:]] * 50
     dataset = builders.load("demo")
     for index in dataset.indices("train"):
-        for name in tasks.TASKS:
+        for name in DEMO_TASKS:
             for draw in range(DRAWS):
                 sample = tasks.make(name, dataset, int(index), np.random.default_rng([int(index), draw]),
-                                    config_lib.PARTS)
+                                    Context(config_lib.PARTS))
                 for turn in sample.turns:
                     lines += [piece for piece in (*turn.prompt, turn.answer.text) if isinstance(piece, str)]
     return lines

@@ -1,8 +1,13 @@
-"""A dataset and a process in, batches of packed rows out; a batch is a pure function of (seed, step).
+"""Datasets and a process in, batches of packed rows out; a batch is a pure function of (seed, step).
 
 Rows are planned from the texts alone, before any pixel is read: the planner knows the length of every conversation,
 fills rows with several of them, and numbers the rows. Reading row r then needs nothing but r, so threads, worker
 processes, several hosts and resumption all see the same rows, and the state of the pipeline is one integer.
+
+Every dataset of a mixture is a stream of its own: epoch after epoch, each in an order of its own, every record once.
+Examples are taken from the streams in the proportion of the weights, and BLOCK rows are planned at a time. Where a
+block begins in the streams follows from the blocks before it; the arrays of a row carry it along, so that a resumed run
+need not plan again what was read long ago (`Rows.resume`).
 
 A batch is a dict of arrays with a leading row axis B:
 
@@ -14,36 +19,65 @@ A batch is a dict of arrays with a leading row axis B:
   places     int32 [B, K]            positions whose next token is supervised
   labels     int32 [B, K, C]         candidate next tokens, the likeliest first
   weights    float32 [B, K, C]       target probability times answer weight; all zero = unused
+  bad        int32 [B]               conversations of the row that were masked, or refused while it was filled
+  cursor     int64 [B, 1 + D]        number of the row's block, and examples taken before it from each of D datasets
 """
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import logging
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 
 import grain
 import numpy as np
 from absl import flags
+from jaxtyping import UInt8
 
 from calm_jax import config as config_lib
-from calm_jax.data import images, tasks
+from calm_jax.data import cues, images, tasks
 from calm_jax.data.prompts import Encoded, Layout, encode
 from calm_jax.data.samples import BadRecord, Dataset, Sample
+from calm_jax.data.tasks.context import Context
 from calm_jax.data.tokenizer import Tokenizer
 
 NAMED = 20  # bad records that are named in the log
 OPEN_ROWS = 16  # rows the planner fills at the same time: more packs tighter and mixes neighbours further apart
+BLOCK = 256  # rows planned at a time
+KEPT = 3  # blocks in memory: threads and workers read a little out of order
 
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """What a Sample is made from: everything that is random follows from (epoch, index)."""
+    """What a Sample is made from: everything that is random follows from (source, epoch, index)."""
 
     epoch: int
     index: int
     task: str
+    source: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Planned:
+    """A row to be read: its examples, their texts, and how many records were refused while it was filled."""
+
+    examples: tuple[Example, ...]
+    texts: tuple[tuple[Sample, Encoded], ...]
+    refused: int
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Source:
+    """One dataset of a mixture: its records in a split, its tasks with their shares, what they may know."""
+
+    dataset: Dataset
+    indices: np.ndarray
+    tasks: tuple[str, ...]
+    shares: np.ndarray
+    weight: float
+    context: Context
 
 
 class Rows:
@@ -53,83 +87,138 @@ class Rows:
       bad: names and reasons of the records that could not be used so far, by this copy.
     """
 
-    def __init__(self, process: config_lib.Process, dataset: Dataset, tokenizer: Tokenizer, model: config_lib.Model,
-                 *, seed: int, split: str):
-        self.process, self.dataset, self.tokenizer, self.seed, self.split = process, dataset, tokenizer, seed, split
+    def __init__(self, process: config_lib.Process, datasets: Mapping[str, Dataset], tokenizer: Tokenizer,
+                 model: config_lib.Model, *, seed: int, split: str, cache_mb: int = 0):
+        self.process, self.tokenizer, self.seed, self.split = process, tokenizer, seed, split
         self.layout = Layout.of(model, process.parts)
         self.size = model.vit.image_size
         self.bad: dict[str, str] = {}
-        self._indices = dataset.indices(split)
-        if not len(self._indices):
-            raise config_lib.ConfigError(f"the dataset {dataset.name!r} has no pictures in its {split} split")
-        self._rows: list[tuple[Example, ...]] = []
-        self._refused: list[int] = []  # of each row: records that were refused while it was being filled
-        self._epochs = 0
+        self.sources = tuple(self._source(name, datasets[name]) for name in process.datasets)
+        self._weights = np.asarray([source.weight for source in self.sources])
+        self._weights /= self._weights.sum()
+        self._cursors = {0: (0,) * len(self.sources)}
+        self._blocks: dict[int, list[Planned]] = {}
+        self._orders: dict[tuple[int, int], np.ndarray] = {}
+        self._pictures = Pictures(cache_mb << 20)
         self._lock = threading.Lock()
 
+    def _source(self, name: str, dataset: Dataset) -> Source:
+        indices = dataset.indices(self.split)
+        if not len(indices):
+            raise config_lib.ConfigError(f"the dataset {dataset.name!r} has no pictures in its {self.split} split")
+        wanted = {task: weight for (other, task), weight in self.process.mixture.items() if other == name}
+        rated: dict[str, list[int]] = {}
+        if "personal" in wanted:
+            for index in map(int, indices):
+                for rater in dataset.record(index).ratings:
+                    rated.setdefault(rater, []).append(index)
+        shares = np.asarray(list(wanted.values()))
+        context = Context(
+            parts=self.process.parts, bank=cues.bank(self.process.cues, self.process.phrasings), dataset=dataset,
+            rated={rater: np.asarray(numbers) for rater, numbers in rated.items()}, support=self.process.support,
+            spread=self.process.score_spread, raters=self.process.rater_spread)
+        return Source(dataset, indices, tuple(wanted), shares / shares.sum(), float(shares.sum()), context)
+
     def __getstate__(self):
-        return {**{k: v for k, v in self.__dict__.items() if k != "_lock"}, "tokenizer": str(self.tokenizer.path)}
+        state = {name: value for name, value in self.__dict__.items() if name not in ("_lock", "_blocks", "_orders")}
+        return {**state, "tokenizer": str(self.tokenizer.path)}
 
     def __setstate__(self, state):
         self.__dict__.update(state)
         self.tokenizer, self._lock = Tokenizer(state["tokenizer"]), threading.Lock()
+        self._blocks, self._orders = {}, {}
 
-    def plan(self, row: int) -> tuple[Example, ...]:
-        """The examples of row number `row`, planning as many epochs as it takes to reach it."""
+    def plan(self, row: int) -> Planned:
+        """Row number `row`, planning as many blocks as it takes to reach it.
+
+        Raises:
+          ConfigError: a block's worth of records was refused, and none accepted.
+        """
+        block, place = divmod(row, BLOCK)
         with self._lock:
-            while row >= len(self._rows):
-                before = len(self._rows)
-                for examples, refused in self._plan_epoch(self._epochs):
-                    self._rows.append(examples)
-                    self._refused.append(refused)
-                self._epochs += 1
-                if len(self._rows) == before:
-                    name, reason = next(iter(self.bad.items()))
-                    raise config_lib.ConfigError(f"no record of {self.dataset.name!r} ({self.split}) can be used; "
-                                                 f"the first one, {name}: {reason}")
-            return self._rows[row]
+            if block not in self._blocks:
+                for number in range(max(known for known in self._cursors if known <= block), block + 1):
+                    self._blocks[number], self._cursors[number + 1] = self._plan_block(self._cursors[number])
+                for number in sorted(self._blocks)[:-KEPT]:
+                    if number != block:
+                        del self._blocks[number]
+            return self._blocks[block][place]
 
-    def _plan_epoch(self, epoch: int) -> Iterator[tuple[tuple[Example, ...], int]]:
-        """Every record once, in a seeded order, each put into the fullest open row with room for it; beside each row
-        the number of records that were refused since the row before."""
+    def resume(self, cursor: Sequence[int]) -> None:
+        """Begins at a block that another run has reached: `cursor` is the one that its rows carry. Rows of earlier
+        blocks are planned from the beginning, should they be asked for."""
+        if len(cursor) == 1 + len(self.sources):
+            self._cursors[int(cursor[0])] = tuple(map(int, cursor[1:]))
+
+    def _plan_block(self, cursor: tuple[int, ...]) -> tuple[list[Planned], tuple[int, ...]]:
+        """BLOCK rows from where the streams stand, each example put into the fullest open row with room for it; and
+        where the streams stand behind them."""
         row = self.process.row
-        rng = np.random.default_rng([self.seed, epoch, 1])
-        names, weights = zip(*self.process.tasks.items(), strict=True)
-        drawn = rng.choice(len(names), size=len(self._indices), p=np.asarray(weights) / sum(weights))
         capacity = np.asarray([row.tokens, row.images, row.answers])
-        unfinished: list[tuple[np.ndarray, list[Example]]] = []
-        refused = 0
-        for index, task in zip(rng.permutation(self._indices), drawn, strict=True):
-            example = Example(epoch, int(index), names[task])
+        taken = np.asarray(cursor, np.int64)
+        done: list[Planned] = []
+        unfinished: list[tuple[np.ndarray, list[Example], list[tuple[Sample, Encoded]]]] = []
+        refused = seen = 0
+        while True:
+            source = int(np.argmax(self._weights * (taken.sum() + 1) - taken))
+            example = self._example(source, int(taken[source]))
             try:
-                encoded = self.encode(self.sample(example))
+                sample = self.sample(example)
+                encoded = self.encode(sample)
                 need = np.asarray([len(encoded.tokens), len(encoded.images), len(encoded.places)])
                 if (need > capacity).any():
                     raise BadRecord(f"needs {need[0]} tokens, {need[1]} images and {need[2]} supervised positions; "
                                     f"a row has {row.tokens}, {row.images} and {row.answers}")
             except BadRecord as error:
                 self._count_bad(example, error)
-                refused += 1
+                taken[source] += 1
+                refused, seen = refused + 1, seen + 1
+                if seen == refused and seen >= sum(len(other.indices) for other in self.sources):
+                    name, reason = next(iter(self.bad.items()))
+                    names = ", ".join(repr(other.dataset.name) for other in self.sources)
+                    raise config_lib.ConfigError(f"no record of {names} ({self.split}) can be used; the first one, "
+                                                 f"{name}: {reason}") from None
                 continue
-            fitting = [i for i, (used, _) in enumerate(unfinished) if (used + need <= capacity).all()]
+            fitting = [i for i, (used, _, _) in enumerate(unfinished) if (used + need <= capacity).all()]
             if fitting:
                 best = max(fitting, key=lambda i: unfinished[i][0][0])
-                used, examples = unfinished[best]
-                unfinished[best] = (used + need, [*examples, example])
+                used, examples, texts = unfinished[best]
+                unfinished[best] = (used + need, [*examples, example], [*texts, (sample, encoded)])
+            elif len(done) + len(unfinished) == BLOCK:
+                break  # this example begins the next block
             else:
-                unfinished.append((need, [example]))
+                unfinished.append((need, [example], [(sample, encoded)]))
                 if len(unfinished) > OPEN_ROWS:
-                    yield tuple(unfinished.pop(0)[1]), refused
+                    _, examples, texts = unfinished.pop(0)
+                    done.append(Planned(tuple(examples), tuple(texts), refused))
                     refused = 0
-        for _, examples in unfinished:
-            yield tuple(examples), refused
+            taken[source] += 1
+            seen += 1
+        for _, examples, texts in unfinished:
+            done.append(Planned(tuple(examples), tuple(texts), refused))
             refused = 0
+        return done, tuple(map(int, taken))
+
+    def _example(self, number: int, place: int) -> Example:
+        """Example `place` of a source's stream."""
+        source = self.sources[number]
+        epoch, at = divmod(place, len(source.indices))
+        if (number, epoch) not in self._orders:
+            self._orders.pop((number, epoch - 1), None)
+            self._orders[number, epoch] = np.random.default_rng([self.seed, epoch, 1, number]).permutation(
+                source.indices)
+        index = int(self._orders[number, epoch][at])
+        draw = np.random.default_rng([self.seed, epoch, index, 3, number]).random()
+        task = source.tasks[min(int(np.searchsorted(np.cumsum(source.shares), draw, "right")), len(source.tasks) - 1)]
+        return Example(epoch, index, task, number)
 
     def sample(self, example: Example) -> Sample:
         """The conversation of an example; with `shuffle_labels` its pictures are edited by an unrelated draw."""
+        source = self.sources[example.source]
+
         def make(draw):
-            rng = np.random.default_rng([self.seed, example.epoch, example.index, 2, draw])
-            return tasks.make(example.task, self.dataset, example.index, rng, self.process.parts)
+            rng = np.random.default_rng([self.seed, example.epoch, example.index, 2, draw, example.source])
+            return tasks.make(example.task, source.dataset, example.index, rng, source.context)
 
         sample = make(0)
         if self.process.shuffle_labels:
@@ -143,14 +232,16 @@ class Rows:
         return encode(sample, self.tokenizer, self.layout, candidates=self.process.row.candidates)
 
     def row(self, number: int) -> dict[str, np.ndarray]:
-        """The arrays of one row (without the leading axis), plus `bad`: how many of its records were masked,
-        and how many were refused while it was filled."""
-        row = self.pack(self.plan(number))
-        row["bad"] += self._refused[number]
+        """The arrays of one row, without the leading axis."""
+        planned = self.plan(number)
+        row = self.pack(planned)
+        row["bad"] += planned.refused
+        block = number // BLOCK
+        row["cursor"] = np.asarray((block, *self._cursors[block]), np.int64)
         return row
 
-    def pack(self, examples: tuple[Example, ...]) -> dict[str, np.ndarray]:
-        """Reads and edits the pictures of `examples` and lays their conversations out one after the other."""
+    def pack(self, planned: Planned) -> dict[str, np.ndarray]:
+        """Reads and edits the pictures of a planned row and lays its conversations out one after the other."""
         row, size = self.process.row, self.size
         out = {
             "images": np.zeros((row.images, size, size, 3), np.uint8),
@@ -164,9 +255,8 @@ class Rows:
             "bad": np.zeros((), np.int32),
         }
         token, image, place = 0, 0, 0
-        for number, example in enumerate(examples, 1):
-            sample = self.sample(example)
-            encoded = self.encode(sample)
+        for number, (example, (sample, encoded)) in enumerate(zip(planned.examples, planned.texts, strict=True), 1):
+            dataset = self.sources[example.source].dataset
             length, supervised = len(encoded.tokens), len(encoded.places)
             span, answers = slice(token, token + length), slice(place, place + supervised)
             out["tokens"][span] = encoded.tokens
@@ -178,7 +268,8 @@ class Rows:
             try:
                 doubtful: set[str] = set()
                 for slot, ref in enumerate(encoded.images, image):
-                    out["images"][slot], names = images.render_noting(self.dataset.pixels(ref.index), ref, size)
+                    out["images"][slot], names = images.render_noting(
+                        self._pictures.read(dataset, ref.index), ref, size)
                     doubtful |= names
                 # An edit that changed nothing visible would make its label false: those turns are not learned from.
                 asked = np.asarray([turn.subject not in doubtful for turn in sample.turns])
@@ -190,11 +281,42 @@ class Rows:
         return out
 
     def _count_bad(self, example: Example, error: BadRecord) -> None:
-        key = self.dataset.record(example.index).key
+        dataset = self.sources[example.source].dataset
+        key = f"{dataset.name}/{dataset.record(example.index).key}"
         if key not in self.bad and len(self.bad) < NAMED:
             more = "; further ones are counted, not named" if len(self.bad) == NAMED - 1 else ""
-            logging.warning("skipped %s of %s: %s%s", key, self.dataset.name, error, more)
+            logging.warning("skipped %s: %s%s", key, error, more)
         self.bad[key] = str(error)
+
+
+class Pictures:
+    """Decoded pictures, the latest used kept up to a number of bytes; thread-safe, empty in a copy."""
+
+    def __init__(self, limit: int):
+        self._limit, self._held = limit, 0
+        self._kept: collections.OrderedDict[tuple[str, int], np.ndarray] = collections.OrderedDict()
+        self._lock = threading.Lock()
+
+    def __reduce__(self):
+        return Pictures, (self._limit,)
+
+    def read(self, dataset: Dataset, index: int) -> UInt8[np.ndarray, "H W 3"]:
+        """The picture of a record. Raises BadRecord when it cannot be read."""
+        if not self._limit:
+            return dataset.pixels(index)
+        key = dataset.name, index
+        with self._lock:
+            if key in self._kept:
+                self._kept.move_to_end(key)
+                return self._kept[key]
+        pixels = dataset.pixels(index)
+        with self._lock:
+            if key not in self._kept:
+                self._kept[key] = pixels
+                self._held += pixels.nbytes
+            while self._held > self._limit:
+                self._held -= self._kept.popitem(last=False)[1].nbytes
+        return pixels
 
 
 def batches(rows: Rows, data: config_lib.Data, *, batch: int, start: int, stop: int, shard: tuple[int, int] = (0, 1)

@@ -18,6 +18,7 @@ from calm_jax.data import attributes as attributes_lib
 from calm_jax.data import cues as cues_lib
 from calm_jax.data import images, tasks
 from calm_jax.data.samples import Dataset, ImageRef, Mention, Sample, Turn
+from calm_jax.data.tasks.context import Context
 from calm_jax.evaluation import metrics
 from calm_jax.inference.generate import Generator
 from calm_jax.inference.scorer import read_score
@@ -84,7 +85,7 @@ def attributes(generator: Generator, dataset: Dataset, split: str, *, draws: int
         for draw in range(draws):
             rng = np.random.default_rng([SEED, int(index), draw])
             sample = tasks.make(("attributes", "comparisons")[draw % 2], dataset, int(index), rng,
-                                generator.layout.parts, cues_lib.bank(cues, phrasings))
+                                Context(generator.layout.parts, cues_lib.bank(cues, phrasings)))
             doubtful = set().union(*(images.render_noting(dataset.pixels(ref.index), ref, generator.size)[1]
                                      for ref in sample.images))
             asked += [(alone, int(index)) for alone in _alone(sample) if alone.turns[0].subject not in doubtful]
@@ -103,7 +104,7 @@ def attributes(generator: Generator, dataset: Dataset, split: str, *, draws: int
 def opinions(generator: Generator, dataset: Dataset, split: str, task: str) -> list[Answered]:
     """Asks for a `comment` or a `score` on every record of a split, once."""
     samples = [tasks.make(task, dataset, int(index), np.random.default_rng([SEED, int(index)]),
-                          generator.layout.parts) for index in dataset.indices(split)]
+                          Context(generator.layout.parts)) for index in dataset.indices(split)]
     texts = _ask(generator, dataset, samples, 12 if task == "score" else 64, task)
     answered = []
     for index, sample, text in zip(dataset.indices(split), samples, texts, strict=True):

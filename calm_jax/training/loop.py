@@ -51,7 +51,7 @@ class Run:
         return checkpoint.Checkpoints(self.workdir / "checkpoints" / name, self.config.checkpoint)
 
 
-def run_process(run: Run, name: str, dataset: Dataset) -> None:
+def run_process(run: Run, name: str, datasets: Mapping[str, Dataset]) -> None:
     """Trains process `name` from where it stands to its last step; updates `run.parameters` and `run.trained`.
 
     Raises:
@@ -115,8 +115,11 @@ def run_process(run: Run, name: str, dataset: Dataset) -> None:
     key = jax.random.key(config.seed)
     start = int(state.step)
     shard = (jax.process_index(), jax.process_count())
-    rows = pipeline.Rows(process, dataset, run.tokenizer, config.model, seed=config.seed, split="train")
-    held_out = pipeline.Rows(process, dataset, run.tokenizer, config.model, seed=config.seed, split="validation")
+    rows = pipeline.Rows(process, datasets, run.tokenizer, config.model, seed=config.seed, split="train",
+                         cache_mb=config.data.cache_mb)
+    held_out = pipeline.Rows(process, datasets, run.tokenizer, config.model, seed=config.seed, split="validation")
+    if saved is not None:
+        rows.resume(saved.meta.get("cursor", ()))
     batches = pipeline.batches(rows, config.data, batch=process.batch, start=start, stop=process.steps, shard=shard)
 
     # ---- the loop: metrics are read one step late, so that the device never waits for the host --------------------
@@ -130,12 +133,13 @@ def run_process(run: Run, name: str, dataset: Dataset) -> None:
         store.save(number, {"parameters": everything, "optimizer": state.optimizer}, {
             "process": name, "rows": number * process.batch, "best": best, "trained": sorted(run.trained),
             "base": config.init, "seed": config.seed, "config": dataclasses.asdict(config),
-            "tokenizer": run.tokenizer.fingerprint}, best=is_best)
+            "tokenizer": run.tokenizer.fingerprint, "cursor": cursor}, best=is_best)
 
     def validate() -> dict[str, float]:
         totals: dict[str, Any] = {}
         for batch in pipeline.batches(held_out, config.data, batch=process.batch, start=0, stop=process.eval_batches,
                                       shard=shard):
+            del batch["cursor"]
             sums = eval_step(state.trained, frozen, sharding.put(batch, mesh))
             totals = sums if not totals else jax.tree.map(jnp.add, totals, sums)
         totals = jax.device_get(totals)
@@ -145,6 +149,7 @@ def run_process(run: Run, name: str, dataset: Dataset) -> None:
     try:
         with StopSignal() as stop:
             for number, batch in enumerate(batches, start + 1):
+                cursor = batch.pop("cursor")[-1].tolist()
                 state, metrics = train_step(state, frozen, sharding.put(batch, mesh), key)
                 meter.read()
                 meter.pending = (number, metrics)

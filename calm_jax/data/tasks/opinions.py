@@ -1,0 +1,181 @@
+"""A record in; what people said or think of its picture, as question and answer, out.
+
+Captions, comments, scores, personal scores in context, suggestions, and conversations of question-answer sets. The
+form of a score, one decimal and a full stop, is the paper's; so is assessing for a person by pictures that this person
+has rated. The instructions and everything else are ours.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping
+
+import numpy as np
+
+from calm_jax import config as config_lib
+from calm_jax.data import attributes
+from calm_jax.data.samples import Answer, BadRecord, Edit, ImageRef, Mention, Record, Turn
+from calm_jax.data.tasks import instructions
+from calm_jax.data.tasks.context import Content, Context, Parts, pick, seed
+
+LOWEST, HIGHEST = 1.0, 10.0  # of the conversation's scale
+DECIMALS = np.arange(10, 101)  # every score that can be said, in tenths
+HELD_OUT = 5  # one rater in so many is never trained on, so that personal assessment can be judged on strangers
+
+
+def mapped(score: float, scale: tuple[float, float]) -> float:
+    """A score on a dataset's scale (lowest, highest), as a number on the conversation's scale 1-10."""
+    lowest, highest = scale
+    return LOWEST + (HIGHEST - LOWEST) * (score - lowest) / (highest - lowest)
+
+
+def score_text(target: float) -> str:
+    """A score on the scale 1-10 as the model says it: `6.5.` (paper)."""
+    return f"{target:.1f}."
+
+
+def soft_digits(target: float, spread: float) -> dict[int, dict[str, float]]:
+    """Soft targets of the two digits of `score_text(target)`: a Gaussian about the target, on the tenths from 1 to 10.
+
+    The first digit's are its marginal probabilities, the second's those among the tenths that begin with the first
+    digit as written, which is what the model has said when it comes to the second. Probabilities below a thousandth
+    are left out. 10.0 stays hard: its digits stand elsewhere.
+
+    Returns:
+      Character offset in the text -> {digit: probability}, as `Answer.soft`.
+    """
+    text = score_text(target)
+    if len(text) != len("6.5."):
+        return {}
+    weights = np.exp(-0.5 * np.square((DECIMALS / 10 - target) / spread))
+    weights /= weights.sum()
+    first: dict[str, float] = {}
+    second: dict[str, float] = {}
+    for tenth, weight in zip(DECIMALS, weights, strict=True):
+        said = f"{tenth / 10:.1f}"
+        first[said[0]] = first.get(said[0], 0.0) + weight
+        if len(said) == 3 and said[0] == text[0]:
+            second[said[2]] = second.get(said[2], 0.0) + weight
+    return {0: _likely(first), 2: _likely(second)}
+
+
+def _likely(weights: Mapping[str, float]) -> dict[str, float]:
+    total = sum(weights.values())
+    kept = {digit: weight / total for digit, weight in weights.items() if weight >= 1e-3 * total}
+    return {digit: weight / math.fsum(kept.values()) for digit, weight in kept.items()}
+
+
+def held_out(rater: str) -> bool:
+    """Whether a rater is kept from training: one in HELD_OUT, by a hash of the name (ours)."""
+    return int(hashlib.sha256(rater.encode()).hexdigest(), 16) % HELD_OUT == 0
+
+
+def caption(record: Record, rng: np.random.Generator, context: Context) -> Content:
+    """What the picture shows, from the thematic tokens where they are computed."""
+    parts = ("thematic",) if "thematic" in context.parts else context.parts
+    return _said(record, rng, parts, instructions.CAPTION, record.captions, "caption")
+
+
+def comment(record: Record, rng: np.random.Generator, context: Context) -> Content:
+    """One of the record's comments."""
+    return _said(record, rng, context.parts, instructions.COMMENT, record.comments, "comment")
+
+
+def _said(record: Record, rng: np.random.Generator, parts: Parts, prompts: tuple[str, ...], texts: tuple[str, ...],
+          what: str) -> Content:
+    if not texts:
+        raise BadRecord(f"record {record.key} has no {what}s, which the task {what} needs")
+    prompt = (Mention(0, _some(parts, what)), f" {pick(rng, prompts)}")
+    return (record.image,), (Turn(prompt, Answer(pick(rng, texts)), what),), None
+
+
+def score(record: Record, rng: np.random.Generator, context: Context) -> Content:
+    """The mean score, in words."""
+    if record.score is None:
+        raise BadRecord(f"record {record.key} has no score, which the task score needs")
+    target = mapped(record.score, record.scale)
+    prompt = (Mention(0, _some(context.parts, "score")), f" {pick(rng, instructions.SCORE)}")
+    answer = Answer(score_text(target), soft=_soft(record, target, context))
+    return (record.image,), (Turn(prompt, answer, f"score={target:.3f}"),), target
+
+
+def _soft(record: Record, target: float, context: Context) -> Mapping[int, Mapping[str, float]]:
+    spread = context.spread
+    if context.raters and record.spread is not None:
+        lowest, highest = record.scale
+        spread = record.spread * (HIGHEST - LOWEST) / (highest - lowest)
+    return soft_digits(target, spread) if spread > 0 else {}
+
+
+def personal(record: Record, rng: np.random.Generator, context: Context) -> Content:
+    """One rater's own score of the picture, after some other pictures with this rater's scores (paper: in context).
+
+    The support pictures are shown by their Q-Former tokens alone (ours: whole pictures do not fit), and their scores
+    are read, not learned.
+    """
+    raters = sorted(rater for rater in record.ratings if not held_out(rater)
+                    and len(context.rated.get(rater, ())) > context.support[0])
+    if not raters:
+        raise BadRecord(f"record {record.key} has no rater with {context.support[0]} other pictures, which the task "
+                        "personal needs")
+    rater = pick(rng, tuple(raters))
+    others = context.rated[rater][context.rated[rater] != record.image.index]
+    count = min(int(rng.integers(context.support[0], context.support[1], endpoint=True)), len(others))
+    levels = tuple(part for part in context.parts if part in config_lib.LEVELS) or context.parts
+    question = f" {pick(rng, instructions.PERSONAL)}"
+    images, turns = [], []
+    for number, index in enumerate(rng.choice(others, count, replace=False)):
+        shown = context.dataset.record(int(index))
+        images.append(shown.image)
+        said = score_text(mapped(shown.ratings[rater], shown.scale))
+        turns.append(Turn((Mention(number, _some(levels, "personal")), question), Answer(said, weight=0.0)))
+    target = mapped(record.ratings[rater], record.scale)
+    answer = Answer(score_text(target), soft=soft_digits(target, context.spread) if context.spread > 0 else {})
+    turns.append(Turn((Mention(count, context.parts), question), answer, f"personal={target:.3f}"))
+    return (*images, record.image), tuple(turns), target
+
+
+def suggestion(record: Record, rng: np.random.Generator, context: Context) -> Content:
+    """The advice that undoes a flaw that was put into the picture; for a sixth of the examples there is none.
+
+    Only flaws that one picture tells by itself. The paper's suggestions are zero-shot: its models never saw this task.
+    """
+    prompt = (Mention(0, _some(context.parts, "suggestion")), f" {pick(rng, instructions.SUGGEST)}")
+    image = record.image
+    flaws = [edit for edit in image.edits if attributes.get(edit.attribute).absolute]
+    if not flaws:
+        possible = [attribute for attribute in attributes.ATTRIBUTES.values()
+                    if attribute.absolute and attribute.name not in record.unfit
+                    and attributes.together((attribute.name, *(edit.attribute for edit in image.edits)))]
+        if not possible or rng.random() < 1 / 6:
+            answer = Answer(pick(rng, instructions.NOTHING_TO_IMPROVE))
+            return (image,), (Turn(prompt, answer, "suggestion=none"),), None
+        attribute = pick(rng, tuple(possible))
+        flaws = [Edit(attribute.name, int(rng.choice(attribute.flaws)), seed(rng))]
+        image = ImageRef(image.index, image.window, attributes.ordered((*image.edits, *flaws)))
+    flaw = pick(rng, tuple(flaws))
+    advice = pick(rng, context.bank[flaw.attribute].advice[flaw.grade])
+    return (image,), (Turn(prompt, Answer(advice), f"{flaw.attribute}={flaw.grade}"),), None
+
+
+def question(record: Record, rng: np.random.Generator, context: Context) -> Content:
+    """The conversation of a question-answer set as it stands, about the whole picture."""
+    if not record.questions:
+        raise BadRecord(f"record {record.key} has no questions, which the task question needs")
+    mention = Mention(0, _some(context.parts, "question"))
+    turns, shown = [], False
+    for asked, said in record.questions:
+        before, marker, after = asked.partition("<image>")
+        pieces: tuple[str | Mention, ...] = (asked,)
+        if not shown:
+            pieces = (before, mention, after) if marker else (mention, f" {asked}")
+            shown = True
+        turns.append(Turn(tuple(piece for piece in pieces if piece != ""), Answer(said), "question"))
+    return (record.image,), tuple(turns), None
+
+
+def _some(parts: Parts, task: str) -> Parts:
+    if not parts:
+        raise config_lib.ConfigError(f"the task {task} needs at least one part of the image; parts is empty")
+    return parts
