@@ -604,3 +604,18 @@ def test_only_the_bytes_of_small_upright_jpegs_are_kept(tmp_path):
     stream = io.BytesIO(data)
     with Image.open(stream) as again:
         assert again.format == "JPEG" and again.size == (79, 49)
+
+
+def test_the_page_about_adding_a_dataset_tells_the_truth(tmp_path):
+    text = (miniature.ROOT / "docs/data.md").read_text().split("## How to add one")[1]
+    found: dict = {}
+    exec(text.split("```python\n")[1].split("```")[0], found)
+    root = tmp_path / "tad66k"
+    for split, count in (("train", 50), ("test", 7)):
+        table(root / f"merge/{split}.csv", [("image", "score"), *((f"{split}{n}.jpg", 2.85) for n in range(count))])
+        for number in range(count):
+            picture(root / f"images/{split}{number}.jpg", (20, 20))
+    store.prepare(found["Tad66k"](root), tmp_path / "out", say=lambda text: None)
+    dataset = stored.Stored("tad66k", tmp_path / "out")
+    assert counts(dataset) == {"train": 49, "validation": 1, "test": 7}
+    assert by_key(dataset)["test0.jpg"].score == 2.85

@@ -43,6 +43,9 @@ class Para(labels.Source):
         yield from self._means() if any(present) else self._ratings()
 
     def _means(self) -> Iterator[labels.Entry]:
+        if self.given_shares:
+            raise config_lib.ConfigError(f"{self.folder} has its own lists for training, validation and testing; leave "
+                                         "--shares out")
         self.origin = "those of annotation/train.csv, val.csv and test.csv"
         more = self._histograms()
         for split, name in MEANS.items():

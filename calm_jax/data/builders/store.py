@@ -187,7 +187,7 @@ def _plan(source: Source, name: str, entries: Sequence[Entry], longest_side: int
     """What a build is of; two builds of the same plan end in the same bytes."""
     digest = hashlib.sha256()
     for entry in entries:
-        digest.update(_json(dataclasses.asdict(entry)).encode())
+        digest.update(_json([entry.split, entry.key, entry.picture, entry.label]).encode())
     return {"name": name, "source": source.name, "longest_side": longest_side, "shard": shard,
             "scale": list(source.scale or ()), "origin": source.origin, "labels": digest.hexdigest(),
             "statistics": list(statistics.STATISTICS)}
@@ -354,6 +354,7 @@ class _Build:
             "left_out": dict(sorted(source.left_out.items())),
             "homepage": source.homepage, "licence": source.licence, "citation": source.citation}
         _write(self.partial / "manifest.json", json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
+        (self.partial / "plan.json").unlink()  # it is in the manifest
 
     def _measured(self, shard: _Shard) -> dict[str, np.ndarray]:
         values = np.load(self.partial / "parts" / f"{shard.part}.npy")
