@@ -15,7 +15,8 @@ from calm_jax import config as config_lib
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "launch/README.md", *sorted((ROOT / "docs").glob("*.md"))]
 MODULES = ("calm_jax.train", "calm_jax.evaluate", "calm_jax.config", "tools.demo", "tools.bench", "tools.prepare_data",
-           "tools.convert_from_hf", "tools.export_to_hf", "tools.check_parity", "tools.train_tokenizer")
+           "tools.convert_from_hf", "tools.export_to_hf", "tools.check_parity", "tools.show_samples",
+           "tools.train_tokenizer")
 
 
 def commands() -> list[tuple[str, str]]:

@@ -260,7 +260,21 @@ def test_a_question_answer_set_keeps_its_conversation(demo, asked, prompt):
     assert [turn.answer.text for turn in sample.turns] == ["A cat.", "It purrs."]
 
 
-@pytest.mark.parametrize("task", ["caption", "comment", "score", "personal", "question"])
+def test_measured_questions_need_deciles_and_pairs_lie_apart(demo):
+    records = [dataclasses.replace(demo.record(0), image=dataclasses.replace(demo.record(0).image, index=index),
+                                   deciles={"acuity": index, "grain": 5}) for index in range(10)]
+    one = tasks.make("measured", single(*records), 3, np.random.default_rng(0), CONTEXT)
+    assert {turn.label.split("=")[0] for turn in one.turns} <= {"acuity", "grain"} and one.turns
+    context = Context(PARTS, dataset=single(*records), indices=np.arange(10))
+    for seed in range(20):
+        pair = tasks.make("measured_pair", single(*records), 4, np.random.default_rng(seed), context)
+        low, high = (image.index for image in pair.images)
+        assert abs(low - high) >= 2 and {turn.subject for turn in pair.turns} == {"acuity"}
+    with pytest.raises(BadRecord, match="no other picture beside it"):
+        tasks.make("measured_pair", single(*records), 4, np.random.default_rng(0), CONTEXT)
+
+
+@pytest.mark.parametrize("task", ["caption", "comment", "score", "personal", "question", "measured"])
 def test_a_record_without_the_fact_is_a_bad_record(demo, task):
     class Bare:
         name = "bare"

@@ -10,6 +10,7 @@ import base64
 import collections
 import io
 import pathlib
+import re
 from typing import Any
 
 import jinja2
@@ -38,7 +39,7 @@ def page(config: config_lib.Config, name: str, *, split: str, shown: int, title:
     if name not in config.processes:
         raise config_lib.ConfigError(f"the config has no process {name!r}{config_lib.nearest(name, config.processes)}")
     process = config.processes[name]
-    datasets = {dataset: builders.load(dataset) for dataset in process.datasets}
+    datasets = {dataset: builders.load(dataset, config.data.dir) for dataset in process.datasets}
     rows = pipeline.Rows(process, datasets, Tokenizer(config.tokenizer), config.model, seed=config.seed, split=split)
     planned = [rows.plan(number) for number in range(pipeline.BLOCK)]
     texts = [(example, encoded) for row in planned
@@ -99,12 +100,18 @@ def _pieces(rows: pipeline.Rows, arrays: dict[str, np.ndarray], segment: int, im
             if kind == LEARN and (weights[before] > 0).sum() > 1:
                 title = "  ".join(f"{rows.tokenizer.pieces([token])[0]} {weight:.2f}" for token, weight
                                   in zip(labels[before], weights[before], strict=True) if weight > 0)
-        text = rows.tokenizer.pieces([arrays["tokens"][place]])[0].replace("\u2581", " ")
+        text = _spelled(rows.tokenizer.pieces([arrays["tokens"][place]])[0])
         if found and found[-1]["kind"] == kind and not title and not found[-1]["title"] and kind != CHIP:
             found[-1]["text"] += text
         else:
             found.append({"kind": kind, "text": text, "title": title})
     return found
+
+
+def _spelled(piece: str) -> str:
+    """A piece of the vocabulary as text: word boundaries are spaces, bytes below 128 their characters."""
+    byte = re.fullmatch(r"<0x([0-7][0-9A-F])>", piece)
+    return chr(int(byte[1], 16)) if byte else piece.replace("\u2581", " ")
 
 
 def _masked(arrays: dict[str, np.ndarray], segment: int, sample, encoded) -> str:

@@ -21,7 +21,7 @@ class Context:
     """Attributes:
       parts: of an image that the model computes; no others are mentioned.
       bank: the phrases about each attribute, as `cues.bank` gives them.
-      dataset: where the records lie.
+      dataset, indices: where the records lie, and which of them are in the split in use.
       rated: rater -> numbers of the records that this person rated, in the split in use; for the task `personal`.
       support: fewest and most rated pictures that a personal question shows first.
       spread: standard deviation of the Gaussian that replaces one right digit of a score, on the scale 1-10; 0 = none.
@@ -31,6 +31,7 @@ class Context:
     parts: Parts
     bank: Mapping[str, Cues] = dataclasses.field(default_factory=lambda: CUES)
     dataset: Dataset | None = None
+    indices: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, np.int64))
     rated: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
     support: tuple[int, int] = (2, 8)
     spread: float = 0.0
