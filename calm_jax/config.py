@@ -192,6 +192,9 @@ class Process:
                 raise ConfigError(f"tasks.{name}={weight} is no weight; give a number above 0, or leave the task out")
         if len(self.support) != 2 or not 1 <= self.support[0] <= self.support[1]:
             raise ConfigError(f"support={self.support} is not (fewest, most), such as (2, 8)")
+        if self.support[1] >= self.row.images and any(task == "personal" for _, task in self.mixture):
+            raise ConfigError(f"a personal question may show {self.support[1]} pictures and one more, and a row has "
+                              f"row.images={self.row.images}; raise row.images or lower support")
 
     @property
     def mixture(self) -> dict[tuple[str, str], float]:
