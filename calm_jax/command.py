@@ -65,15 +65,17 @@ def run(main: Callable[[], int | None]) -> None:
             _fail(str(error).splitlines()[0], 2)
 
     def guarded(_):
-        # Imported late: parsing errors should not wait for JAX and Orbax.
-        from calm_jax.data.samples import BadRecord
-        from calm_jax.training.checkpoint import CheckpointError
-        from calm_jax.training.loop import TrainingError
         try:
             sys.exit(main())
         except config_lib.ConfigError as error:
             _fail(str(error), 2)
-        except (BadRecord, CheckpointError, TrainingError) as error:
+        except Exception as error:
+            # Imported late: programs that need no JAX and Orbax should not wait for them.
+            from calm_jax.data.samples import BadRecord
+            from calm_jax.training.checkpoint import CheckpointError
+            from calm_jax.training.loop import TrainingError
+            if not isinstance(error, (BadRecord, CheckpointError, TrainingError)):
+                raise
             _fail(str(error), 1)
 
     app.run(guarded, flags_parser=parse)

@@ -126,8 +126,8 @@ def form(text: object, kind: str) -> str:
     """What is wrong with a phrase whatever it is about, or ""."""
     if not isinstance(text, str):
         return "is no text"
-    body = text.replace("{which}", "this")
     template = kind in ("more_answer", "less_answer")
+    body = text.replace("{which}", "this") if template else text
     ends = ".?" if kind in ("question", "more", "less") else "."
     faults = (
         (not SHORTEST <= len(text) <= LONGEST, f"has {len(text)} characters, not {SHORTEST} to {LONGEST}"),
