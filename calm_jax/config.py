@@ -163,6 +163,8 @@ class Process:
                                 "on the scale 1-10; 0 = none", "ours")
     rater_spread: bool = field(False, "where a picture's raters are known, take their standard deviation instead",
                                "ours")
+    compose: bool = field(False, "captions and comments are composed of what is known and measured where nobody wrote "
+                          "any", "ours")
     cues: str = field("", "file of further phrases about attributes, from tools.make_cues; '' = only the written",
                       "paper: GPT-3.5 wrote them; ours: most are written by hand")
     phrasings: int = field(0, "of each written question and answer about attributes only so many are used; 0 = all",

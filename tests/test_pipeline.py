@@ -96,7 +96,7 @@ def test_a_mixture_keeps_its_weights_and_every_dataset_its_epochs(demo):
     assert whole > 3
     for epoch in range(whole):
         assert sorted(e.index for e in few if e.epoch == epoch) == sorted(demo.indices("train")[:50].tolist())
-    with pytest.raises(config_lib.ConfigError, match="may show 8 pictures and one more, and a row has row.images=3"):
+    with pytest.raises(config_lib.ConfigError, match=r"may show 8 pictures and one more, and a row has row.images=3"):
         dataclasses.replace(PROCESS, tasks={"few:personal": 1.0})
     with pytest.raises(config_lib.ConfigError, match="is no weight"):
         dataclasses.replace(PROCESS, tasks={"comment": 0.0})

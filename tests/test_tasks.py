@@ -9,7 +9,7 @@ import pytest
 from calm_jax import config as config_lib
 from calm_jax.data import attributes, builders, tasks
 from calm_jax.data.samples import BadRecord, Mention
-from calm_jax.data.tasks import instructions, opinions
+from calm_jax.data.tasks import composed, instructions, opinions
 from calm_jax.data.tasks.context import Context
 
 PARTS = config_lib.PARTS
@@ -258,6 +258,28 @@ def test_a_question_answer_set_keeps_its_conversation(demo, asked, prompt):
     sample = tasks.make("question", single(record), 0, np.random.default_rng(0), CONTEXT)
     assert [turn.prompt for turn in sample.turns] == [prompt, ("Why?",)]
     assert [turn.answer.text for turn in sample.turns] == ["A cat.", "It purrs."]
+
+
+def test_what_nobody_described_is_composed_of_what_is_known_and_says_so(demo):
+    record = dataclasses.replace(
+        demo.record(0), captions=(), comments=(), score=4.0, scale=(1.0, 5.0), deciles={"acuity": 9, "hue": 2},
+        facts={"semantic": "portrait", "emotions": {"neutral": 4, "awe": 6}, "light": 4.6, "composition": 3.2})
+    context, texts = Context(PARTS, compose=True), set()
+    for seed in range(30):
+        caption, comment = (tasks.make(task, single(record), 0, np.random.default_rng(seed), context)
+                            for task in ("caption", "comment"))
+        assert caption.name.endswith(" (composed)") and comment.name.endswith(" (composed)")
+        assert any(text in caption.turns[0].answer.text for text in composed.SCENES["portrait"])
+        said = comment.turns[0].answer.text
+        assert any(text in said for text in composed.VERDICTS[0][1])  # 4 of 5 is 7.75
+        assert "It awes most who see it." in said and "The light is its strength." in said
+        assert "The composition is its weakness." in said
+        texts |= {said}
+    assert len(texts) > 3
+    bare = dataclasses.replace(record, facts={}, deciles={})
+    with pytest.raises(BadRecord, match="nothing is known of record .* that a caption could be composed of"):
+        tasks.make("caption", single(bare), 0, np.random.default_rng(0), context)
+    assert not tasks.make("comment", demo, 0, np.random.default_rng(0), context).name.endswith("(composed)")
 
 
 def test_measured_questions_need_deciles_and_pairs_lie_apart(demo):

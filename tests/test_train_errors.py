@@ -279,7 +279,8 @@ def test_too_many_corrupt_pictures_stop_the_run(tmp_path, coloured, monkeypatch)
     coloured(broken=range(0, 32, 2))
     monkeypatch.setattr(loop, "MIN_EXAMPLES", 3)
     with pytest.raises(loop.TrainingError, match=r"[0-9]+ of [0-9]+ examples could not be used, more than "
-                       r"data.max_bad_share=0.01; the first is coloured/picture-[0-9]+: /pictures/[0-9]+.jpg is truncated"):
+                       r"data.max_bad_share=0.01; the first is coloured/picture-[0-9]+: /pictures/[0-9]+.jpg is "
+                       r"truncated"):
         program.train(only(), tmp_path / "run")
 
 

@@ -63,4 +63,5 @@ def make(task: str, dataset: Dataset, index: int, rng: np.random.Generator, cont
         raise config_lib.ConfigError(f"there is no task {task!r}{config_lib.nearest(task, TASKS)}")
     record = dataset.record(index)
     images, turns, target = TASKS[task](record, rng, context)
-    return Sample(images, turns, target, f"{dataset.name}/{task}/{record.key}")
+    written = {"caption": record.captions, "comment": record.comments}.get(task, True)
+    return Sample(images, turns, target, f"{dataset.name}/{task}/{record.key}{'' if written else ' (composed)'}")

@@ -26,6 +26,7 @@ class Context:
       support: fewest and most rated pictures that a personal question shows first.
       spread: standard deviation of the Gaussian that replaces one right digit of a score, on the scale 1-10; 0 = none.
       raters: take the spread of a record's own raters where it is known.
+      compose: captions and comments are composed of what is known where nobody wrote any (`composed`).
     """
 
     parts: Parts
@@ -36,6 +37,7 @@ class Context:
     support: tuple[int, int] = (2, 8)
     spread: float = 0.0
     raters: bool = False
+    compose: bool = False
 
     def __post_init__(self):
         object.__setattr__(self, "parts", tuple(part for part in config_lib.PARTS if part in self.parts))

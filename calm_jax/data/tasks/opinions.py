@@ -16,7 +16,7 @@ import numpy as np
 from calm_jax import config as config_lib
 from calm_jax.data import attributes
 from calm_jax.data.samples import Answer, BadRecord, Edit, ImageRef, Mention, Record, Turn
-from calm_jax.data.tasks import instructions
+from calm_jax.data.tasks import composed, instructions
 from calm_jax.data.tasks.context import Content, Context, Parts, pick, seed
 
 LOWEST, HIGHEST = 1.0, 10.0  # of the conversation's scale
@@ -74,12 +74,19 @@ def held_out(rater: str) -> bool:
 def caption(record: Record, rng: np.random.Generator, context: Context) -> Content:
     """What the picture shows, from the thematic tokens where they are computed."""
     parts = ("thematic",) if "thematic" in context.parts else context.parts
-    return _said(record, rng, parts, instructions.CAPTION, record.captions, "caption")
+    texts = record.captions
+    if context.compose and not texts:
+        texts = (composed.caption(record, rng),)
+    return _said(record, rng, parts, instructions.CAPTION, texts, "caption")
 
 
 def comment(record: Record, rng: np.random.Generator, context: Context) -> Content:
     """One of the record's comments."""
-    return _said(record, rng, context.parts, instructions.COMMENT, record.comments, "comment")
+    texts = record.comments
+    if context.compose and not texts:
+        target = None if record.score is None else mapped(record.score, record.scale)
+        texts = (composed.comment(record, rng, target),)
+    return _said(record, rng, context.parts, instructions.COMMENT, texts, "comment")
 
 
 def _said(record: Record, rng: np.random.Generator, parts: Parts, prompts: tuple[str, ...], texts: tuple[str, ...],
