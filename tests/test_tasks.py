@@ -277,7 +277,7 @@ def test_what_nobody_described_is_composed_of_what_is_known_and_says_so(demo):
         texts |= {said}
     assert len(texts) > 3
     bare = dataclasses.replace(record, facts={}, deciles={})
-    with pytest.raises(BadRecord, match="nothing is known of record .* that a caption could be composed of"):
+    with pytest.raises(BadRecord, match=r"nothing is known of record .* that a caption could be composed of"):
         tasks.make("caption", single(bare), 0, np.random.default_rng(0), context)
     assert not tasks.make("comment", demo, 0, np.random.default_rng(0), context).name.endswith("(composed)")
 

@@ -17,7 +17,8 @@ from calm_jax.data.samples import BadRecord, Record
 from calm_jax.data.tasks.context import pick
 
 SCENES: Mapping[str, tuple[str, ...]] = types.MappingProxyType({
-    "stilllife": ("A still life.", "Things, arranged or found."), "scene": ("A view of a place.", "A landscape or a street."),
+    "stilllife": ("A still life.", "Things, arranged or found."),
+    "scene": ("A view of a place.", "A landscape or a street."),
     "portrait": ("A portrait.", "Somebody's likeness."), "animal": ("An animal.", "A creature is the subject."),
     "plant": ("Plants.", "Something that grows."), "food": ("Food.", "Something to eat."),
     "building": ("A building.", "Architecture."), "night scene": ("A night scene.", "A view by night."),
