@@ -202,6 +202,9 @@ def test_a_phrase_that_the_judge_reads_otherwise_is_not_used(tmp_path):
     assert len(content["phrases"]) == 50  # what was refused was asked for anew
     assert [entry["attempt"] for entry in journal(tmp_path) if entry["key"] == "verify/noise/answers"] == [1, 2]
     assert len(journal(tmp_path)) == NOISE + 2 + (len({entry["request"] for entry in content["rejected"]}) - 1)
+    with Server() as server:
+        make(server, tmp_path, verify=False)  # what was found wrong stays so
+    assert result(tmp_path)["rejected"] == content["rejected"] and not server.asked
 
 
 def test_a_judge_that_says_nothing_is_given_up(tmp_path):

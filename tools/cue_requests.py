@@ -134,9 +134,10 @@ class Harvest:
         return max(self.wanted - sum(not phrase.reason for phrase in self._phrases[place]), 0)
 
     def waiting(self, family: str) -> list[Phrase]:
-        """Accepted phrases that nobody has classified yet; questions say no grade, so that nobody need."""
-        if not self.verify or family not in _FAMILY_KEYS:
-            return []
+        """Accepted phrases that are yet to be classified; questions say no grade, so that none of them is."""
+        return self._unjudged(family) if self.verify and family in _FAMILY_KEYS else []
+
+    def _unjudged(self, family: str) -> list[Phrase]:
         return [phrase for place in self._families[family] for phrase in self._phrases[place]
                 if not phrase.reason and not phrase.verified]
 
@@ -202,7 +203,7 @@ class Harvest:
             if isinstance(value, dict) else {}
         classes = [places for places, _ in _classes(family)]
         letters = {*LETTERS[:len(classes)], NEITHER}
-        waiting = {phrase.text: phrase for phrase in self.waiting(family)}  # texts are distinct
+        waiting = {phrase.text: phrase for phrase in self._unjudged(family)}  # texts are distinct
         settled = 0
         for number, text in enumerate(entry.get("shown", ()), 1):
             letter = said.get(str(number))
