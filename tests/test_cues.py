@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pickle
 import subprocess
@@ -11,9 +12,10 @@ import numpy as np
 import pytest
 
 from calm_jax import config as config_lib
-from calm_jax.data import attributes, builders, cues, tasks
+from calm_jax.data import attributes, builders, cues, pipeline, tasks
 from calm_jax.data.cues import stored
 from calm_jax.data.tasks.context import Context
+from calm_jax.data.tokenizer import Tokenizer
 from tools import cue_rules
 
 NAMES = tuple(attributes.ATTRIBUTES)
@@ -200,6 +202,22 @@ def test_files_that_are_none(tmp_path):
         (tmp_path / "bad.json").write_text(content, encoding="latin-1")
         with pytest.raises(config_lib.ConfigError, match=r"bad\.json"):
             cues.bank(str(tmp_path / "bad.json"))
+
+
+def test_a_process_trains_with_its_file(tmp_path):
+    more = [phrase(f"Overall, the {{which}} one has the {word} {cue}.", name, "more_answer", None)
+            for name, cue in (("noise", "noise"), ("tint", "green")) for word in ("stronger", "heavier", "greater")]
+    process = config_lib.Process(tasks={"comparisons": 1.0}, phrasings=1, cues=write(tmp_path / "cues.json", *more))
+
+    def rows(process):
+        return pipeline.Rows(process, {"demo": builders.load("demo")}, Tokenizer(), config_lib.model("tiny"), seed=0,
+                             split="train")
+
+    said = {turn.answer.text for number in range(20) for sample, _ in rows(process).plan(number).texts
+            for turn in sample.turns}
+    assert any(text.startswith("Overall, the second one has the") for text in said)
+    with pytest.raises(config_lib.ConfigError, match="there is no file of cues nowhere"):
+        rows(dataclasses.replace(process, cues="nowhere.json"))
 
 
 def test_loading_the_bank_needs_nothing_else():

@@ -343,7 +343,8 @@ def _client(key: str, base_url: str | None, retries: int) -> tuple[openai.AsyncO
         url = urllib.parse.urlsplit(str(client.base_url))
         host = (url.hostname or "") + (f":{url.port}" if url.port else "")
     except Exception as error:  # the client's URL parser has errors of its own
-        raise config_lib.ConfigError(f"--base_url={base_url!r} cannot be used: {error}") from None
+        given = base_url or os.environ.get("OPENAI_BASE_URL")
+        raise config_lib.ConfigError(f"--base_url={given!r} cannot be used: {error}") from None
     if url.scheme not in ("http", "https") or not host:
         raise config_lib.ConfigError(f"--base_url={str(client.base_url)!r} is no address such as https://host/v1")
     return client, host
