@@ -109,7 +109,7 @@ def test_an_edit_is_visible_repeatable_and_varied(photographs, name):
             assert edited.shape == picture.shape and edited.dtype == np.uint8
             np.testing.assert_array_equal(edited, attributes.apply(picture, Edit(name, grade, 7)))
             if name != "saturation" and not (name == "sharpness" and grade == 1):
-                assert not attributes.is_noop(picture, edited)
+                assert not attributes.is_noop(picture, edited, Edit(name, grade, 7))
             if name != "orientation" and (name, grade) != ("saturation", 0):
                 assert any((edited != attributes.apply(picture, Edit(name, grade, seed))).any() for seed in range(5))
         np.testing.assert_array_equal(picture, attributes.apply(picture, Edit(name, attribute.neutral, 7)))
@@ -141,7 +141,8 @@ def test_left_is_left_and_wide_is_wide():
 def test_grey_pictures_have_no_saturation_to_lose(photographs):
     picture = photographs[96][0]
     colourless = attributes.apply(picture, Edit("saturation", 0))
-    assert attributes.is_noop(colourless, attributes.apply(colourless, Edit("saturation", 1)))
+    pale = Edit("saturation", 1)
+    assert attributes.is_noop(colourless, attributes.apply(colourless, pale), pale)
     assert attributes.unanswerable(colourless) == {"saturation"}
     assert not attributes.unanswerable(picture)
 

@@ -118,6 +118,15 @@ def test_all_together_are_quick():
     assert np.min(times) * 1e3 < MOST_MS
 
 
+def test_what_is_dark_by_itself_is_not_asked_for_its_exposure():
+    night, noon = picture(0) // 8, picture(0) // 2
+    assert "exposure" in statistics.unfit(statistics.measure(night))
+    assert "exposure" not in statistics.unfit(statistics.measure(noon // 3 + 70))
+    assert set(statistics.unfit(statistics.measure(picture(0, (1, 300))))) == set(statistics.FIT)  # not measured
+    for name, (statistic, lowest, highest) in statistics.FIT.items():
+        assert attributes.get(name).absolute and lowest < highest and statistic in NAMES
+
+
 # --- tenths
 
 

@@ -32,6 +32,30 @@ Operation = Callable[[np.ndarray, int, np.random.Generator], np.ndarray]
 JITTER = 0.1  # largest relative deviation of a strength inside its grade
 
 
+# What must change before an edit counts as visible: a mean or, of a thing that stands in a place, what is there.
+INVISIBLE = 1.0  # mean absolute change of the picture, grey levels, below which nothing can be seen
+DARKENED = 4.0  # the same of the corners, for dark corners: those of a night picture cannot get darker
+COVERING = 12  # grey levels of any channel from which on a covered pixel shows, and ...
+COVERED = (0.0, 0.06, 0.22)  # ... the share of the frame that shows, by grade: a wall before a wall is no obstacle
+
+
+def _changed(before: Picture, after: Picture, grade: int) -> bool:
+    return float(np.abs(before.astype(np.int16) - after).mean()) >= INVISIBLE
+
+
+def _corners_changed(before: Picture, after: Picture, grade: int) -> bool:
+    high, wide = (-(-side // 6) for side in before.shape[:2])
+    rows, columns = (slice(None, high), slice(-high, None)), (slice(None, wide), slice(-wide, None))
+    return float(np.mean([before[row, column].astype(np.int16) - after[row, column]
+                          for row in rows for column in columns])) >= DARKENED
+
+
+def _covered(before: Picture, after: Picture, grade: int) -> bool:
+    before, after = before[::2, ::2], after[::2, ::2]  # a share needs no more pixels
+    change = np.maximum(before, after) - np.minimum(before, after)
+    return float((change.max(-1) >= COVERING).mean()) >= COVERED[grade]
+
+
 @dataclasses.dataclass(frozen=True)
 class Attribute:
     """One thing that can be said of a picture.
@@ -46,6 +70,7 @@ class Attribute:
       operation: (picture, grade, rng) -> picture of the same shape; never called with the neutral grade.
       relative: whether any two versions can be compared; else only on a picture fit for the absolute question.
       geometric: whether the operation enlarges, which would cost sharpness on a picture without pixels to spare.
+      shows: (before, after, grade) -> whether the edit can be seen; judged on the pixels of this very picture.
     """
 
     name: str
@@ -57,6 +82,7 @@ class Attribute:
     operation: Operation = dataclasses.field(repr=False)
     geometric: bool = False
     relative: bool = True
+    shows: Callable[[np.ndarray, np.ndarray, int], bool] = dataclasses.field(default=_changed, repr=False)
 
     @property
     def cues(self) -> cues_lib.Cues:
@@ -216,14 +242,15 @@ _ALL = (
     Attribute("orientation", "high", ("upright", "upside down"), 0, True, (0.0, 2.5), _upend, relative=False),
     Attribute("tilt", "high", ("left", "level", "right"), 1, True, (1.2, 0.0, 1.2), _tilt, geometric=True),
     Attribute("framing", "high", ("wide", "close", "tight"), 0, False, (0.0, 0.7, 1.7), _frame, geometric=True),
-    Attribute("occlusion", "high", ("free", "edge", "large"), 0, True, (0.0, 1.4, 3.3), _occlude),
+    Attribute("occlusion", "high", ("free", "edge", "large"), 0, True, (0.0, 1.4, 3.3), _occlude, shows=_covered),
     Attribute("sharpness", "low", ("sharp", "soft", "blurred"), 0, True, (0.0, 1.3, 3.4), _blur),
     Attribute("exposure", "low", ("dark", "normal", "bright"), 1, True, (2.3, 0.0, 2.0), _expose),
     Attribute("contrast", "low", ("low", "normal", "harsh"), 1, True, (1.8, 0.0, 1.5), _contrast),
     Attribute("saturation", "middle", ("none", "pale", "full"), 2, True, (1.1, 0.9, 0.0), _saturate),
     Attribute("temperature", "middle", ("cool", "neutral", "warm"), 1, False, (1.0, 0.0, 0.8), _temperature),
     Attribute("tint", "middle", ("magenta", "none", "green"), 1, True, (1.7, 0.0, 1.9), _tint),
-    Attribute("vignetting", "middle", ("none", "slight", "strong"), 0, True, (0.0, 0.6, 1.6), _vignette),
+    Attribute("vignetting", "middle", ("none", "slight", "strong"), 0, True, (0.0, 0.6, 1.6), _vignette,
+              shows=_corners_changed),
     Attribute("noise", "low", ("clean", "grainy", "noisy"), 0, True, (0.0, 1.0, 2.8), _noise),
     Attribute("compression", "low", ("none", "visible", "heavy"), 0, True, (0.0, 1.2, 3.0), _compress),
 )
@@ -267,9 +294,7 @@ NOT_ASKED: Mapping[str, Mapping[str, str]] = types.MappingProxyType({
     "tilt": {"orientation": "turning is what orientation asks about"},
 })
 
-# Mean absolute change, in grey levels, below which an edit did nothing that could be seen.
-INVISIBLE = 1.0
-# Mean difference of the channels, in grey levels, below which a picture has no colour to speak of.
+# Mean difference of the highest and the lowest channel, grey levels, below which a picture has no colour to speak of.
 COLOURLESS = 3.0
 
 
@@ -327,18 +352,20 @@ def apply(pixels: Picture, edit: Edit) -> Picture:
     return attribute.operation(np.ascontiguousarray(pixels), edit.grade, np.random.default_rng(edit.seed))
 
 
-def is_noop(before: Picture, after: Picture) -> bool:
+def is_noop(before: Picture, after: Picture, edit: Edit) -> bool:
     """Whether an edit changed nothing visible, such as the saturation of a grey picture: its label would be false."""
-    return float(np.abs(before.astype(np.int16) - after).mean()) < INVISIBLE
+    attribute = get(edit.attribute)
+    return edit.grade != attribute.neutral and not attribute.shows(before, after, edit.grade)
 
 
 def unanswerable(pixels: Picture) -> frozenset[str]:
     """Attributes about which an untouched picture has no true answer: colours of a grey picture, all of a blank one."""
-    signed = pixels.astype(np.int16)
-    if float(signed.std()) < COLOURLESS:
+    counts = np.asarray(Image.fromarray(pixels).histogram()).reshape(3, 256).sum(0)  # far cheaper than the pixels
+    mean = counts @ _LEVELS / pixels.size
+    if np.sqrt(counts @ np.square(_LEVELS - mean) / pixels.size) < COLOURLESS:
         return frozenset(ATTRIBUTES)
-    red, green, blue = signed[..., 0], signed[..., 1], signed[..., 2]
-    chroma = float((np.abs(red - green) + np.abs(green - blue) + np.abs(blue - red)).mean()) / 2
+    red, green, blue = (pixels[..., channel] for channel in range(3))
+    chroma = float((np.maximum(np.maximum(red, green), blue) - np.minimum(np.minimum(red, green), blue)).mean())
     return frozenset(("saturation",)) if chroma < COLOURLESS else frozenset()
 
 

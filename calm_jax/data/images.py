@@ -57,21 +57,23 @@ def render(pixels: Picture, ref: ImageRef, size: int) -> Square:
 def render_noting(pixels: Picture, ref: ImageRef, size: int) -> tuple[Square, frozenset[str]]:
     """`render`, and the names of the attributes that must not be asked about on this picture.
 
-    They are those whose edit changed nothing visible and those about which the picture itself has no answer (the
-    colours of a grey one): the label of such a turn would be false, so its answer is to be masked.
+    They are those whose edit is measured to have changed nothing visible on this picture, and those about which the
+    picture itself has no answer (the colours of a grey one): the label of such a turn would be false, so its answer is
+    to be masked.
     """
     leading = list(itertools.takewhile(lambda edit: attributes.get(edit.attribute).geometric, ref.edits))
     picture = fit(pixels, ref, size)
     doubtful = set(attributes.unanswerable(picture))
     if leading:
         # Turning and enlarging a fitted picture would blur it, and blur is another attribute's label: done larger.
-        height, width = picture.shape[:2]
+        before, (height, width) = picture, picture.shape[:2]
         picture = fit(pixels, ref, max(size, min(GEOMETRY_SCALE * size, _longest(pixels, ref))))
         for edit in leading:
             picture = attributes.apply(picture, edit)
         picture = np.asarray(Image.fromarray(picture).resize((width, height), Image.Resampling.BICUBIC))
+        doubtful |= {edit.attribute for edit in leading if attributes.is_noop(before, picture, edit)}
     for edit in ref.edits[len(leading):]:
         before, picture = picture, attributes.apply(picture, edit)
-        if edit.grade != attributes.get(edit.attribute).neutral and attributes.is_noop(before, picture):
+        if attributes.is_noop(before, picture, edit):
             doubtful.add(edit.attribute)
     return pictures.pad(picture, size), frozenset(doubtful)
