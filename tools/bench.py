@@ -1,6 +1,7 @@
 """A config in; how long a step takes, beside the same geometry in torch in the same run, out.
 
     python -m tools.bench train --config configs/finetune.py:small [--against torch] [--rows 2] [--rounds 5]
+    python -m tools.bench data --config configs/pretrain.py:7b [--against torch]        (see tools/bench_data.py)
     python -m tools.bench conversion --config configs/pretrain.py:7b [--scratch DIR]   (see tools/bench_conversion.py)
 
 Every contender runs in a process of its own and waits for its turn, so that the steps of all are interleaved on an
@@ -30,7 +31,7 @@ from absl import flags
 
 from calm_jax import command
 from calm_jax import config as config_lib
-from tools import bench_conversion
+from tools import bench_conversion, bench_data
 
 _CONFIG = command.define_config()
 _AGAINST = flags.DEFINE_enum("against", None, ["torch"], "what to compare with")
@@ -237,8 +238,9 @@ def show(result: dict) -> str:
 
 def main() -> None:
     what = [argument for argument in flags.FLAGS(sys.argv)[1:]]
-    if what not in (["train"], ["conversion"]):
-        raise config_lib.ConfigError(f"say what to measure: train or conversion, not {' '.join(what) or 'nothing'}")
+    if what not in (["train"], ["data"], ["conversion"]):
+        raise config_lib.ConfigError("say what to measure: train, data or conversion, not "
+                                     f"{' '.join(what) or 'nothing'}")
     config = command.config(_CONFIG)
     if what == ["conversion"]:
         with tempfile.TemporaryDirectory(dir=_SCRATCH.value) as folder:
@@ -248,6 +250,12 @@ def main() -> None:
     if name not in config.processes:
         raise config_lib.ConfigError(f"there is no process {name!r}{config_lib.nearest(name, config.processes)}")
     process = dataclasses.replace(config.processes[name], batch=_ROWS.value, accumulate=1)
+    if what == ["data"]:
+        process = dataclasses.replace(process, dataset="folder")
+        with tempfile.TemporaryDirectory(dir=_SCRATCH.value) as folder:
+            report(bench_data.measure(config, process, pathlib.Path(folder) / "data", against=bool(_AGAINST.value),
+                                      rounds=_ROUNDS.value), bench_data.show)
+        return
     if _CONTENDER.value:
         contend(_CONTENDER.value, config, process)
         return
