@@ -95,8 +95,8 @@ def colourfulness(pixels):
 
 
 def lab_mean(pixels):
-    """Mean a* and b* of CIELAB, D65, of every fourth pixel."""
-    srgb = pixels[::2, ::2] / 255.0
+    """Mean a* and b* of CIELAB, D65, of every ninth pixel."""
+    srgb = pixels[::3, ::3] / 255.0
     linear = np.where(srgb <= 0.04045, srgb / 12.92, ((srgb + 0.055) / 1.055) ** 2.4)
     xyz = linear @ np.array([[0.4124, 0.2126, 0.0193], [0.3576, 0.7152, 0.1192], [0.1805, 0.0722, 0.9505]])
     xyz = xyz / (0.9505, 1.0, 1.089)
@@ -142,7 +142,7 @@ MATCH = 0.6  # correlation after registration below which it found nothing: wall
 
 def shrunk(pixels, side):
     """Luma resampled to side x side."""
-    return np.asarray(Image.fromarray(grey(pixels).astype(np.float32)).resize((side, side), Image.Resampling.BOX),
+    return np.asarray(Image.fromarray(pixels).convert("L").convert("F").resize((side, side), Image.Resampling.BOX),
                       np.float64)
 
 

@@ -53,7 +53,8 @@ def _corners_changed(before: Picture, after: Picture, grade: int) -> bool:
 def _covered(before: Picture, after: Picture, grade: int) -> bool:
     before, after = before[::2, ::2], after[::2, ::2]  # a share needs no more pixels
     change = np.maximum(before, after) - np.minimum(before, after)
-    return float((change.max(-1) >= COVERING).mean()) >= COVERED[grade]
+    most = np.maximum(np.maximum(change[..., 0], change[..., 1]), change[..., 2])
+    return float((most >= COVERING).mean()) >= COVERED[grade]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,8 +119,10 @@ def _noise(pixels, grade, rng):
     sigma = _around((0.0, 14.0, 42.0)[grade], rng) / np.sqrt(2.0)
     height, width, _ = pixels.shape
     noise = rng.standard_normal((height, width, 4), dtype=np.float32)
-    noisy = pixels + np.float32(sigma) * (noise[..., :3] + noise[..., 3:])
-    return np.clip(noisy, 0, 255, out=noisy).astype(np.uint8)
+    noisy = noise[..., :3] + noise[..., 3:]
+    noisy *= np.float32(sigma)
+    noisy += pixels
+    return np.minimum(np.maximum(noisy, 0, out=noisy), 255, out=noisy).astype(np.uint8)
 
 
 def _compress(pixels, grade, rng):
