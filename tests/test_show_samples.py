@@ -32,7 +32,7 @@ def test_the_page_marks_what_is_learned_and_counts_the_mixture():
 
 
 def test_what_cannot_be_seen_is_struck_out_with_its_reason(monkeypatch):
-    monkeypatch.setattr(images.attributes, "is_noop", lambda before, after: True)
+    monkeypatch.setattr(images.attributes, "is_noop", lambda before, after, edit: True)
     text = show_samples.page(config(), "only", split="train", shown=4, title="a config")
     assert 'class="tok masked"' in text and "changes nothing visible here" in text
 

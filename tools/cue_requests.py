@@ -106,8 +106,8 @@ class Harvest:
 
     @property
     def phrases(self) -> list[Phrase]:
-        """All that were offered."""
-        return [phrase for phrases in self._phrases.values() for phrase in phrases]
+        """All that were offered, place by place: replies come in any order, the result does not show it."""
+        return [phrase for place in self._written for phrase in self._phrases[place]]
 
     def open(self, in_flight: Sequence[str] = ()) -> Iterator[Request]:
         """Everything that can be asked now, beside the keys `in_flight`."""

@@ -4,7 +4,8 @@
       NAME-SPLIT.array_record-00000-of-00004   key, picture (JPEG bytes) and label (JSON text), in TFDS's own form
       dataset_info.json  features.json  LICENSE  TFDS's metadata: tfds.builder_from_directory reads the folder
       labels/SPLIT.jsonl  labels/SPLIT.npy       the labels alone, a line a record, and where each line begins; here
-                                                 also the tenths of what `data.statistics` measures on the pictures
+                                                 also the tenths of what `data.statistics` measures on the pictures, and
+                                                 the attributes that they are unfit for
       manifest.json  skipped.jsonl               how it was made, and what could not be used
 
 Rows of training are planned from the labels before any picture is read, so they lie apart and are mapped into memory:
@@ -190,7 +191,7 @@ def _plan(source: Source, name: str, entries: Sequence[Entry], longest_side: int
         digest.update(_json([entry.split, entry.key, entry.picture, entry.label]).encode())
     return {"name": name, "source": source.name, "longest_side": longest_side, "shard": shard,
             "scale": list(source.scale or ()), "origin": source.origin, "labels": digest.hexdigest(),
-            "statistics": list(statistics.STATISTICS)}
+            "statistics": list(statistics.STATISTICS), "fit": {name: list(rule) for name, rule in statistics.FIT.items()}}
 
 
 def _same(folder: Path, plan: Mapping[str, Any], holds: str, *, replace: bool) -> None:
@@ -375,8 +376,12 @@ class _Build:
                 if shard.split != split:
                     continue
                 lines = (self.partial / "parts" / f"{shard.part}.jsonl").read_bytes().splitlines()
-                for line, deciles in zip(lines, statistics.deciles_of(self._measured(shard), edges), strict=True):
-                    full = f"{_json({**json.loads(line), 'deciles': deciles})}\n".encode()
+                measured = self._measured(shard)
+                for row, (line, deciles) in enumerate(zip(lines, statistics.deciles_of(measured, edges), strict=True)):
+                    label = json.loads(line)
+                    unfit = statistics.unfit({name: values[row] for name, values in measured.items()})
+                    label["unfit"] = sorted({*label.get("unfit", ()), *unfit})
+                    full = f"{_json({**label, 'deciles': deciles})}\n".encode()
                     stream.write(full)
                     starts.append(starts[-1] + len(full))
         np.save(path.with_suffix(".npy"), np.asarray(starts, np.int64))
