@@ -87,7 +87,7 @@ def test_every_degradation_shows(demo):
     silent = 0
     for index in range(0, len(demo), 3):
         record = demo.record(index)
-        square, doubtful = images.render_noting(demo.pixels(index), record.image, 96)
+        square, doubtful = images.render_noting(images.Fitter(demo.pixels(index)), record.image, 96)
         assert square.shape == (96, 96, 3)
         silent += any(edit.attribute in doubtful for edit in record.image.edits)
     assert silent <= 2

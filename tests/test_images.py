@@ -138,8 +138,8 @@ def test_rendering_is_repeatable_and_writes_nothing(gradient):
 
 def test_doubtful_attributes_are_noted(gradient):
     grey = np.repeat(gradient[..., :1], 3, 2)
-    _, doubtful = images.render_noting(grey, ImageRef(0, None, (Edit("saturation", 0),)), 48)
+    _, doubtful = images.render_noting(images.Fitter(grey), ImageRef(0, None, (Edit("saturation", 0),)), 48)
     assert doubtful == {"saturation"}
-    assert images.render_noting(gradient, ImageRef(0, None, (Edit("saturation", 0),)), 48)[1] == set()
+    assert images.render_noting(images.Fitter(gradient), ImageRef(0, None, (Edit("saturation", 0),)), 48)[1] == set()
     blank = np.full((20, 20, 3), 9, np.uint8)
-    assert "sharpness" in images.render_noting(blank, ImageRef(0), 48)[1]
+    assert "sharpness" in images.render_noting(images.Fitter(blank), ImageRef(0), 48)[1]

@@ -313,7 +313,7 @@ def judge(key, pixels, seed) -> dict[str, Verdict]:
     rng = np.random.default_rng([7, seed])
     untouched = images.fit(pixels, ImageRef(0), SIZE)
     rows, columns = (slice((SIZE - side) // 2, (SIZE - side) // 2 + side) for side in untouched.shape[:2])
-    reference, unanswerable = Reference(untouched), images.render_noting(pixels, ImageRef(0), SIZE)[1]
+    reference, unanswerable = Reference(untouched), images.render_noting(images.Fitter(pixels), ImageRef(0), SIZE)[1]
 
     def value(name, after):
         if name in PHOTOMETRY:
@@ -326,7 +326,7 @@ def judge(key, pixels, seed) -> dict[str, Verdict]:
         values = {} if name in unanswerable else {attribute.neutral: value(name, untouched)}
         for grade in attribute.flaws:
             edit = Edit(name, grade, int(rng.integers(2**31)))
-            square, doubtful = images.render_noting(pixels, ImageRef(0, None, (edit,)), SIZE)
+            square, doubtful = images.render_noting(images.Fitter(pixels), ImageRef(0, None, (edit,)), SIZE)
             verdict.grades += 1
             if name in doubtful:
                 verdict.noops += 1

@@ -10,6 +10,7 @@ from calm_jax import config as config_lib
 from calm_jax.data import builders, pipeline
 from calm_jax.data.samples import BadRecord
 from calm_jax.data.tokenizer import Tokenizer
+from tools import bench_data
 
 MODEL = dataclasses.replace(config_lib.model("tiny"), vit=dataclasses.replace(config_lib.model("tiny").vit,
                                                                              image_size=32))
@@ -245,3 +246,11 @@ def test_an_empty_split_is_refused(demo):
 
     with pytest.raises(config_lib.ConfigError, match="'empty' has no pictures in its train split"):
         make_rows(Empty())
+
+
+def test_the_benchmark_runs_both_sides(tmp_path):
+    config = config_lib.Config(model=MODEL, run=("p",), processes={"p": PROCESS})
+    process = dataclasses.replace(PROCESS, dataset="folder", tasks={"attributes": 1.0, "comparisons": 1.0})
+    result = bench_data.measure(config, process, tmp_path / "scratch", against=True, rounds=1, seconds=0.2)
+    assert all(row["median"] > 0 for row in result["results"].values()) and not (tmp_path / "scratch").exists()
+    assert set(result["results"]) == {"calm_jax", "torch"} and "calm_jax / torch: " in bench_data.show(result)

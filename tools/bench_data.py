@@ -3,8 +3,9 @@
 Part of `python -m tools.bench data`. The pictures are windows of the demo's photographs at 512 pixels, as JPEG files
 and as a prepared dataset. Both sides decode, fit to the model's square, edit, tokenise and lay out the conversations of
 the same process. The torch side is what its users would write: a map-style Dataset over the files that edits with
-Pillow and NumPy, transformers' fast LLaMA tokenizer, float32 pixels normalised in the worker, conversations padded to
-the longest of the batch, as many worker processes as there are cores. Each side runs in a process of its own, in turns.
+Pillow and NumPy, the same SentencePiece tokenizer, float32 pixels normalised in the worker, conversations padded to
+the longest of the batch. Both sides have as many worker processes as there are cores, and batches of about 16
+pictures. Each side runs in a process of its own, in turns.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import multiprocessing
 import os
 import pathlib
 import re
@@ -33,6 +35,8 @@ from calm_jax.models.vit import MEAN, STD
 
 PICTURES = 300
 SIDE = 512
+ROWS = 8  # packed rows a batch of ours, and ...
+CONVERSATIONS = 16  # ... conversations a batch of torch's: about as many pictures
 PEAK = {"v5e-16": 16 * 197e12, "8xA100": 8 * 312e12}  # bfloat16 FLOP/s by their makers
 MFU = 0.5  # of the peak, assumed
 
@@ -50,7 +54,9 @@ def measure(config: config_lib.Config, process: config_lib.Process, scratch: pat
             for side in sides:
                 text = json.dumps({"model": dataclasses.asdict(config.model), "process": dataclasses.asdict(process)})
                 done = subprocess.run([sys.executable, "-m", "tools.bench_data", side, str(scratch), str(seconds),
-                                       text], stdout=subprocess.PIPE, text=True, check=True)
+                                       text], capture_output=True, text=True)
+                if done.returncode:
+                    raise config_lib.ConfigError(f"{side} failed: {done.stderr[-2000:]}")
                 rates[side].append(float(done.stdout.splitlines()[-1]))
                 print(f"  round {number + 1}: {side:<10}{rates[side][-1]:>8.1f} pictures/s", flush=True)
     finally:
@@ -114,8 +120,8 @@ def ours(model: config_lib.Model, process: config_lib.Process, scratch: pathlib.
     """Pictures of each batch of the project's pipeline."""
     dataset = builders.load("folder", str(scratch / "data"))
     rows = pipeline.Rows(process, {"folder": dataset}, Tokenizer(), model, seed=0, split="train")
-    data = config_lib.Data(threads=2 * (os.cpu_count() or 1))
-    for batch in pipeline.batches(rows, data, batch=process.batch, start=0, stop=1_000_000):
+    data = config_lib.Data(workers=os.cpu_count() or 1)
+    for batch in pipeline.batches(rows, data, batch=ROWS, start=0, stop=1_000_000):
         yield int((batch["images"].reshape(*batch["images"].shape[:2], -1).max(-1) > 0).sum())
 
 
@@ -126,7 +132,7 @@ def theirs(model: config_lib.Model, process: config_lib.Process, scratch: pathli
     rows = pipeline.Rows(process, {"folder": dataset}, Tokenizer(), model, seed=0, split="train")
     files = sorted((scratch / "files").glob("*.jpg"))
     loader = torch.utils.data.DataLoader(
-        Files(files, rows, model.vit.image_size), batch_size=4 * process.batch, shuffle=True, collate_fn=collate,
+        Files(files, rows, model.vit.image_size), batch_size=CONVERSATIONS, shuffle=True, collate_fn=collate,
         num_workers=os.cpu_count() or 1, prefetch_factor=2, persistent_workers=True)
     while True:
         for batch in loader:
@@ -250,6 +256,8 @@ def main(side: str, scratch: str, seconds: str, text: str) -> None:
     while time.perf_counter() - begin < float(seconds):
         pictures += next(batches)
     print(pictures / (time.perf_counter() - begin), flush=True)
+    for child in multiprocessing.active_children():
+        child.kill()
     os._exit(0)  # the prefetching threads would go on
 
 

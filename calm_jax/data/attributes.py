@@ -39,8 +39,14 @@ COVERING = 12  # grey levels of any channel from which on a covered pixel shows,
 COVERED = (0.0, 0.06, 0.22)  # ... the share of the frame that shows, by grade: a wall before a wall is no obstacle
 
 
+def _change(before: Picture, after: Picture) -> Picture:
+    """The absolute change in every third line: a mean or a share needs no more."""
+    before, after = before[::3], after[::3]
+    return np.maximum(before, after) - np.minimum(before, after)
+
+
 def _changed(before: Picture, after: Picture, grade: int) -> bool:
-    return float(np.abs(before.astype(np.int16) - after).mean()) >= INVISIBLE
+    return float(_change(before, after).mean()) >= INVISIBLE
 
 
 def _corners_changed(before: Picture, after: Picture, grade: int) -> bool:
@@ -51,8 +57,7 @@ def _corners_changed(before: Picture, after: Picture, grade: int) -> bool:
 
 
 def _covered(before: Picture, after: Picture, grade: int) -> bool:
-    before, after = before[::2, ::2], after[::2, ::2]  # a share needs no more pixels
-    change = np.maximum(before, after) - np.minimum(before, after)
+    change = _change(before, after)
     most = np.maximum(np.maximum(change[..., 0], change[..., 1]), change[..., 2])
     return float((most >= COVERING).mean()) >= COVERED[grade]
 
@@ -205,6 +210,11 @@ def _upend(pixels, grade, rng):
 _OBSTACLES = np.array([(196, 142, 118), (28, 26, 30), (58, 84, 40), (52, 62, 118), (214, 206, 196)], np.float32)
 
 
+def _inside(distance: np.ndarray) -> slice:
+    """Where a rising distance from the centre of an ellipse is less than its radius."""
+    return slice(*np.searchsorted(distance, (-1.0, 1.0)))
+
+
 def _occlude(pixels, grade, rng):
     # A soft ellipse centred on the frame; never near a corner, where too little of it would show.
     height, width, _ = pixels.shape
@@ -214,9 +224,13 @@ def _occlude(pixels, grade, rng):
     slope = rng.uniform(0.8, 1.25)
     y = (np.linspace(0.0, 1.0, height, dtype=np.float32)[:, None] - np.float32(centre[0])) / np.float32(reach * slope)
     x = (np.linspace(0.0, 1.0, width, dtype=np.float32)[None, :] - np.float32(centre[1])) / np.float32(reach / slope)
-    cover = np.clip((1.0 - np.sqrt(y * y + x * x)) * np.float32(6.0), 0.0, 1.0)[..., None]
     colour = _OBSTACLES[rng.integers(len(_OBSTACLES))] * np.float32(rng.uniform(0.85, 1.15))
-    return np.clip(pixels + cover * (colour - pixels), 0, 255).astype(np.uint8)
+    rows, columns = _inside(y[:, 0]), _inside(x[0])
+    y, x, under = y[rows], x[:, columns], pixels[rows, columns]  # the rest is not touched
+    cover = np.clip((1.0 - np.sqrt(y * y + x * x)) * np.float32(6.0), 0.0, 1.0)[..., None]
+    covered = pixels.copy()
+    covered[rows, columns] = np.clip(under + cover * (colour - under), 0, 255)
+    return covered
 
 
 def _cut(pixels, wide, high, rng):

@@ -33,9 +33,31 @@ def fit(pixels: Picture, ref: ImageRef, size: int) -> Picture:
         raise BadRecord(f"record {ref.index}: {error}") from None
 
 
-def _longest(pixels: Picture, ref: ImageRef) -> int:
-    left, top, right, bottom = ref.window or (0.0, 0.0, 1.0, 1.0)
-    return round(max((right - left) * pixels.shape[1], (bottom - top) * pixels.shape[0]))
+class Fitter:
+    """`fit` of one stored picture, done once for each window and size: the versions that a conversation compares differ
+    only in what comes after."""
+
+    def __init__(self, pixels: Picture):
+        self.pixels = pixels
+        self._done: dict[tuple[tuple[float, ...] | None, int], Picture] = {}
+        self._unanswerable: dict[tuple[tuple[float, ...] | None, int], frozenset[str]] = {}
+
+    def __call__(self, ref: ImageRef, size: int) -> Picture:
+        """As `fit`; not to be written to."""
+        if (ref.window, size) not in self._done:
+            self._done[ref.window, size] = fit(self.pixels, ref, size)
+        return self._done[ref.window, size]
+
+    def unanswerable(self, ref: ImageRef, size: int) -> frozenset[str]:
+        """`attributes.unanswerable` of the fitted picture."""
+        if (ref.window, size) not in self._unanswerable:
+            self._unanswerable[ref.window, size] = attributes.unanswerable(self(ref, size))
+        return self._unanswerable[ref.window, size]
+
+    def longest(self, ref: ImageRef) -> int:
+        """The longest side of the window, pixels."""
+        left, top, right, bottom = ref.window or (0.0, 0.0, 1.0, 1.0)
+        return round(max((right - left) * self.pixels.shape[1], (bottom - top) * self.pixels.shape[0]))
 
 
 def render(pixels: Picture, ref: ImageRef, size: int) -> Square:
@@ -51,10 +73,10 @@ def render(pixels: Picture, ref: ImageRef, size: int) -> Square:
       BadRecord: the window is no part of the picture.
       ConfigError: an edit names no attribute or grade.
     """
-    return render_noting(pixels, ref, size)[0]
+    return render_noting(Fitter(pixels), ref, size)[0]
 
 
-def render_noting(pixels: Picture, ref: ImageRef, size: int) -> tuple[Square, frozenset[str]]:
+def render_noting(fitter: Fitter, ref: ImageRef, size: int) -> tuple[Square, frozenset[str]]:
     """`render`, and the names of the attributes that must not be asked about on this picture.
 
     They are those whose edit is measured to have changed nothing visible on this picture, and those about which the
@@ -62,12 +84,12 @@ def render_noting(pixels: Picture, ref: ImageRef, size: int) -> tuple[Square, fr
     to be masked.
     """
     leading = list(itertools.takewhile(lambda edit: attributes.get(edit.attribute).geometric, ref.edits))
-    picture = fit(pixels, ref, size)
-    doubtful = set(attributes.unanswerable(picture))
+    picture = fitter(ref, size)
+    doubtful = set(fitter.unanswerable(ref, size))
     if leading:
         # Turning and enlarging a fitted picture would blur it, and blur is another attribute's label: done larger.
         before, (height, width) = picture, picture.shape[:2]
-        picture = fit(pixels, ref, max(size, min(GEOMETRY_SCALE * size, _longest(pixels, ref))))
+        picture = fitter(ref, max(size, min(GEOMETRY_SCALE * size, fitter.longest(ref))))
         for edit in leading:
             picture = attributes.apply(picture, edit)
         picture = np.asarray(Image.fromarray(picture).resize((width, height), Image.Resampling.BICUBIC))

@@ -88,6 +88,8 @@ def read(source: str | os.PathLike | bytes) -> np.ndarray:
 
 def _upright(picture: Image.Image) -> Image.Image:
     try:
+        if picture.getexif().get(0x0112, 1) == 1:
+            return picture  # exif_transpose would copy it
         return ImageOps.exif_transpose(picture)
     except Exception:  # a damaged EXIF block spoils the rotation only, not the picture
         return picture
@@ -107,7 +109,7 @@ def _rgb(picture: Image.Image) -> np.ndarray:
         picture = picture.convert("RGBA")
         ground = Image.new("RGBA", picture.size, (*PADDING, 255))
         picture = Image.alpha_composite(ground, picture)
-    return np.array(picture.convert("RGB"))
+    return np.asarray(picture if picture.mode == "RGB" else picture.convert("RGB"))
 
 
 def fit(pixels: np.ndarray, size: int, window: tuple[float, float, float, float] | None = None) -> np.ndarray:
@@ -127,7 +129,10 @@ def fit(pixels: np.ndarray, size: int, window: tuple[float, float, float, float]
     right, bottom = max(round(right * width), left + 1), max(round(bottom * height), top + 1)
     scale = size / max(right - left, bottom - top)
     fitted = (max(1, round((right - left) * scale)), max(1, round((bottom - top) * scale)))
-    picture = Image.fromarray(np.ascontiguousarray(pixels[top:bottom, left:right]))
+    cut = np.ascontiguousarray(pixels[top:bottom, left:right])
+    if fitted == (right - left, bottom - top):
+        return cut
+    picture = Image.fromarray(cut)
     return np.asarray(picture.resize(fitted, Image.Resampling.BICUBIC, reducing_gap=3.0))
 
 
@@ -135,7 +140,7 @@ def pad(pixels: np.ndarray, size: int) -> np.ndarray:
     """Centres a picture of at most `size` x `size` on a square of PADDING."""
     height, width = pixels.shape[:2]
     canvas = np.empty((size, size, 3), np.uint8)
-    canvas[:] = PADDING
+    canvas[:] = np.tile(np.asarray(PADDING, np.uint8), (size, 1))  # whole lines are copied far faster than colours
     top, left = (size - height) // 2, (size - width) // 2
     canvas[top:top + height, left:left + width] = pixels
     return canvas

@@ -256,6 +256,7 @@ class Rows:
             "bad": np.zeros((), np.int32),
         }
         token, image, place = 0, 0, 0
+        fitters: dict[tuple[int, int], images.Fitter] = {}
         for number, (example, (sample, encoded)) in enumerate(zip(planned.examples, planned.texts, strict=True), 1):
             dataset = self.sources[example.source].dataset
             length, supervised = len(encoded.tokens), len(encoded.places)
@@ -269,8 +270,10 @@ class Rows:
             try:
                 doubtful: set[str] = set()
                 for slot, ref in enumerate(encoded.images, image):
+                    if (example.source, ref.index) not in fitters:
+                        fitters[example.source, ref.index] = images.Fitter(self._pictures.read(dataset, ref.index))
                     out["images"][slot], names = images.render_noting(
-                        self._pictures.read(dataset, ref.index), ref, size)
+                        fitters[example.source, ref.index], ref, size)
                     doubtful |= names
                 # An edit that changed nothing visible would make its label false: those turns are not learned from.
                 asked = np.asarray([turn.subject not in doubtful for turn in sample.turns])

@@ -86,8 +86,8 @@ def attributes(generator: Generator, dataset: Dataset, split: str, *, draws: int
             rng = np.random.default_rng([SEED, int(index), draw])
             sample = tasks.make(("attributes", "comparisons")[draw % 2], dataset, int(index), rng,
                                 Context(generator.layout.parts, cues_lib.bank(cues, phrasings)))
-            doubtful = set().union(*(images.render_noting(dataset.pixels(ref.index), ref, generator.size)[1]
-                                     for ref in sample.images))
+            fitter = images.Fitter(dataset.pixels(int(index)))
+            doubtful = set().union(*(images.render_noting(fitter, ref, generator.size)[1] for ref in sample.images))
             asked += [(alone, int(index)) for alone in _alone(sample) if alone.turns[0].subject not in doubtful]
     texts = _ask(generator, dataset, [sample for sample, _ in asked], 24, "attributes")
     answered = []

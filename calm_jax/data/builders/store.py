@@ -191,7 +191,8 @@ def _plan(source: Source, name: str, entries: Sequence[Entry], longest_side: int
         digest.update(_json([entry.split, entry.key, entry.picture, entry.label]).encode())
     return {"name": name, "source": source.name, "longest_side": longest_side, "shard": shard,
             "scale": list(source.scale or ()), "origin": source.origin, "labels": digest.hexdigest(),
-            "statistics": list(statistics.STATISTICS), "fit": {name: list(rule) for name, rule in statistics.FIT.items()}}
+            "statistics": list(statistics.STATISTICS),
+            "fit": {name: list(rule) for name, rule in statistics.FIT.items()}}
 
 
 def _same(folder: Path, plan: Mapping[str, Any], holds: str, *, replace: bool) -> None:
