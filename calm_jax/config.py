@@ -181,12 +181,15 @@ class Process:
     optimizer: Optimizer = field(Optimizer(), "Adam, warm-up, cosine", "paper")
     eval_every: int = field(500, "steps between validations; 0 = only at the end", "ours")
     eval_batches: int = field(8, "validation batches", "ours")
+    train_share: float = field(1.0, "share of the training records that is used, the same ones in every epoch", "ours")
     shuffle_labels: bool = field(False, "control: answers of pseudo-label turns are drawn at random", "ours")
 
     def __post_init__(self):
         if self.batch % max(self.accumulate, 1) or self.accumulate < 1:
             raise ConfigError(f"batch={self.batch} does not divide into accumulate={self.accumulate} micro-batches; "
                               "choose a divisor")
+        if not 0 < self.train_share <= 1:
+            raise ConfigError(f"train_share={self.train_share} is no share; give a number above 0 and at most 1")
         if not self.tasks:
             raise ConfigError("a process needs at least one task, such as tasks.attributes=1.0")
         for name, weight in self.tasks.items():

@@ -1,6 +1,7 @@
 """A trained model and a dataset in; a table on the terminal, answers and figures as JSON out.
 
     python -m calm_jax.evaluate --workdir DIR --task attributes|scoring|commenting --dataset NAME [--data_dir DIR]
+        [--split validation] [--reader text|expectation] [--records N]
 
 DIR is a workdir, the folder of one of its processes, or a checkpoint. Results go to DIR/evaluation unless --out says
 otherwise.
@@ -13,6 +14,7 @@ import json
 import math
 import pathlib
 
+import numpy as np
 from absl import flags
 
 from calm_jax import command
@@ -29,18 +31,25 @@ _TASK = flags.DEFINE_enum("task", None, TASKS, "what to measure")
 _DATASET = flags.DEFINE_string("dataset", "demo", "name of the dataset")
 _DATA_DIR = flags.DEFINE_string("data_dir", "", "folder of datasets that tools.prepare_data stored; demo needs none")
 _SPLIT = flags.DEFINE_string("split", "test", "its split: train, validation or test")
+_READER = flags.DEFINE_enum("reader", "text", protocols.READERS, "scoring: how a score is read from the model")
+_RECORDS = flags.DEFINE_integer("records", 0, "pictures of the split that are asked about, spread evenly; 0 = all")
 _CONTROL = flags.DEFINE_string("control", None, "attributes: a model trained on shuffled labels, to compare with")
 _OUT = flags.DEFINE_string("out", None, "folder of the results; default: WORKDIR/evaluation")
 
 
 def evaluate(path: str, task: str, dataset_name: str, split: str, control: str | None = None,
-             data_dir: str = "") -> dict:
-    """The result of one task as JSON values: `model`, `task`, `dataset`, `data_dir`, `split`, `table`, `answers`."""
+             data_dir: str = "", reader: str = "text", records: int = 0) -> dict:
+    """The result of one task as JSON values: `model`, `task`, `dataset`, `data_dir`, `split`, `reader`, `table`,
+    `answers`; about `records` pictures of the split, spread evenly, 0 = all of them."""
     dataset = builders.load(dataset_name, data_dir)
-    answered = _answers(path, task, dataset, split)
-    result = {"model": str(path), "task": task, "dataset": dataset_name, "data_dir": data_dir, "split": split}
+    indices = dataset.indices(split)
+    if records:
+        indices = indices[np.unique(np.linspace(0, len(indices) - 1, min(records, len(indices))).round().astype(int))]
+    answered = _answers(path, task, dataset, indices, reader)
+    result = {"model": str(path), "task": task, "dataset": dataset_name, "data_dir": data_dir, "split": split,
+              "reader": reader}
     if task == "attributes":
-        others = _answers(control, task, dataset, split) if control else ()
+        others = _answers(control, task, dataset, indices, reader) if control else ()
         result["table"] = protocols.attribute_table(answered, others)
     elif task == "scoring":
         result["table"] = protocols.score_table(answered)
@@ -49,7 +58,7 @@ def evaluate(path: str, task: str, dataset_name: str, split: str, control: str |
     return result | {"answers": [dataclasses.asdict(item) for item in answered]}
 
 
-def _answers(path, task, dataset, split):
+def _answers(path, task, dataset, indices, reader):
     model = restore.model(path)
     trained = model.config.processes.get(model.saved.meta["process"])
     if trained is None:
@@ -57,8 +66,8 @@ def _answers(path, task, dataset, split):
     parts = trained.parts if task != "attributes" else config_lib.LEVELS
     generator = Generator(model.config.model, model.parameters, model.tokenizer, parts, model.dtype)
     if task == "attributes":
-        return protocols.attributes(generator, dataset, split, cues=trained.cues, phrasings=trained.phrasings)
-    return protocols.opinions(generator, dataset, split, {"scoring": "score", "commenting": "comment"}[task])
+        return protocols.attributes(generator, dataset, indices, cues=trained.cues, phrasings=trained.phrasings)
+    return protocols.opinions(generator, dataset, indices, {"scoring": "score", "commenting": "comment"}[task], reader)
 
 
 def show(result: dict) -> str:
@@ -87,7 +96,7 @@ def main() -> None:
         if not flags.FLAGS[name].value:
             raise config_lib.ConfigError(f"--{name} is missing; see the first lines of calm_jax/evaluate.py")
     result = evaluate(_WORKDIR.value, _TASK.value, _DATASET.value, _SPLIT.value, _CONTROL.value,
-                      _DATA_DIR.value)
+                      _DATA_DIR.value, _READER.value, _RECORDS.value)
     out = pathlib.Path(_OUT.value or f"{_WORKDIR.value}/evaluation")
     out.mkdir(parents=True, exist_ok=True)
     file = out / f"{_TASK.value}-{_DATASET.value}-{_SPLIT.value}.json"

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from tools import demo
+from tools import commands, demo
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
@@ -51,7 +51,7 @@ def test_the_quick_demo_ends_with_a_page_and_goes_on_where_it_stopped(tmp_path):
 
 def test_commands_are_what_is_typed(monkeypatch):
     monkeypatch.chdir(ROOT)
-    lines = [demo.command_line(step) for step in demo.steps(pathlib.Path("runs/demo"), quick=False)]
+    lines = [commands.command_line(step) for step in demo.steps(pathlib.Path("runs/demo"), quick=False)]
     assert all(not line.startswith(os.sep) for line in lines)
     assert lines[0].endswith("-m calm_jax.train --config configs/pretrain.py --workdir runs/demo/control "
                              "--config.processes.language.shuffle_labels=True "
@@ -68,5 +68,5 @@ def test_an_evaluation_is_current_when_it_is_newer_than_its_checkpoints(tmp_path
     for number, path in enumerate((marker, result) if later == "result" else (result, marker)):
         path.write_text("{}")
         os.utime(path, (1000 + number, 1000 + number))
-    assert demo.Step("", (), result, (tmp_path / "model",)).current == (later == "result")
-    assert not demo.Step("", (), result).current, "a training decides by itself"
+    assert commands.Step("", (), result, (tmp_path / "model",)).current == (later == "result")
+    assert not commands.Step("", (), result).current, "a training decides by itself"

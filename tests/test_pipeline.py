@@ -220,15 +220,48 @@ def test_records_refused_while_planning_count_as_bad_in_the_row_that_was_filled(
     assert refused > 20 and kept + refused == sum(rows.row(pipeline.BLOCK)["cursor"][1:])
 
 
-def test_shuffled_labels_keep_texts_and_change_pictures(demo):
-    process = dataclasses.replace(PROCESS, tasks={"attributes": 1.0})
+@pytest.mark.parametrize("task", ["attributes", "comparisons", "measured"])
+def test_shuffled_labels_keep_texts_and_change_pictures(demo, task):
+    demo = Measured(demo)
+    process = dataclasses.replace(PROCESS, tasks={task: 1.0})
     rows, shuffled = make_rows(demo, process), make_rows(demo, dataclasses.replace(process, shuffle_labels=True))
-    different = 0
-    for number in range(4):
+    others = moved = 0
+    for number in range(8):
         a, b = rows.row(number), shuffled.row(number)
         np.testing.assert_array_equal(a["tokens"], b["tokens"])
-        different += not np.array_equal(a["images"], b["images"])
-    assert different == 4
+        others += not np.array_equal(a["images"], b["images"])
+        moved += sum(one.images[0].index != other.images[0].index for (one, _), (other, _) in zip(
+            rows.plan(number).texts, shuffled.plan(number).texts, strict=True))
+    assert others == 8 and moved >= 6  # an unedited picture of the same record would still fit its measurements
+
+
+class Measured:
+    """A dataset whose records all have tenths."""
+
+    name = "demo"
+
+    def __init__(self, dataset):
+        self._dataset = dataset
+
+    def record(self, index):
+        return dataclasses.replace(self._dataset.record(index), deciles={name: index % 10 for name in (
+            "sharpness", "brightness", "colourfulness")})
+
+    def __getattr__(self, name):
+        return getattr(self._dataset, name)
+
+
+def test_a_share_of_the_records_is_the_same_in_every_epoch_and_part_of_a_larger_one(demo):
+    def used(share, split="train"):
+        rows = make_rows(demo, dataclasses.replace(PROCESS, train_share=share), split=split)
+        return set(rows.sources[0].indices), {example.index for number in range(60)
+                                              for example in rows.plan(number).examples}
+
+    (few, seen), (more, _), (everything, _) = used(0.02), used(0.3), used(1.0)
+    assert len(few) == round(0.02 * len(everything)) and seen == few < more < everything  # several epochs of the few
+    assert used(0.1, "validation")[0] == used(1.0, "validation")[0]
+    with pytest.raises(config_lib.ConfigError, match="train_share=0"):
+        used(0.0)
 
 
 def test_rows_survive_pickling(demo):

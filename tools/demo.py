@@ -9,13 +9,10 @@ smaller model: it shows that everything works here, and learns nothing.
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import os
 import pathlib
 import resource
 import shlex
-import signal
 import subprocess
 import sys
 import time
@@ -23,6 +20,8 @@ import time
 from absl import app, flags
 
 from calm_jax.evaluation import report
+from tools import commands
+from tools.commands import Step
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "folder of everything; default: runs/demo, or runs/demo-quick")
 _QUICK = flags.DEFINE_bool("quick", False, "a few steps of a smaller model, to see that it works")
@@ -51,38 +50,6 @@ _SMALL = {  # a geometry that compiles and runs fast
 # The same shapes, schedule and parts in every process: one program serves all of them.
 _FEW = {"steps": 3, "batch": 2, "eval_batches": 1, "eval_every": 0, "optimizer.peak_lr": 1e-3, "row.tokens": 448,
         "row.images": 3, "row.answers": 192, "parts": '("low","middle","high","thematic")'}
-# Compiled code that runs slowly is the right thing for three steps.
-_FAST_COMPILER = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-
-
-@dataclasses.dataclass(frozen=True)
-class Step:
-    """One command: its headline, the arguments of `python -m`, the file that it writes, and what it is made from.
-
-    `result` of a training is its metrics; an evaluation whose result is newer than all checkpoints in `sources` is
-    not repeated. A step with a `log` runs beside those after it, up to the first that needs it: one training of this
-    size keeps one core busy, not two.
-    """
-
-    title: str
-    arguments: tuple[str, ...]
-    result: pathlib.Path
-    sources: tuple[pathlib.Path, ...] = ()
-    log: pathlib.Path | None = None
-
-    @property
-    def provides(self) -> tuple[pathlib.Path, ...]:
-        """Folders of checkpoints that later steps may read."""
-        checkpoints = self.result.parent / "checkpoints"
-        return tuple(checkpoints / name for name in ("language", "self_supervised", "generic", "comments", "scores"))
-
-    @property
-    def current(self) -> bool:
-        if not self.sources or not self.result.is_file():
-            return False
-        made = [marker.stat().st_mtime for source in self.sources for marker in source.rglob("COMPLETE.json")]
-        return bool(made) and max(made) < self.result.stat().st_mtime
-
 
 def steps(workdir: pathlib.Path, quick: bool) -> list[Step]:
     """The commands of the demo, in their order."""
@@ -118,52 +85,6 @@ def steps(workdir: pathlib.Path, quick: bool) -> list[Step]:
     ]
 
 
-def interpreter() -> str:
-    """How to call this Python from here, without a path that means something on this machine only."""
-    inside = os.path.relpath(sys.executable)
-    return "python" if inside.startswith("..") else inside
-
-
-def command_line(step: Step) -> str:
-    """The step as it is typed."""
-    return shlex.join([interpreter(), "-m", *step.arguments])
-
-
-def start(step: Step, environment: dict[str, str]) -> subprocess.Popen:
-    """Starts a step; one with a log writes there."""
-    if step.log is None:
-        return subprocess.Popen([sys.executable, "-m", *step.arguments], env=environment)
-    with step.log.open("a") as stream:
-        return subprocess.Popen([sys.executable, "-m", *step.arguments], env=environment, stdout=stream, stderr=stream)
-
-
-def finish(child: subprocess.Popen) -> int:
-    """Waits for a step and returns its exit code; SIGINT and SIGTERM reach it, and it saves before it goes."""
-    before = signal.signal(signal.SIGTERM, lambda *_: child.send_signal(signal.SIGTERM))
-    try:
-        while True:
-            try:
-                return child.wait()
-            except KeyboardInterrupt:  # the terminal sent it to the child as well
-                continue
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def environment(workdir: pathlib.Path, quick: bool) -> dict[str, str]:
-    """What the steps share: a cache of compiled programs, so that each is compiled once, and large pages.
-
-    XLA's CPU backend allocates its working memory anew in every step; in large pages (glibc, where Linux grants
-    them) a step of `tiny` takes 0.83 of the time.
-    """
-    tunables = ":".join(filter(None, (os.environ.get("GLIBC_TUNABLES"), "glibc.malloc.hugetlb=1")))
-    values = {"JAX_COMPILATION_CACHE_DIR": str((workdir / "cache").absolute()),
-              "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "GLIBC_TUNABLES": tunables}
-    if quick:
-        values["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FAST_COMPILER}".strip()
-    return os.environ | values
-
-
 def demo(workdir: pathlib.Path, quick: bool) -> int:
     """Runs what is not done yet, writes the page, and returns an exit code."""
     plan = steps(workdir, quick)
@@ -174,7 +95,7 @@ def demo(workdir: pathlib.Path, quick: bool) -> int:
     beside: list[tuple[int, Step, subprocess.Popen, int, float]] = []
 
     def settle(number: int, step: Step, child: subprocess.Popen, before: int, begin: float) -> int:
-        code = finish(child)
+        code = commands.finish(child)
         if _changed(step.result) != before:  # a training that was complete already costs no time worth telling
             spent[step.title] = spent.get(step.title, 0.0) + time.monotonic() - begin
             ledger.write_text(json.dumps({**spent, EVERYTHING: earlier + time.monotonic() - began}, indent=1))
@@ -195,9 +116,9 @@ def demo(workdir: pathlib.Path, quick: bool) -> int:
             if step.current:
                 print(f"up to date: {step.result}", flush=True)
                 continue
-            print(f"$ {command_line(step)}" + (f"   (output: {step.log})" if step.log else ""), flush=True)
+            print(f"$ {commands.command_line(step)}" + (f"   (output: {step.log})" if step.log else ""), flush=True)
             before, begin = _changed(step.result), time.monotonic()
-            started = (number, step, start(step, environment(workdir, quick)), before, begin)
+            started = (number, step, commands.start(step, commands.environment(workdir, quick)), before, begin)
             if step.log:
                 beside.append(started)
             elif code := settle(*started):
@@ -221,13 +142,14 @@ def demo(workdir: pathlib.Path, quick: bool) -> int:
 def write_report(workdir: pathlib.Path, plan: list[Step], spent: dict[str, float], seconds: float,
                  quick: bool) -> pathlib.Path:
     """The page of everything that was run."""
-    commands = [report.Command(step.title, command_line(step), spent.get(step.title)) for step in plan]
-    whole = shlex.join([interpreter(), "-m", "tools.demo", "--workdir", str(workdir), *(["--quick"] if quick else [])])
+    ran = [report.Command(step.title, commands.command_line(step), spent.get(step.title)) for step in plan]
+    whole = shlex.join([commands.interpreter(), "-m", "tools.demo", "--workdir", str(workdir),
+                        *(["--quick"] if quick else [])])
     return report.write(
         workdir / "report.html", title=TITLE, lead=LEAD, notes=((QUICK_NOTE, *NOTES) if quick else NOTES),
         workdirs={name: workdir / name for name in ("pretrain", "control", "finetune")},
         results=[json.loads(step.result.read_text()) for step in plan if step.sources],
-        commands=[report.Command(EVERYTHING, whole), *commands], seconds=seconds, truth="composed")
+        commands=[report.Command(EVERYTHING, whole), *ran], seconds=seconds, truth="composed")
 
 
 def _changed(path: pathlib.Path) -> int:

@@ -26,6 +26,7 @@ A batch is a dict of arrays with a leading row axis B:
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import logging
 import threading
@@ -106,6 +107,9 @@ class Rows:
         indices = dataset.indices(self.split)
         if not len(indices):
             raise config_lib.ConfigError(f"the dataset {dataset.name!r} has no pictures in its {self.split} split")
+        if self.split == "train" and self.process.train_share < 1:  # a smaller share is a part of every larger one
+            drawn = np.random.default_rng([self.seed, 4]).permutation(indices)
+            indices = np.sort(drawn[:max(1, round(self.process.train_share * len(indices)))])
         wanted = {task: weight for (other, task), weight in self.process.mixture.items() if other == name}
         rated: dict[str, list[int]] = {}
         if "personal" in wanted:
@@ -214,19 +218,23 @@ class Rows:
         return Example(epoch, index, task, number)
 
     def sample(self, example: Example) -> Sample:
-        """The conversation of an example; with `shuffle_labels` its pictures are edited by an unrelated draw."""
+        """The conversation of an example; with `shuffle_labels` about the pictures of another one."""
+        sample = self._made(example, example.index, 0)
+        if not self.process.shuffle_labels:
+            return sample
+        indices = self.sources[example.source].indices
+        draws = np.random.default_rng([self.seed, example.epoch, example.index, 6, example.source])
+        for draw in range(1, 1000):
+            with contextlib.suppress(BadRecord):
+                other = self._made(example, int(draws.choice(indices)), draw)
+                if len(other.images) == len(sample.images):
+                    return dataclasses.replace(sample, images=other.images)
+        raise BadRecord(f"no other conversation of the task {example.task} has {len(sample.images)} pictures")
+
+    def _made(self, example: Example, index: int, draw: int) -> Sample:
         source = self.sources[example.source]
-
-        def make(draw):
-            rng = np.random.default_rng([self.seed, example.epoch, example.index, 2, draw, example.source])
-            return tasks.make(example.task, source.dataset, example.index, rng, source.context)
-
-        sample = make(0)
-        if self.process.shuffle_labels:
-            others = (make(draw) for draw in range(1, 1000))
-            other = next(other for other in others if len(other.images) == len(sample.images))
-            sample = dataclasses.replace(sample, images=other.images)
-        return sample
+        rng = np.random.default_rng([self.seed, example.epoch, index, 2, draw, example.source])
+        return tasks.make(example.task, source.dataset, index, rng, source.context)
 
     def encode(self, sample: Sample) -> Encoded:
         """The sample as ids and labels, in this process's layout."""

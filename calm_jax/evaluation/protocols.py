@@ -23,6 +23,7 @@ from calm_jax.evaluation import metrics
 from calm_jax.inference.generate import Generator
 from calm_jax.inference.scorer import read_score
 
+READERS = ("text", "expectation")
 SEED = 7919  # of the questions asked; training draws from other streams
 
 
@@ -72,16 +73,16 @@ def _ask(generator: Generator, dataset: Dataset, samples: Sequence[Sample], limi
     return list(tqdm.tqdm(answers, total=len(samples), desc=what, unit="answer", mininterval=0.5))
 
 
-def attributes(generator: Generator, dataset: Dataset, split: str, *, draws: int = 3, cues: str = "",
+def attributes(generator: Generator, dataset: Dataset, indices: Sequence[int], *, draws: int = 3, cues: str = "",
                phrasings: int = 0) -> list[Answered]:
-    """Asks about every record of a split, at the levels the generator computes.
+    """Asks about these records, at the levels the generator computes.
 
     Args:
       draws: how often, each time with other edits; single pictures and comparisons alternate, single ones first.
       cues, phrasings: the phrases asked with and understood, as in the config of the process that trained it.
     """
     asked: list[tuple[Sample, int]] = []
-    for index in dataset.indices(split):
+    for index in indices:
         for draw in range(draws):
             rng = np.random.default_rng([SEED, int(index), draw])
             sample = tasks.make(("attributes", "comparisons")[draw % 2], dataset, int(index), rng,
@@ -101,13 +102,23 @@ def attributes(generator: Generator, dataset: Dataset, split: str, *, draws: int
     return answered
 
 
-def opinions(generator: Generator, dataset: Dataset, split: str, task: str) -> list[Answered]:
-    """Asks for a `comment` or a `score` on every record of a split, once."""
+def opinions(generator: Generator, dataset: Dataset, indices: Sequence[int], task: str, reader: str = "text"
+             ) -> list[Answered]:
+    """Asks for a `comment` or a `score` on each of these records, once.
+
+    Args:
+      reader: of scores, one of READERS: the decimal that is said, or its expectation (`inference.scorer`).
+    """
     samples = [tasks.make(task, dataset, int(index), np.random.default_rng([SEED, int(index)]),
-                          Context(generator.layout.parts)) for index in dataset.indices(split)]
-    texts = _ask(generator, dataset, samples, 12 if task == "score" else 64, task)
+                          Context(generator.layout.parts)) for index in indices]
+    if task == "score" and reader == "expectation":
+        found = generator.scores([(sample, 0) for sample in samples], dataset.pixels)
+        texts = [f"{mean:.4f}" for mean, _ in tqdm.tqdm(found, total=len(samples), desc=task, unit="answer",
+                                                        mininterval=0.5)]
+    else:
+        texts = _ask(generator, dataset, samples, 12 if task == "score" else 64, task)
     answered = []
-    for index, sample, text in zip(dataset.indices(split), samples, texts, strict=True):
+    for index, sample, text in zip(indices, samples, texts, strict=True):
         record, said = dataset.record(int(index)), text
         if task == "score":
             value = read_score(text)

@@ -1,0 +1,234 @@
+"""A prepared PARA in; four ways to spend one budget of training, compared on pictures no model has seen, out.
+
+    python -m tools.prepare_data --dataset para --name para256 --longest_side 256 --source PARA --data_dir DATA
+    python -m tools.first_look --data_dir DATA [--workdir runs/first-look]
+
+Does text-guided self-supervision help a model that learns to score? Every arm takes the same number of steps of the
+same size, in the geometry of configs/first_look.py, from random numbers (all of this is ours):
+
+    a  scores alone                             with all scores, and with a tenth of them
+    b  self-supervision, then scores            with all scores, and with a tenth of them
+    c  as b, with shuffled pseudo-labels        with all scores
+    d  as b, with the encoder frozen at random  with all scores
+
+Self-supervision sees all training pictures and no score. The same command goes on where the last one stopped; arms
+that need nothing of each other run side by side. Ends with WORKDIR/first_look.md and WORKDIR/first_look.png.
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import sys
+import time
+from collections.abc import Mapping, Sequence
+
+import tqdm
+from absl import flags
+
+from calm_jax import command
+from calm_jax import config as config_lib
+from calm_jax.training import logging
+from tools import commands
+
+CONFIG = "configs/first_look.py"
+FROZEN = ('train=("mfam/.*","llama/.*")', 'freeze=("vit/.*",)')
+TENTH = ("train_share=0.1",)
+# arm -> (what it is, where its scores come from: (variant, the self-supervision it starts from, overrides))
+ARMS: Mapping[str, tuple[str, str, str, tuple[str, ...]]] = {
+    "a-all": ("scores alone", "scores", "", ()),
+    "b-all": ("self-supervision, then scores", "then_scores", "taught", ()),
+    "c-all": ("shuffled pseudo-labels, then scores", "then_scores", "shuffled", ()),
+    "d-all": ("encoder frozen at random", "then_scores", "frozen", FROZEN),
+    "a-tenth": ("scores alone, a tenth of them", "scores", "", TENTH),
+    "b-tenth": ("self-supervision, then a tenth of the scores", "then_scores", "taught", TENTH),
+}
+FIRST: Mapping[str, tuple[str, ...]] = {"taught": (), "shuffled": ("shuffle_labels=True",), "frozen": FROZEN}
+ASKED = 250  # validation pictures whose attributes are asked about
+READERS = ("expectation", "text")
+SPLIT = "validation"
+Plan = dict[str, tuple[commands.Step, tuple[str, ...]]]  # name -> (the command, the names of what it needs)
+
+
+def plan(workdir: pathlib.Path, data_dir: str, more: Sequence[str] = ()) -> Plan:
+    """All commands in the order in which they are started; `more` are further overrides of the config."""
+
+    def training(name, title, variant, process, overrides, init=""):
+        given = [f"--config.processes.{process}.{override}" for override in overrides]
+        given += [f"--config.init={workdir / init}"] if init else []
+        return commands.Step(title, ("calm_jax.train", "--config", f"{CONFIG}:{variant}", "--workdir",
+                                     str(workdir / name), f"--config.data.dir={data_dir}", *given, *more),
+                             workdir / name / "metrics.jsonl", log=workdir / f"{name}.log")
+
+    def evaluation(name, model, task, *options):
+        process = "self_supervised" if task == "attributes" else "scores"
+        sources = [workdir / model / "checkpoints" / process]
+        folder = workdir / "evaluation" / name
+        return commands.Step(f"{task}: {name}", (
+            "calm_jax.evaluate", "--workdir", str(sources[0]), "--task", task, "--dataset", dataset(), "--data_dir",
+            data_dir, "--split", SPLIT, "--out", str(folder), *options),
+            folder / f"{task}-{dataset()}-{SPLIT}.json", tuple(sources), log=workdir / f"evaluation-{name}.log")
+
+    steps: Plan = {}
+    for name, overrides in FIRST.items():
+        steps[name] = training(name, f"self-supervision: {name}", "self_supervised", "self_supervised",
+                               overrides), ()
+    for arm, (title, variant, init, overrides) in ARMS.items():
+        steps[arm] = training(arm, f"{arm}: {title}", variant, "scores", overrides, init), (init,) if init else ()
+        for reader in READERS:
+            name = f"{arm}-{reader}"
+            steps[name] = evaluation(name, arm, "scoring", "--reader", reader), (arm,)
+    for name in FIRST:
+        steps[f"{name}-attributes"] = evaluation(f"{name}-attributes", name, "attributes", "--records", str(ASKED)), \
+            (name,)
+    return steps
+
+
+def dataset() -> str:
+    """The name under which CONFIG expects the pictures."""
+    import runpy
+    return runpy.run_path(CONFIG)["DATASET"]
+
+
+def run(steps: Plan, workdir: pathlib.Path, beside: int) -> int:
+    """Runs what is not done yet, `beside` at a time, and returns an exit code. Output goes to log files."""
+    ledger = workdir / "seconds.json"
+    spent: dict[str, float] = json.loads(ledger.read_text()) if ledger.is_file() else {}
+    waiting, done, running = dict(steps), set(), {}
+    bar = tqdm.tqdm(total=len(steps), desc="commands", unit="command", bar_format="{l_bar}{bar}| {n}/{total} {elapsed}"
+                    "{postfix}")
+    try:
+        while waiting or running:
+            for name, (step, needs) in list(waiting.items()):
+                if len(running) < beside and done.issuperset(needs):
+                    del waiting[name]
+                    if step.current:
+                        done.add(name)
+                        bar.update()
+                        continue
+                    tqdm.tqdm.write(f"$ {commands.command_line(step)}   (output: {step.log})")
+                    running[name] = commands.start(step, commands.environment(workdir, False)), time.monotonic()
+            bar.set_postfix_str(", ".join(f"{name} {_progress(steps[name][0])}" for name in running))
+            time.sleep(0.2)
+            for name, (child, begin) in list(running.items()):
+                if (code := child.poll()) is None:
+                    continue
+                del running[name]
+                spent[name] = spent.get(name, 0.0) + time.monotonic() - begin
+                ledger.write_text(json.dumps(spent, indent=1))
+                if code:
+                    bar.close()
+                    print(f"error: {name} ended with exit code {code}; its message stands in {steps[name][0].log}, and "
+                          "the same command goes on from here", file=sys.stderr, flush=True)
+                    return code if code > 0 else 128 - code
+                done.add(name)
+                bar.update()
+    finally:
+        bar.close()
+        for child, _ in running.values():  # it saves, and the same command goes on
+            child.terminate()
+        for child, _ in running.values():
+            child.wait()
+    return 0
+
+
+def _progress(step: commands.Step) -> str:
+    """The last step of a training."""
+    if step.sources or not step.result.is_file():
+        return ""
+    records = logging.read(step.result)
+    return f"step {records[-1]['step']}" if records else ""
+
+
+def table(results: Mapping[str, dict], spent: Mapping[str, float]) -> str:
+    """Markdown: a row an arm; and one an attribute."""
+    lines = ["| arm | | PLCC | SRCC | PLCC, as said | SRCC, as said | not parsed | minutes |",
+             "|---|---|---|---|---|---|---|---|"]
+    for arm, (title, _, init, _) in ARMS.items():
+        minutes = (spent.get(arm, 0.0) + spent.get(init, 0.0)) / 60
+        cells = [_figure(results[f"{arm}-{reader}"]["table"], name) for reader in READERS for name in ("plcc", "srcc")]
+        failures = results[f"{arm}-text"]["table"]["parse_failures"]
+        lines.append(f"| {arm} | {title} | {' | '.join(cells)} | {failures:.1%} | {minutes:.1f} |")
+    rows = {name: {(row["kind"], row["subject"]): row for row in results[f"{name}-attributes"]["table"]}
+            for name in FIRST}
+    lines += ["", "| question | level | n | majority | taught | shuffled | frozen | gain of taught over the majority |",
+              "|---|---|---|---|---|---|---|---|"]
+    for key, row in rows["taught"].items():
+        others = [f"{rows[name][key]['accuracy']:.2f}" for name in FIRST]
+        low, high = row["gain_interval"]
+        lines.append(f"| {row['subject']} ({row['kind']}) | {row['level']} | {row['n']} | {row['majority']:.2f} | "
+                     f"{' | '.join(others)} | {row['gain']:+.2f} [{low:+.2f}, {high:+.2f}] |")
+    return "\n".join(lines) + "\n"
+
+
+def _figure(row: Mapping, name: str) -> str:
+    if row[name] is None:
+        return "constant"
+    low, high = row.get(f"{name}_interval") or (float("nan"),) * 2
+    return f"{row[name]:.3f} [{low:.3f}, {high:.3f}]"
+
+
+def draw(workdir: pathlib.Path, results: Mapping[str, dict], path: pathlib.Path) -> None:
+    """Scores with intervals, the validation loss of scores over all steps of an arm, and attributes."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(13, 4.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    scores, losses, attributes = figure.subplots(1, 3)
+    colours = dict(zip(ARMS, ("C0", "C1", "C2", "C3", "C0", "C1"), strict=True))
+    for place, arm in enumerate(reversed(ARMS)):
+        row = results[f"{arm}-expectation"]["table"]
+        for shift, name, marker in ((0.12, "plcc", "o"), (-0.12, "srcc", "s")):
+            if row[name] is None:
+                continue
+            low, high = row[f"{name}_interval"]
+            scores.plot([low, high], [place + shift] * 2, color=colours[arm], linewidth=1.5)
+            scores.plot(row[name], place + shift, marker, color=colours[arm], markersize=5)
+    scores.set_yticks(range(len(ARMS)), reversed(ARMS))
+    scores.set_xlabel("PLCC (circle) and SRCC (square), 95 % interval")
+    for arm, (_, _, init, _) in ARMS.items():
+        offset = max((row["step"] for row in logging.read(workdir / init / "metrics.jsonl")), default=0) if init else 0
+        points = [(offset + row["step"], row["loss"]) for row in logging.read(workdir / arm / "metrics.jsonl")
+                  if row["kind"] == "validation"]
+        losses.plot(*zip(*points, strict=True), color=colours[arm], label=arm,
+                    linestyle="--" if arm.endswith("tenth") else "-", marker=".")
+    losses.set_xlabel("step, self-supervision included")
+    losses.set_ylabel("validation loss of scores, nats a token")
+    losses.legend(frameon=False)
+    rows = results["taught-attributes"]["table"]
+    control = {(row["kind"], row["subject"]): row["accuracy"] for row in results["shuffled-attributes"]["table"]}
+    shown = [row for row in rows if row["kind"] == "grade"]
+    places = range(len(shown))
+    attributes.barh(places, [row["accuracy"] for row in shown], color="C1", height=0.6, label="taught")
+    attributes.plot([row["majority"] for row in shown], places, "|", color="black", markersize=12, label="majority")
+    attributes.plot([control[row["kind"], row["subject"]] for row in shown], places, "x", color="C2", label="shuffled")
+    attributes.set_yticks(places, [row["subject"] for row in shown])
+    attributes.set_xlabel("accuracy on held-out pictures")
+    attributes.legend(frameon=False, loc="lower right")
+    figure.savefig(path, dpi=110)
+
+
+def main() -> int:
+    given = command.require("data_dir")
+    workdir = pathlib.Path(given.workdir)
+    workdir.mkdir(parents=True, exist_ok=True)
+    if not pathlib.Path(CONFIG).is_file():
+        raise config_lib.ConfigError("run it in the root of the repository, where configs/ lies")
+    more = [f"--config.{override}" for override in given.override]
+    steps = plan(workdir, given.data_dir, more)
+    if code := run(steps, workdir, given.beside):
+        return code
+    results = {name: json.loads(step.result.read_text()) for name, (step, _) in steps.items() if step.sources}
+    text = table(results, json.loads((workdir / "seconds.json").read_text()))
+    (workdir / "first_look.md").write_text(text)
+    draw(workdir, results, workdir / "first_look.png")
+    print(f"{text}\nwritten to {workdir / 'first_look.md'} and {workdir / 'first_look.png'}")
+    return 0
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("data_dir", None, "folder of the dataset that tools.prepare_data stored")
+    flags.DEFINE_string("workdir", "runs/first-look", "folder of everything")
+    flags.DEFINE_integer("beside", 2, "commands at a time; one of this size keeps one core busy")
+    flags.DEFINE_multi_string("override", [], "a field of the config for all trainings, as in model.vit.depth=2")
+    command.run(main)
