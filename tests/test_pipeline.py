@@ -284,6 +284,7 @@ def test_an_empty_split_is_refused(demo):
 def test_the_benchmark_runs_both_sides(tmp_path):
     config = config_lib.Config(model=MODEL, run=("p",), processes={"p": PROCESS})
     process = dataclasses.replace(PROCESS, dataset="folder", tasks={"attributes": 1.0, "comparisons": 1.0})
-    result = bench_data.measure(config, process, tmp_path / "scratch", against=True, rounds=1, seconds=0.2)
+    result = bench_data.measure(config, process, tmp_path / "scratch", against=True, rounds=1, seconds=0.2,
+                                pictures=40)
     assert all(row["median"] > 0 for row in result["results"].values()) and not (tmp_path / "scratch").exists()
     assert set(result["results"]) == {"calm_jax", "torch"} and "calm_jax / torch: " in bench_data.show(result)

@@ -42,11 +42,11 @@ MFU = 0.5  # of the peak, assumed
 
 
 def measure(config: config_lib.Config, process: config_lib.Process, scratch: pathlib.Path, *, against: bool,
-            rounds: int, seconds: float = 8.0) -> dict:
-    """Pictures a second of each side, in turns; `scratch` is emptied."""
+            rounds: int, seconds: float = 8.0, pictures: int = PICTURES) -> dict:
+    """Pictures a second of each side, in turns, over so many pictures; `scratch` is emptied."""
     shutil.rmtree(scratch, ignore_errors=True)
     try:
-        write_pictures(scratch / "files")
+        write_pictures(scratch / "files", pictures)
         prepare(scratch / "files", scratch / "data")
         sides = ["calm_jax", *(["torch"] if against else [])]
         rates: dict[str, list[float]] = {side: [] for side in sides}
@@ -96,11 +96,11 @@ def needs(model: config_lib.Model, process: config_lib.Process) -> dict[str, flo
     return {name: MFU * peak / row * process.row.images for name, peak in PEAK.items()}
 
 
-def write_pictures(folder: pathlib.Path) -> None:
+def write_pictures(folder: pathlib.Path, count: int) -> None:
     """JPEG files of quality 90 whose longest side is SIDE: windows of the demo's photographs."""
     folder.mkdir(parents=True)
     demo = builders.load("demo")
-    for number in range(PICTURES):
+    for number in range(count):
         record = demo.record(number * 3 % len(demo))
         pixels = images.fit(demo.pixels(record.image.index), ImageRef(0, record.image.window), SIDE)
         Image.fromarray(pixels).save(folder / f"{number:04d}.jpg", quality=90)
