@@ -18,8 +18,10 @@ from PIL import Image
 from scipy import ndimage
 
 from calm_jax import config as config_lib
-from calm_jax.data import attributes, builders, cues, images, measured, pictures, statistics
+from calm_jax.data import attributes, builders, cues, images, pictures, statistics
 from calm_jax.data.samples import Edit, ImageRef, Record
+from calm_jax.data.tasks import measured
+from calm_jax.data.tasks.context import Context
 
 SIZE = 224
 SHARE = 0.95  # of the pictures where an edit is no no-op
@@ -566,7 +568,7 @@ def test_what_is_said_about_measurements_is_never_wrong(source):
     rng = np.random.default_rng(0)
     said = 0
     for index, record in enumerate(records):
-        for turn in measured.measured(record, rng, config_lib.PARTS)[1]:
+        for turn in measured.measured(record, rng, Context(config_lib.PARTS))[1]:
             place = again[index][turn.subject]
             assert statistics.said(turn.subject, turn.answer.text) in (str(place), f"level{place // 2}"), turn
             said += 1

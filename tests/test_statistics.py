@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 
 from calm_jax import config as config_lib
-from calm_jax.data import attributes, builders, cues, images, measured, statistics, statistics_cues
+from calm_jax.data import attributes, builders, cues, images, statistics, statistics_cues
 from calm_jax.data.samples import BadRecord, ImageRef, Mention, Record
+from calm_jax.data.tasks import measured
+from calm_jax.data.tasks.context import Context
 
 NAMES = tuple(statistics.STATISTICS)
 MOST_MS = 5.0  # all statistics of one picture of 224 pixels on one core
@@ -220,7 +222,7 @@ def labels(turns):
 def test_answers_are_the_deciles_of_the_record():
     forms = collections.Counter()
     for seed, record in enumerate(records() * 5):
-        shown, turns, target = measured.measured(record, np.random.default_rng(seed), config_lib.PARTS)
+        shown, turns, target = measured.measured(record, np.random.default_rng(seed), Context(config_lib.PARTS))
         assert shown == (ImageRef(record.image.index),) and target is None  # whole and untouched
         assert 6 <= len(turns) <= 10
         levels = [piece.parts for turn in turns for piece in turn.prompt if isinstance(piece, Mention)]
@@ -261,21 +263,22 @@ def test_comparisons_are_at_least_two_tenths_apart():
 def test_only_given_levels_are_asked():
     record = records()[3]
     for parts in (("low",), ("middle", "thematic"), ("low", "high")):
-        _, turns, _ = measured.measured(record, np.random.default_rng(0), parts)
+        _, turns, _ = measured.measured(record, np.random.default_rng(0), Context(parts))
         assert {statistics.get(name).level for name, _ in labels(turns)} == set(parts) & set(config_lib.LEVELS)
     with pytest.raises(config_lib.ConfigError, match="add one of them"):
-        measured.measured(record, np.random.default_rng(0), ("thematic",))
+        measured.measured(record, np.random.default_rng(0), Context(("thematic",)))
 
 
 def test_records_without_deciles_are_refused():
     with pytest.raises(BadRecord, match="r1 has no deciles, which the task measured needs"):
-        measured.measured(Record("r1", ImageRef(0)), np.random.default_rng(0), config_lib.PARTS)
+        measured.measured(Record("r1", ImageRef(0)), np.random.default_rng(0), Context(config_lib.PARTS))
     with pytest.raises(BadRecord, match="no deciles at the levels middle"):
-        measured.measured(Record("r1", ImageRef(0), deciles={"brightness": 3}), np.random.default_rng(0), ("middle",))
+        measured.measured(Record("r1", ImageRef(0), deciles={"brightness": 3}), np.random.default_rng(0),
+                          Context(("middle",)))
 
 
 def test_a_sample_is_a_function_of_the_seed():
     one, other = records()[3], records()[30]
-    for make in (lambda rng: measured.measured(one, rng, config_lib.PARTS),
+    for make in (lambda rng: measured.measured(one, rng, Context(config_lib.PARTS)),
                  lambda rng: measured.compared(one, other, rng, config_lib.PARTS)):
         assert make(np.random.default_rng(1)) == make(np.random.default_rng(1)) != make(np.random.default_rng(2))

@@ -7,8 +7,8 @@ statistic that has no answer on a picture (the hue of a grey one) is NaN, and a 
 set shares (no clipped pixel at all) has no tenth.
 
 At prepare time: `measure` every picture, `edges_of` the training split, `deciles_of` every split, `unfit` every
-picture; `Record.deciles` and `Record.unfit` carry the results and `data/measured.py` asks. All of them together take
-3 ms a picture on one core of a Xeon (2026-11-21). Sources name where a measure comes from; thresholds are ours.
+picture; `Record.deciles` and `Record.unfit` carry the results and `data/tasks/measured.py` asks. All of them together
+take 3 ms a picture on one core of a Xeon (2026-11-21). Sources name where a measure comes from; thresholds are ours.
 """
 
 from __future__ import annotations

@@ -8,35 +8,15 @@ from collections.abc import Callable, Mapping
 import numpy as np
 
 from calm_jax import config as config_lib
-from calm_jax.data import measured
-from calm_jax.data.samples import BadRecord, Dataset, Record, Sample
-from calm_jax.data.tasks import opinions, pseudo_labels
+from calm_jax.data.samples import Dataset, Sample
+from calm_jax.data.tasks import measured, opinions, pseudo_labels
 from calm_jax.data.tasks.context import Content, Context
-
-OTHERS = 8  # pictures tried until one lies far enough from the first to be compared with it
-
-
-def _measured(record: Record, rng: np.random.Generator, context: Context) -> Content:
-    return measured.measured(record, rng, context.parts)
-
-
-def _measured_pair(record: Record, rng: np.random.Generator, context: Context) -> Content:
-    """The picture beside another one of its split."""
-    reason = BadRecord(f"record {record.key} has no other picture beside it, which the task measured_pair needs")
-    for _ in range(OTHERS if len(context.indices) else 0):
-        other = context.dataset.record(int(rng.choice(context.indices)))
-        try:
-            return measured.compared(record, other, rng, context.parts)
-        except BadRecord as error:
-            reason = error
-    raise reason
-
 
 TASKS: Mapping[str, Callable[..., Content]] = types.MappingProxyType({
     "attributes": pseudo_labels.attributes_of,
     "comparisons": pseudo_labels.comparisons,
-    "measured": _measured,
-    "measured_pair": _measured_pair,
+    "measured": measured.measured,
+    "measured_pair": measured.measured_pair,
     "caption": opinions.caption,
     "comment": opinions.comment,
     "score": opinions.score,

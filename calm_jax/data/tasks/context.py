@@ -43,6 +43,15 @@ class Context:
         object.__setattr__(self, "parts", tuple(part for part in config_lib.PARTS if part in self.parts))
 
 
+def levels(parts: Parts) -> Parts:
+    """The levels among the parts that are computed. Raises ConfigError when there is none."""
+    found = tuple(level for level in config_lib.LEVELS if level in parts)
+    if not found:
+        raise config_lib.ConfigError("attributes and measurements are asked at the levels "
+                                     f"{', '.join(config_lib.LEVELS)}, but parts={parts}; add one to the process")
+    return found
+
+
 def pick(rng: np.random.Generator, choices: tuple) -> Any:
     """One of them, all equally likely."""
     return choices[rng.integers(len(choices))]

@@ -11,11 +11,10 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from calm_jax import config as config_lib
 from calm_jax.data import attributes
 from calm_jax.data.cues import CHOICES, variations
 from calm_jax.data.samples import Answer, Edit, ImageRef, Mention, Record, Turn
-from calm_jax.data.tasks.context import Content, Context, Parts, pick, seed
+from calm_jax.data.tasks.context import Content, Context, Parts, levels, pick, seed
 
 _MENTION_PAIR = (
     ("First picture: ", " second picture: "),
@@ -35,15 +34,6 @@ MOST_EDITS = 2  # of one level
 NEUTRAL_SHARE: Mapping[str, float] = types.MappingProxyType({
     "orientation": 0.9, "tilt": 0.7, "occlusion": 0.6, "sharpness": 0.9, "exposure": 1.0, "contrast": 0.33,
     "saturation": 0.9, "tint": 0.65, "vignetting": 0.7, "noise": 0.35, "compression": 0.28})
-
-
-def levels(parts: Parts) -> Parts:
-    """The levels among the parts that are computed. Raises ConfigError when there is none."""
-    found = tuple(level for level in config_lib.LEVELS if level in parts)
-    if not found:
-        raise config_lib.ConfigError(f"attributes are asked at the levels {', '.join(config_lib.LEVELS)}, but "
-                                     f"parts={parts}; add one of them to the process")
-    return found
 
 
 def attributes_of(record: Record, rng: np.random.Generator, context: Context) -> Content:
