@@ -1,6 +1,6 @@
 """A prepared PARA in; four ways to spend one budget of training, compared on pictures no model has seen, out.
 
-    python -m tools.prepare_data --dataset para --name para256 --longest_side 256 --source PARA --data_dir DATA
+    python -m tools.prepare_data --dataset para --longest_side 256 --source PARA --data_dir DATA
     python -m tools.first_look --data_dir DATA [--workdir runs/first-look]
 
 Does text-guided self-supervision help a model that learns to score? Every arm takes the same number of steps of the
