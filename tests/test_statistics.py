@@ -265,7 +265,7 @@ def test_only_given_levels_are_asked():
     for parts in (("low",), ("middle", "thematic"), ("low", "high")):
         _, turns, _ = measured.measured(record, np.random.default_rng(0), Context(parts))
         assert {statistics.get(name).level for name, _ in labels(turns)} == set(parts) & set(config_lib.LEVELS)
-    with pytest.raises(config_lib.ConfigError, match="add one of them"):
+    with pytest.raises(config_lib.ConfigError, match="add one to the process"):
         measured.measured(record, np.random.default_rng(0), Context(("thematic",)))
 
 

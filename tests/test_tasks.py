@@ -43,9 +43,9 @@ def test_unknown_tasks_and_useless_parts_are_refused(demo):
     rng = np.random.default_rng(0)
     with pytest.raises(config_lib.ConfigError, match="nearest is 'caption'"):
         tasks.make("captions", demo, 0, rng, CONTEXT)
-    with pytest.raises(config_lib.ConfigError, match="add one of them"):
+    with pytest.raises(config_lib.ConfigError, match="add one to the process"):
         tasks.make("attributes", demo, 0, rng, Context(("thematic",)))
-    with pytest.raises(config_lib.ConfigError, match="add one of them"):
+    with pytest.raises(config_lib.ConfigError, match="add one to the process"):
         tasks.make("comparisons", demo, 0, rng, Context(("thematic",)))
 
 
