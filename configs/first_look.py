@@ -11,8 +11,8 @@ from CLIP and Vicuna.
 from calm_jax import config as c
 
 DATASET = "para"  # stored at a longest side of 256 pixels: twice what the model sees, and all of it fits into memory
-STEPS = 1_600
-ROWS = 16
+STEPS = 900
+ROWS = 12
 MODEL = c.Model(
     vit=c.Vit(image_size=128, patch=16, width=128, depth=4, heads=4, mlp_width=512, stem="conv"),
     depths=c.Depths(thematic=1.0),
@@ -24,7 +24,7 @@ MODEL = c.Model(
 def get_config(variant: str = "scores"):
     """The config of a variant: scores, self_supervised or then_scores."""
     variant = variant or VARIANTS[0]
-    process = dict(dataset=DATASET, row=c.Row(tokens=320, images=2, answers=48, candidates=8), batch=ROWS,
+    process = dict(dataset=DATASET, row=c.Row(tokens=424, images=3, answers=96, candidates=8), batch=ROWS,
                    optimizer=c.Optimizer(peak_lr=1e-3, b2=0.98, warmup=0.05), eval_batches=8)
     steps = STEPS if variant == "scores" else STEPS // 2
     process |= {"steps": steps, "eval_every": -(-steps // 4)}

@@ -35,6 +35,9 @@ def test_the_commands_are_those_of_the_arms(tmp_path):
     assert f"--config.init={tmp_path}/taught" in lines["b-tenth"] and "init" not in lines["a-all"]
     assert "shuffle_labels=True" in lines["shuffled"] and f"--config.init={tmp_path}/shuffled" in lines["c-all"]
     assert "freeze=" in lines["frozen"] and "freeze=" in lines["d-all"]
+    short = {name: shlex.join(step.arguments) for name, (step, _) in first_look.plan(tmp_path, "data", 40).items()}
+    assert "scores.steps=40" in short["a-all"] and "scores.steps=20" in short["b-all"]
+    assert "self_supervised.steps=20" in short["taught"]
     order = list(plan)
     assert all(order.index(need) < order.index(name) for name, (_, needs) in plan.items() for need in needs)
 

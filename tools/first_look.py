@@ -1,7 +1,7 @@
 """A prepared PARA in; four ways to spend one budget of training, compared on pictures no model has seen, out.
 
     python -m tools.prepare_data --dataset para --longest_side 256 --source PARA --data_dir DATA
-    python -m tools.first_look --data_dir DATA [--workdir runs/first-look]
+    python -m tools.first_look --data_dir DATA [--workdir runs/first-look] [--steps N]
 
 Does text-guided self-supervision help a model that learns to score? Every arm takes the same number of steps of the
 same size, in the geometry of configs/first_look.py, from random numbers (all of this is ours):
@@ -50,10 +50,17 @@ SPLIT = "validation"
 Plan = dict[str, tuple[commands.Step, tuple[str, ...]]]  # name -> (the command, the names of what it needs)
 
 
-def plan(workdir: pathlib.Path, data_dir: str, more: Sequence[str] = ()) -> Plan:
-    """All commands in the order in which they are started; `more` are further overrides of the config."""
+def plan(workdir: pathlib.Path, data_dir: str, steps: int = 0, more: Sequence[str] = ()) -> Plan:
+    """All commands in the order in which they are started.
+
+    Args:
+      steps: of every arm; 0 = as the configuration says.
+      more: further overrides of the config, for all trainings.
+    """
 
     def training(name, title, variant, process, overrides, init=""):
+        own = steps if variant == "scores" else steps // 2
+        overrides = (*overrides, *((f"steps={own}", f"eval_every={-(-own // 4)}") if steps else ()))
         given = [f"--config.processes.{process}.{override}" for override in overrides]
         given += [f"--config.init={workdir / init}"] if init else []
         return commands.Step(title, ("calm_jax.train", "--config", f"{CONFIG}:{variant}", "--workdir",
@@ -69,19 +76,19 @@ def plan(workdir: pathlib.Path, data_dir: str, more: Sequence[str] = ()) -> Plan
             data_dir, "--split", SPLIT, "--out", str(folder), *options),
             folder / f"{task}-{dataset()}-{SPLIT}.json", tuple(sources), log=workdir / f"evaluation-{name}.log")
 
-    steps: Plan = {}
+    found: Plan = {}
     for name, overrides in FIRST.items():
-        steps[name] = training(name, f"self-supervision: {name}", "self_supervised", "self_supervised",
+        found[name] = training(name, f"self-supervision: {name}", "self_supervised", "self_supervised",
                                overrides), ()
     for arm, (title, variant, init, overrides) in ARMS.items():
-        steps[arm] = training(arm, f"{arm}: {title}", variant, "scores", overrides, init), (init,) if init else ()
+        found[arm] = training(arm, f"{arm}: {title}", variant, "scores", overrides, init), (init,) if init else ()
         for reader in READERS:
             name = f"{arm}-{reader}"
-            steps[name] = evaluation(name, arm, "scoring", "--reader", reader), (arm,)
+            found[name] = evaluation(name, arm, "scoring", "--reader", reader), (arm,)
     for name in FIRST:
-        steps[f"{name}-attributes"] = evaluation(f"{name}-attributes", name, "attributes", "--records", str(ASKED)), \
+        found[f"{name}-attributes"] = evaluation(f"{name}-attributes", name, "attributes", "--records", str(ASKED)), \
             (name,)
-    return steps
+    return found
 
 
 def dataset() -> str:
@@ -215,7 +222,7 @@ def main() -> int:
     if not pathlib.Path(CONFIG).is_file():
         raise config_lib.ConfigError("run it in the root of the repository, where configs/ lies")
     more = [f"--config.{override}" for override in given.override]
-    steps = plan(workdir, given.data_dir, more)
+    steps = plan(workdir, given.data_dir, given.steps, more)
     if code := run(steps, workdir, given.beside):
         return code
     results = {name: json.loads(step.result.read_text()) for name, (step, _) in steps.items() if step.sources}
@@ -229,6 +236,7 @@ def main() -> int:
 if __name__ == "__main__":
     flags.DEFINE_string("data_dir", None, "folder of the dataset that tools.prepare_data stored")
     flags.DEFINE_string("workdir", "runs/first-look", "folder of everything")
+    flags.DEFINE_integer("steps", 0, "of every arm; 0 = as the configuration says", lower_bound=0)
     flags.DEFINE_integer("beside", 2, "commands at a time; one of this size keeps one core busy")
     flags.DEFINE_multi_string("override", [], "a field of the config for all trainings, as in model.vit.depth=2")
     command.run(main)
