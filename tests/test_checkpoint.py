@@ -9,12 +9,13 @@ import math
 
 import jax
 import jax.numpy as jnp
+import miniature
 import numpy as np
 import pytest
 
 from calm_jax import config as config_lib
-from calm_jax.models.parameters import Geometry
-from calm_jax.training import checkpoint, sharding
+from calm_jax.models.parameters import Geometry, initial
+from calm_jax.training import checkpoint, restore, sharding
 
 META = {"process": "only", "best": None, "base": "", "seed": 0, "config": {}, "tokenizer": "", "trained": []}
 
@@ -59,7 +60,26 @@ def test_what_is_saved_is_restored_whole_or_in_parts(store):
     assert list(some["parameters"]) == ["a/bias"] and "optimizer" not in some
     state = checkpoint.restore(saved, {"parameters": {}, "optimizer": abstract(arrays()["optimizer"])})
     assert state["parameters"] == {} and int(state["optimizer"][0]) == 7
+    assert checkpoint.restore(saved, {"parameters": {}}) == {"parameters": {}}
     assert checkpoint.shapes(saved) == {"a/kernel": (4, 3), "a/bias": (3,)}
+
+
+def test_what_two_runs_in_a_row_kept_frozen_is_drawn_from_the_first_seed(tmp_path):
+    config = miniature.config(seed=5)
+    geometry = Geometry.of(config.model)
+    drawn = initial(config.model, jax.random.key(5))
+    learned = {path: value + 1 for path, value in drawn.items() if not path.startswith("vit/")}
+    base = ""
+    for number, seed in enumerate((5, 6)):  # the second one holds nothing that the first one lacks
+        store = checkpoint.Checkpoints(tmp_path / str(number), config_lib.Checkpoint())
+        store.save(1, {"parameters": learned, "optimizer": ()},
+                   {"process": "only", "base": base, "seed": seed, "config": dataclasses.asdict(config)})
+        store.close()
+        base = str(tmp_path / str(number) / "00000001")
+    found = restore.load(checkpoint.find(base), geometry, config, abstract(geometry.shapes))
+    assert found.keys() == drawn.keys()
+    for path, value in found.items():
+        np.testing.assert_allclose(value, learned.get(path, drawn[path]), rtol=1e-5, atol=1e-6, err_msg=path)
 
 
 def test_another_model_is_refused_by_name_and_shape(store):

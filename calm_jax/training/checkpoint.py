@@ -301,6 +301,8 @@ def restore(saved: Saved, abstract: Mapping[str, Any]) -> dict[str, Any]:
     tree = {"parameters": nest(abstract["parameters"])} if abstract["parameters"] else {}  # Orbax fails on {} in a tree
     if "optimizer" in abstract:
         tree["optimizer"] = _named(abstract["optimizer"])
+    if not tree:  # nor is there anything to read
+        return {"parameters": {}}
     present = shapes(saved)
     for name, leaf in abstract["parameters"].items():
         if name not in present:
