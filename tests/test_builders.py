@@ -21,7 +21,7 @@ import pytest
 from PIL import Image
 
 from calm_jax import config as config_lib
-from calm_jax.data import builders, pictures
+from calm_jax.data import builders, pictures, statistics
 from calm_jax.data.builders import ava, folder, labels, oasis, para, qa, store, stored
 from calm_jax.data.builders import csv as csv_lib
 from calm_jax.data.samples import BadRecord
@@ -245,6 +245,10 @@ def test_a_folder_of_pictures(tmp_path):
     assert counts(dataset) == {"train": 36, "validation": 2, "test": 2}
     record = dataset.record(0)
     assert record.key == "0/0.JPG" and record.score is None and record.deciles
+    for number in range(40):  # only the untouched grades of ordinary pictures are neutral
+        unfit = statistics.unfit(statistics.measure(dataset.pixels(number)))
+        assert dataset.record(number).unfit == tuple(sorted(unfit))
+    assert any(dataset.record(number).unfit for number in range(40))
     again = folder.Folder(tmp_path / "source")
     assert [entry.split for entry in again.entries()] == [entry.split for entry in again.entries()]
 
