@@ -29,7 +29,8 @@ def get_config(variant: str = "scores"):
     steps = STEPS if variant == "scores" else STEPS // 2
     process |= {"steps": steps, "eval_every": -(-steps // 4)}
     if variant == "self_supervised":
-        processes = {"self_supervised": c.Process(tasks={"attributes": 0.4, "measured": 0.6}, phrasings=5, **process)}
+        tasks = {"attributes": 0.35, "measured": 0.5, "comparisons": 0.15}
+        processes = {"self_supervised": c.Process(tasks=tasks, phrasings=5, **process)}
     elif variant in ("scores", "then_scores"):
         processes = {"scores": c.Process(tasks={"score": 1.0}, score_spread=0.7, **process)}
     else:
