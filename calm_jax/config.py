@@ -182,7 +182,7 @@ class Process:
     eval_every: int = field(500, "steps between validations; 0 = only at the end", "ours")
     eval_batches: int = field(8, "validation batches", "ours")
     train_share: float = field(1.0, "share of the training records that is used, the same ones in every epoch", "ours")
-    shuffle_labels: bool = field(False, "control: answers of pseudo-label turns are drawn at random", "ours")
+    shuffle_labels: bool = field(False, "control: every conversation is about the pictures of another record", "ours")
 
     def __post_init__(self):
         if self.batch % max(self.accumulate, 1) or self.accumulate < 1:

@@ -4,8 +4,13 @@ import json
 import pathlib
 import runpy
 import shlex
+import signal
+import subprocess
+import sys
+import time
 
 import miniature
+import psutil
 import pytest
 
 from calm_jax import config as config_lib
@@ -52,6 +57,33 @@ def test_commands_wait_for_what_they_need_and_a_failure_stops_them(tmp_path):
     assert first_look.run(plan, tmp_path, beside=2) not in (0, None)
     spent = json.loads((tmp_path / "seconds.json").read_text())
     assert "never" not in spent and not (tmp_path / "never.log").exists()
+
+
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_what_it_started_does_not_outlive_it(tmp_path, sent, code):
+    program = f"""
+import pathlib, sys
+from tools import commands, first_look
+folder = pathlib.Path({str(tmp_path)!r})
+server = commands.Step("server", ("http.server", "0", "--bind", "127.0.0.1"), folder / "x", (), folder / "server.log")
+sys.exit(first_look.run({{"server": (server, ())}}, folder, 1))
+"""
+    child = subprocess.Popen([sys.executable, "-c", program], cwd=miniature.ROOT, stderr=subprocess.PIPE, text=True)
+    while not (started := psutil.Process(child.pid).children()):
+        assert child.poll() is None, child.communicate()
+        time.sleep(0.05)
+    time.sleep(1)  # it waits by now
+    child.send_signal(sent)
+    _, said = child.communicate(timeout=60)
+    assert child.returncode == code and "Traceback" not in said, said
+    assert not any(process.is_running() for process in started)
+
+
+def test_a_line_that_is_being_written_is_not_read(tmp_path):
+    step = commands.Step("a", (), tmp_path / "metrics.jsonl")
+    for text, said in (("", ""), ('{"step": 1', ""), ('{"step": 1}\n', "step 1"), ('{"step": 1}\n{"st', "step 1")):
+        step.result.write_text(text)
+        assert first_look._progress(step) == said
 
 
 def fake(tmp_path):

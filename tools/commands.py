@@ -19,8 +19,7 @@ class Step:
     """One command: its headline, the arguments of `python -m`, the file that it writes, and what it is made from.
 
     `result` of a training is its metrics; an evaluation whose result is newer than all checkpoints in `sources` is
-    not repeated. A step with a `log` runs beside those after it, up to the first that needs it: one training of this
-    size keeps one core busy, not two.
+    not repeated. The output of a step with a `log` goes there.
     """
 
     title: str
@@ -30,13 +29,8 @@ class Step:
     log: pathlib.Path | None = None
 
     @property
-    def provides(self) -> tuple[pathlib.Path, ...]:
-        """Folders of checkpoints that later steps may read."""
-        checkpoints = self.result.parent / "checkpoints"
-        return tuple(checkpoints / name for name in ("language", "self_supervised", "generic", "comments", "scores"))
-
-    @property
     def current(self) -> bool:
+        """Whether it need not run again; a training decides by itself."""
         if not self.sources or not self.result.is_file():
             return False
         made = [marker.stat().st_mtime for source in self.sources for marker in source.rglob("COMPLETE.json")]
@@ -55,11 +49,12 @@ def command_line(step: Step) -> str:
 
 
 def start(step: Step, environment: dict[str, str]) -> subprocess.Popen:
-    """Starts a step; one with a log writes there."""
+    """Starts a step. One with a log writes there and hears no Ctrl-C: the caller stops it, once, so that it saves."""
     if step.log is None:
         return subprocess.Popen([sys.executable, "-m", *step.arguments], env=environment)
     with step.log.open("a") as stream:
-        return subprocess.Popen([sys.executable, "-m", *step.arguments], env=environment, stdout=stream, stderr=stream)
+        return subprocess.Popen([sys.executable, "-m", *step.arguments], env=environment, stdout=stream, stderr=stream,
+                                start_new_session=True)
 
 
 def finish(child: subprocess.Popen) -> int:
@@ -87,3 +82,8 @@ def environment(workdir: pathlib.Path, quick: bool) -> dict[str, str]:
     if quick:
         values["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FAST_COMPILER}".strip()
     return os.environ | values
+
+
+def changed(path: pathlib.Path) -> int:
+    """When a file was last written, nanoseconds; 0 where there is none. A command that was complete leaves it."""
+    return path.stat().st_mtime_ns if path.is_file() else 0

@@ -52,7 +52,11 @@ _FEW = {"steps": 3, "batch": 2, "eval_batches": 1, "eval_every": 0, "optimizer.p
         "row.images": 3, "row.answers": 192, "parts": '("low","middle","high","thematic")'}
 
 def steps(workdir: pathlib.Path, quick: bool) -> list[Step]:
-    """The commands of the demo, in their order."""
+    """The commands of the demo, in their order.
+
+    One with a log runs beside those after it, up to the first that needs it: one training of this size keeps one core
+    busy, not two.
+    """
 
     def training(name, title, config, processes, *more, log=None):
         overrides = dict(_SMALL) | {f"processes.{process}.{field}": value for process in processes
@@ -96,7 +100,7 @@ def demo(workdir: pathlib.Path, quick: bool) -> int:
 
     def settle(number: int, step: Step, child: subprocess.Popen, before: int, begin: float) -> int:
         code = commands.finish(child)
-        if _changed(step.result) != before:  # a training that was complete already costs no time worth telling
+        if commands.changed(step.result) != before:  # a training that was complete already costs no time worth telling
             spent[step.title] = spent.get(step.title, 0.0) + time.monotonic() - begin
             ledger.write_text(json.dumps({**spent, EVERYTHING: earlier + time.monotonic() - began}, indent=1))
         if code:
@@ -108,7 +112,8 @@ def demo(workdir: pathlib.Path, quick: bool) -> int:
     try:
         for number, step in enumerate(plan, 1):
             print(f"\n[{number}/{len(plan) + 1}] {step.title}", flush=True)
-            for waiting in [item for item in beside if set(step.sources) & set(item[1].provides)]:
+            needed = {folder for source in step.sources for folder in source.parents}
+            for waiting in [item for item in beside if item[1].result.parent in needed]:
                 print(f"waiting for {waiting[1].title}", flush=True)
                 beside.remove(waiting)
                 if code := settle(*waiting):
@@ -117,7 +122,7 @@ def demo(workdir: pathlib.Path, quick: bool) -> int:
                 print(f"up to date: {step.result}", flush=True)
                 continue
             print(f"$ {commands.command_line(step)}" + (f"   (output: {step.log})" if step.log else ""), flush=True)
-            before, begin = _changed(step.result), time.monotonic()
+            before, begin = commands.changed(step.result), time.monotonic()
             started = (number, step, commands.start(step, commands.environment(workdir, quick)), before, begin)
             if step.log:
                 beside.append(started)
@@ -150,10 +155,6 @@ def write_report(workdir: pathlib.Path, plan: list[Step], spent: dict[str, float
         workdirs={name: workdir / name for name in ("pretrain", "control", "finetune")},
         results=[json.loads(step.result.read_text()) for step in plan if step.sources],
         commands=[report.Command(EVERYTHING, whole), *ran], seconds=seconds, truth="composed")
-
-
-def _changed(path: pathlib.Path) -> int:
-    return path.stat().st_mtime_ns if path.is_file() else 0
 
 
 def _peak() -> int:

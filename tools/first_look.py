@@ -19,6 +19,8 @@ from __future__ import annotations
 
 import json
 import pathlib
+import runpy
+import signal
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -93,7 +95,6 @@ def plan(workdir: pathlib.Path, data_dir: str, steps: int = 0, more: Sequence[st
 
 def dataset() -> str:
     """The name under which CONFIG expects the pictures."""
-    import runpy
     return runpy.run_path(CONFIG)["DATASET"]
 
 
@@ -104,6 +105,7 @@ def run(steps: Plan, workdir: pathlib.Path, beside: int) -> int:
     waiting, done, running = dict(steps), set(), {}
     bar = tqdm.tqdm(total=len(steps), desc="commands", unit="command", bar_format="{l_bar}{bar}| {n}/{total} {elapsed}"
                     "{postfix}")
+    handler = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # not without the children
     try:
         while waiting or running:
             for name, (step, needs) in list(waiting.items()):
@@ -114,14 +116,16 @@ def run(steps: Plan, workdir: pathlib.Path, beside: int) -> int:
                         bar.update()
                         continue
                     tqdm.tqdm.write(f"$ {commands.command_line(step)}   (output: {step.log})")
-                    running[name] = commands.start(step, commands.environment(workdir, False)), time.monotonic()
+                    before, begin = commands.changed(step.result), time.monotonic()
+                    running[name] = commands.start(step, commands.environment(workdir, False)), before, begin
             bar.set_postfix_str(", ".join(f"{name} {_progress(steps[name][0])}" for name in running))
-            time.sleep(0.2)
-            for name, (child, begin) in list(running.items()):
+            time.sleep(0.5)
+            for name, (child, before, begin) in list(running.items()):
                 if (code := child.poll()) is None:
                     continue
                 del running[name]
-                spent[name] = spent.get(name, 0.0) + time.monotonic() - begin
+                if commands.changed(steps[name][0].result) != before:  # a training that was complete costs no time
+                    spent[name] = spent.get(name, 0.0) + time.monotonic() - begin
                 ledger.write_text(json.dumps(spent, indent=1))
                 if code:
                     bar.close()
@@ -130,12 +134,16 @@ def run(steps: Plan, workdir: pathlib.Path, beside: int) -> int:
                     return code if code > 0 else 128 - code
                 done.add(name)
                 bar.update()
+    except KeyboardInterrupt:
+        print("error: interrupted; the same command goes on from here", file=sys.stderr, flush=True)
+        return 128 + signal.SIGINT
     finally:
         bar.close()
-        for child, _ in running.values():  # it saves, and the same command goes on
+        for child, _, _ in running.values():  # it saves, and the same command goes on
             child.terminate()
-        for child, _ in running.values():
+        for child, _, _ in running.values():
             child.wait()
+        signal.signal(signal.SIGTERM, handler)
     return 0
 
 
@@ -143,8 +151,8 @@ def _progress(step: commands.Step) -> str:
     """The last step of a training."""
     if step.sources or not step.result.is_file():
         return ""
-    records = logging.read(step.result)
-    return f"step {records[-1]['step']}" if records else ""
+    whole = step.result.read_text().rpartition("\n")[0]  # the line behind the last break may still be written
+    return f"step {json.loads(whole.splitlines()[-1])['step']}" if whole else ""
 
 
 def table(results: Mapping[str, dict], spent: Mapping[str, float]) -> str:
