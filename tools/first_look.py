@@ -45,7 +45,10 @@ ARMS: Mapping[str, tuple[str, str, str, tuple[str, ...]]] = {
     "a-tenth": ("scores alone, a tenth of them", "scores", "", TENTH),
     "b-tenth": ("self-supervision, then a tenth of the scores", "then_scores", "taught", TENTH),
 }
-FIRST: Mapping[str, tuple[str, ...]] = {"taught": (), "shuffled": ("shuffle_labels=True",), "frozen": FROZEN}
+SHUFFLED = ("shuffle_labels=True",)
+FIRST: Mapping[str, Mapping[str, tuple[str, ...]]] = {  # self-supervision -> the overrides of its processes
+    "taught": {}, "shuffled": {"language": SHUFFLED, "self_supervised": SHUFFLED},
+    "frozen": {"self_supervised": FROZEN}}
 ASKED = 250  # validation pictures whose attributes are asked about
 READERS = ("expectation", "text")
 SPLIT = "validation"
@@ -60,11 +63,14 @@ def plan(workdir: pathlib.Path, data_dir: str, steps: int = 0, more: Sequence[st
       more: further overrides of the config, for all trainings.
     """
 
-    def training(name, title, variant, process, overrides, init=""):
-        own = steps if variant == "scores" else steps // 2
-        overrides = (*overrides, *((f"steps={own}", f"eval_every={-(-own // 4)}") if steps else ()))
-        given = [f"--config.processes.{process}.{override}" for override in overrides]
-        given += [f"--config.init={workdir / init}"] if init else []
+    shares = _of_config("SHARES")
+
+    def training(name, title, variant, overrides, init=""):
+        given = [f"--config.init={workdir / init}"] if init else []
+        for process, share in shares[variant].items():
+            own = max(round(share * steps), 1)
+            changed = (*overrides.get(process, ()), *((f"steps={own}", f"eval_every={-(-own // 4)}") if steps else ()))
+            given += [f"--config.processes.{process}.{override}" for override in changed]
         return commands.Step(title, ("calm_jax.train", "--config", f"{CONFIG}:{variant}", "--workdir",
                                      str(workdir / name), f"--config.data.dir={data_dir}", *given, *more),
                              workdir / name / "metrics.jsonl", log=workdir / f"{name}.log")
@@ -80,10 +86,9 @@ def plan(workdir: pathlib.Path, data_dir: str, steps: int = 0, more: Sequence[st
 
     found: Plan = {}
     for name, overrides in FIRST.items():
-        found[name] = training(name, f"self-supervision: {name}", "self_supervised", "self_supervised",
-                               overrides), ()
+        found[name] = training(name, f"self-supervision: {name}", "self_supervised", overrides), ()
     for arm, (title, variant, init, overrides) in ARMS.items():
-        found[arm] = training(arm, f"{arm}: {title}", variant, "scores", overrides, init), (init,) if init else ()
+        found[arm] = training(arm, f"{arm}: {title}", variant, {"scores": overrides}, init), (init,) if init else ()
         for reader in READERS:
             name = f"{arm}-{reader}"
             found[name] = evaluation(name, arm, "scoring", "--reader", reader), (arm,)
@@ -95,7 +100,11 @@ def plan(workdir: pathlib.Path, data_dir: str, steps: int = 0, more: Sequence[st
 
 def dataset() -> str:
     """The name under which CONFIG expects the pictures."""
-    return runpy.run_path(CONFIG)["DATASET"]
+    return _of_config("DATASET")
+
+
+def _of_config(name: str):
+    return runpy.run_path(CONFIG)[name]
 
 
 def run(steps: Plan, workdir: pathlib.Path, beside: int) -> int:
@@ -183,6 +192,14 @@ def _figure(row: Mapping, name: str) -> str:
     return f"{row[name]:.3f} [{low:.3f}, {high:.3f}]"
 
 
+def _steps(workdir: pathlib.Path) -> int:
+    """Of all processes of a training together."""
+    last: dict[str, int] = {}
+    for row in logging.read(workdir / "metrics.jsonl"):
+        last[row["process"]] = max(row["step"], last.get(row["process"], 0))
+    return sum(last.values())
+
+
 def draw(workdir: pathlib.Path, results: Mapping[str, dict], path: pathlib.Path) -> None:
     """Scores with intervals, the validation loss of scores over all steps of an arm, and attributes."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -202,7 +219,7 @@ def draw(workdir: pathlib.Path, results: Mapping[str, dict], path: pathlib.Path)
     scores.set_yticks(range(len(ARMS)), reversed(ARMS))
     scores.set_xlabel("PLCC (circle) and SRCC (square), 95 % interval")
     for arm, (_, _, init, _) in ARMS.items():
-        offset = max((row["step"] for row in logging.read(workdir / init / "metrics.jsonl")), default=0) if init else 0
+        offset = _steps(workdir / init) if init else 0
         points = [(offset + row["step"], row["loss"]) for row in logging.read(workdir / arm / "metrics.jsonl")
                   if row["kind"] == "validation"]
         losses.plot(*zip(*points, strict=True), color=colours[arm], label=arm,
