@@ -11,7 +11,7 @@ import pytest
 
 PACKAGE = miniature.ROOT / "calm_jax"
 PROGRAMS = {"train", "evaluate", "predict", "command"}
-INFERENCE_MAY = {f"data.{name}" for name in ("images", "prompts", "samples", "tokenizer")}
+INFERENCE_MAY = {f"data.{name}" for name in ("images", "prompts", "samples", "scale", "tokenizer")}
 # part -> the parts of the package that it may import; a part with a dot is a single module.
 MAY: dict[str, set[str]] = {
     "config": set(),

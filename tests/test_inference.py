@@ -8,9 +8,12 @@ import pytest
 from calm_jax import config as config_lib
 from calm_jax.data import builders, images, prompts
 from calm_jax.data.samples import Answer, ImageRef, Mention, Sample, Turn
+from calm_jax.data.scale import DECIMALS, read_score
 from calm_jax.data.tokenizer import Tokenizer
+from calm_jax.inference import decoding
+from calm_jax.inference.decoding import Sampling
 from calm_jax.inference.generate import Generator
-from calm_jax.inference.scorer import DECIMALS, Tree, read_score
+from calm_jax.inference.scorer import SAID, Tree
 from calm_jax.models.parameters import Geometry, initial
 
 MODEL = config_lib.Model(
@@ -21,8 +24,12 @@ MODEL = config_lib.Model(
 
 
 @pytest.fixture(scope="module")
-def generator():
-    parameters = jax.jit(lambda key: initial(MODEL, key))(jax.random.key(3))
+def parameters():
+    return jax.jit(lambda key: initial(MODEL, key))(jax.random.key(3))
+
+
+@pytest.fixture(scope="module")
+def generator(parameters):
     return Generator(MODEL, parameters, Tokenizer())
 
 
@@ -41,63 +48,140 @@ def questions():
     return [(one, 0), (two, 1), (none, 0), (two, 0)]
 
 
-def by_full_forward(generator, demo, sample, turn, limit):
-    """Greedy decoding without a cache: the whole prompt again for every token."""
-    encoded = prompts.encode(sample, generator.tokenizer, generator.layout, ask=turn)
-    slots = max(1, len(encoded.images))
-    pixels = np.zeros((1, slots, generator.size, generator.size, 3), np.uint8)
-    for slot, ref in enumerate(encoded.images):
-        pixels[0, slot] = images.render(demo.pixels(ref.index), ref, generator.size)
-    width = len(encoded.tokens) + limit
-    tokens = np.zeros((1, width), np.int32)
-    visual = np.full((1, width), -1, np.int32)
-    tokens[0, :len(encoded.tokens)], visual[0, :len(encoded.visual)] = encoded.tokens, encoded.visual
-    geometry = Geometry.of(MODEL)
+class Uncached:
+    """Logits of what follows a prompt and some tokens of its answer, each time by the full forward of training."""
 
-    @jax.jit
-    def following(tokens, length):
-        model = geometry.bind(generator.parameters)
-        positions = jnp.arange(width)[None]
-        batch = {"images": pixels, "tokens": tokens, "visual": visual, "positions": positions,
-                 "segments": (positions < length).astype(jnp.int32)}
-        hidden = model(batch, config_lib.PARTS)
-        return model.answer_logits(hidden, (length - 1)[None, None])[0, 0].argmax()
+    def __init__(self, parameters, generator, demo, sample, turn, limit):
+        self.arrays = generator.arrays([(sample, turn)], demo.pixels, limit)
+        self.length, width = int(self.arrays["lengths"][0]), self.arrays["tokens"].shape[1] + limit
+        self.width, geometry = width, Geometry.of(MODEL)
 
-    said, length = [], len(encoded.tokens)
-    while len(said) < limit:
-        token = int(following(tokens, jnp.int32(length)))
-        if token == generator.tokenizer.eos:
-            break
-        tokens[0, length] = token
-        said.append(token)
-        length += 1
-    return generator.tokenizer.decode(said)
+        @jax.jit
+        def following(tokens, visual, length):
+            model = geometry.bind(parameters)
+            positions = jnp.broadcast_to(jnp.arange(width), tokens.shape)
+            images = jnp.broadcast_to(self.arrays["images"], (len(tokens), *self.arrays["images"].shape[1:]))
+            batch = {"images": images, "tokens": tokens, "visual": visual, "positions": positions,
+                     "segments": (positions < length).astype(jnp.int32)}
+            hidden = model(batch, config_lib.PARTS)
+            return model.answer_logits(hidden, jnp.full((len(tokens), 1), length - 1))[:, 0]
+
+        self._following = following
+
+    def __call__(self, answers):
+        """`[K, V]` after `[K, t]` tokens."""
+        tokens = np.zeros((len(answers), self.width), np.int32)
+        visual = np.full((len(answers), self.width), -1, np.int32)
+        tokens[:, :self.length] = self.arrays["tokens"][0, :self.length]
+        visual[:, :self.length] = self.arrays["visual"][0, :self.length]
+        answers = np.asarray(answers, np.int32)
+        tokens[:, self.length:self.length + answers.shape[1]] = answers
+        return self._following(tokens, visual, jnp.int32(self.length + answers.shape[1]))
+
+    def one_by_one(self, sampling, eos, limit):
+        """Greedy, or drawn by `decoding.choose`."""
+        said = []
+        while len(said) < limit and eos not in said:
+            logits = self(np.asarray([said], np.int32))
+            said.append(int(logits[0].argmax()) if sampling.temperature == 0 else int(decoding.choose(
+                logits, jnp.asarray(self.arrays["digests"]), len(said), sampling.temperature, sampling.top_p,
+                np.uint32(sampling.seed))[0]))
+        return said
+
+    def beams(self, sampling, eos, limit):
+        """The textbook: all sequences as lists, the best K kept, finished ones set aside by their penalised score."""
+        running, finished = [((), 0.0)], []
+        for length in range(1, limit + 1):
+            said = np.asarray([ids for ids, _ in running], np.int32).reshape(len(running), -1)
+            found = np.asarray(jax.nn.log_softmax(self(said)), np.float64)
+            most, penalty = 2 * sampling.beams, length ** sampling.length_penalty
+            candidates = sorted((((*ids, token), score + found[beam, token])
+                                 for beam, (ids, score) in enumerate(running)
+                                 for token in np.argsort(-found[beam])[:most].tolist()), key=lambda c: -c[1])[:most]
+            ends = [ids[-1] == eos or length == limit for ids, _ in candidates]
+            finished += [(ids, score / penalty) for place, (ids, score) in enumerate(candidates)
+                         if ends[place] and place < sampling.beams]
+            finished = sorted(finished, key=lambda f: -f[1])[:sampling.beams]
+            running = [c for c, end in zip(candidates, ends, strict=True) if not end][:sampling.beams]
+            if not running or (len(finished) == sampling.beams and running[0][1] / penalty <= finished[-1][1]):
+                break
+        return list(finished[0][0])
 
 
-def test_cached_generation_equals_the_full_forward(generator, demo):
-    asked = questions()
-    answers = list(generator.answers(asked, demo.pixels, limit=12, batch=4))
-    assert answers == [by_full_forward(generator, demo, sample, turn, 12) for sample, turn in asked]
-    assert len(set(answers)) > 1
+SAMPLINGS = {"greedy": Sampling(), "drawn": Sampling(temperature=1.0, seed=5), "tempered": Sampling(temperature=0.6),
+             "nucleus": Sampling(temperature=1.3, top_p=0.7, seed=2 ** 32 - 1), "three beams": Sampling(beams=3),
+             "beams that like length": Sampling(beams=4, length_penalty=2.0),
+             "beams that do not": Sampling(beams=2, length_penalty=-1.0)}
 
 
-def test_answers_do_not_depend_on_their_neighbours(generator, demo):
-    asked = questions()
-    together = list(generator.answers(asked, demo.pixels, limit=12, batch=4))
-    alone = [text for item in asked for text in generator.answers([item], demo.pixels, limit=12, batch=1)]
-    assert alone == together
-    assert list(generator.answers(asked[::-1], demo.pixels, limit=12, batch=4)) == together[::-1]
-    assert list(generator.answers(asked, demo.pixels, limit=12, batch=3)) == together
+@pytest.fixture(scope="module")
+def talkative(parameters):
+    """A model whose answers differ and end: its head likes the end of the text now and then."""
+    head = parameters["llama/head/kernel"]
+    return parameters | {"llama/head/kernel": 3 * head.at[:, Tokenizer().eos].multiply(1.7)}
 
 
-def test_expected_scores_equal_brute_force(generator, demo):
-    """The whole prompt and every decimal from 1.0 to 10.0 behind it, each in a row of its own."""
+@pytest.mark.parametrize("sampling", SAMPLINGS.values(), ids=SAMPLINGS)
+def test_cached_generation_equals_the_full_forward(talkative, demo, sampling):
+    generator, limit = Generator(MODEL, talkative, Tokenizer()), 12
+    asked, eos = questions(), generator.tokenizer.eos
+    arrays = generator.arrays(asked, demo.pixels, limit)
+    found = generator.ids(arrays, limit, sampling)
+    for (sample, turn), ids in zip(asked, found, strict=True):
+        uncached = Uncached(talkative, generator, demo, sample, turn, limit)
+        expected = (uncached.beams if sampling.beams > 1 else uncached.one_by_one)(sampling, eos, limit)
+        assert ids.tolist() == expected + [eos] * (limit - len(expected))
+    assert len({tuple(ids) for ids in found.tolist()}) > 1
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS.values(), ids=SAMPLINGS)
+def test_answers_do_not_depend_on_their_neighbours(talkative, demo, sampling):
+    generator, asked = Generator(MODEL, talkative, Tokenizer()), questions()
+
+    def said(asked, batch):
+        return list(generator.answers(asked, demo.pixels, limit=12, batch=batch, sampling=sampling))
+
+    together = said(asked, 4)
+    assert [text for item in asked for text in said([item], 1)] == together
+    assert said(asked[::-1], 4) == together[::-1] and said(iter(asked), 3) == together
+
+
+def test_what_is_drawn_follows_the_distribution():
+    """Of 4,000 answers: their shares, those outside the nucleus, and other seeds."""
+    logits = jnp.log(jnp.asarray([[0.5, 0.3, 0.15, 0.05]]))
+    rows = jnp.broadcast_to(logits, (4000, 4))
+    digests = jnp.arange(4000, dtype=jnp.uint32)
+
+    def shares(temperature, top_p, seed=0):
+        return np.bincount(decoding.choose(rows, digests, 0, temperature, top_p, seed), minlength=4) / 4000
+
+    np.testing.assert_allclose(shares(1.0, 1.0), [0.5, 0.3, 0.15, 0.05], atol=0.03)
+    squared = np.asarray([0.5, 0.3, 0.15, 0.05]) ** 2
+    np.testing.assert_allclose(shares(0.5, 1.0), squared / squared.sum(), atol=0.03)
+    np.testing.assert_allclose(shares(1.0, 0.8), [0.625, 0.375, 0, 0], atol=0.03)  # .5 + .3 reach it
+    np.testing.assert_allclose(shares(1.0, 0.81)[3], 0)
+    assert shares(1.0, 0.01).tolist() == [1, 0, 0, 0]
+    assert shares(1.0, 1.0, seed=1).tolist() != shares(1.0, 1.0).tolist()
+
+
+@pytest.mark.parametrize(("wrong", "sentence"), [
+    ({"temperature": -1}, "temperature=-1 is negative"), ({"top_p": 0}, "top_p=0 is not above 0"),
+    ({"seed": -1}, "seed=-1 is not from 0"),
+    ({"beams": 0}, "beams=0 is not positive"), ({"beams": 2, "temperature": 1}, "beam search draws nothing")])
+def test_impossible_sampling_is_refused(wrong, sentence):
+    with pytest.raises(config_lib.ConfigError, match=sentence):
+        Sampling(**wrong)
+
+
+@pytest.mark.parametrize("reader", SAID)
+def test_scores_equal_brute_force(parameters, generator, demo, reader):
+    """The whole prompt and everything that can be said behind it, each in a row of its own."""
     asked, geometry = questions(), Geometry.of(MODEL)
-    spelled = [generator.tokenizer.encode(text) for text in DECIMALS]
+    spelled = [generator.tokenizer.encode(text) for text in SAID[reader]]
 
     @jax.jit
     def logits(batch):
-        model = geometry.bind(generator.parameters)
+        model = geometry.bind(parameters)
         return jax.nn.log_softmax(model.llama.logits(model(batch, config_lib.PARTS)))
 
     truth = []
@@ -117,16 +201,18 @@ def test_expected_scores_equal_brute_force(generator, demo):
                                    "segments": np.ones_like(tokens)}))
         chances = np.exp([sum(found[row, length - 1 + step, token] for step, token in enumerate(ids))
                           for row, ids in enumerate(spelled)])
-        values = np.asarray([float(text) for text in DECIMALS])
+        values = np.asarray(list(SAID[reader].values()))
         mean = (chances * values).sum() / chances.sum()
         truth.append((mean, np.sqrt((chances * (values - mean) ** 2).sum() / chances.sum())))
-    np.testing.assert_allclose(list(generator.scores(asked, demo.pixels, batch=4)), truth, atol=1e-4)
-    np.testing.assert_allclose(list(generator.scores(asked, demo.pixels, batch=3)), truth, atol=1e-4)
+    for batch in (4, 3):
+        found = list(generator.scores(asked, demo.pixels, reader=reader, batch=batch))
+        np.testing.assert_allclose([(score.value, score.spread) for score in found], truth, atol=1e-5)
+        assert all(score.parsed and not score.text for score in found)
     assert len({round(mean, 3) for mean, _ in truth}) > 1
 
 
 def test_the_tree_says_every_decimal_once_and_shares_what_they_begin_with(generator):
-    tree = Tree.of(generator.tokenizer)
+    tree = Tree.of(generator.tokenizer, SAID["expectation"])
     longest = max(len(generator.tokenizer.encode(text)) for text in DECIMALS)
     assert len(tree.values) == 91 and tree.values[0] == 1 and tree.values[-1] == 10
     assert tree.steps.sum(1).max() == longest and len(tree.tokens) < 2 * 9 + 2 * longest

@@ -334,14 +334,17 @@ def test_cached_greedy_decoding(cfg):
     ours = our_llama(cfg, theirs)
     lengths = np.array([3, 11, 6])
     prompts = random_tokens(3, lengths.max())
-    size = lengths.max() + new
+    width, size = lengths.max(), lengths.max() + new
 
     def start(model, tokens, lengths):
-        hidden, cache = model.prefill(model.embed(tokens, jnp.float32), lengths, size)
+        hidden, cache = model.prefill(model.embed(tokens, jnp.float32), lengths, new)
         return model.logits(hidden[jnp.arange(3), lengths - 1]), cache
 
-    def step(model, tokens, positions, cache):
-        hidden, cache = model.decode(model.embed(tokens[:, None], jnp.float32), positions, cache)
+    def step(model, tokens, positions, done, cache):
+        slots = jnp.arange(size)
+        sees = (slots < lengths[:, None]) | ((slots >= width) & (slots <= width + done))
+        x = model.embed(tokens[:, None], jnp.float32)
+        hidden, cache = model.extend(x, positions[:, None], sees[:, None], cache, width + done)
         return model.logits(hidden[:, 0]), cache
 
     start, step, full = compiled(ours, start), compiled(ours, step), compiled(ours, llama_logits)
@@ -358,7 +361,7 @@ def test_cached_greedy_decoding(cfg):
         tokens = np.asarray(logits.argmax(-1))
         np.testing.assert_array_equal(tokens, uncached.argmax(-1))
         sequences[np.arange(3), written] = tokens
-        logits, cache = step(tokens, written, cache)
+        logits, cache = step(tokens, written, done, cache)
 
     for row, length in enumerate(lengths):
         prompt = torch.from_numpy(prompts[row:row + 1, :length])

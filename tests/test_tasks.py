@@ -8,6 +8,7 @@ import pytest
 
 from calm_jax import config as config_lib
 from calm_jax.data import attributes, builders, tasks
+from calm_jax.data import scale as scale_lib
 from calm_jax.data.samples import BadRecord, Mention
 from calm_jax.data.tasks import composed, instructions, opinions
 from calm_jax.data.tasks.context import Context
@@ -151,7 +152,7 @@ def test_known_facts_become_answers(demo):
     (0.0, (0.0, 1.0), "1.0."), (1.0, (0.0, 1.0), "10.0."), (3.0, (1.0, 5.0), "5.5."), (6.52, (1.0, 10.0), "6.5."),
 ])
 def test_scores_are_mapped_to_one_to_ten(score, scale, text):
-    assert opinions.score_text(opinions.mapped(score, scale)) == text
+    assert scale_lib.score_text(scale_lib.mapped(score, scale)) == text
 
 
 def test_instructions_are_many():
@@ -162,8 +163,8 @@ def test_instructions_are_many():
 
 def test_soft_digits_are_a_gaussian_whose_mean_is_the_score():
     for target in (1.0, 1.04, 3.46, 5.5, 6.97, 9.3, 9.9):
-        soft = opinions.soft_digits(target, 0.6)
-        text = opinions.score_text(target)
+        soft = scale_lib.soft_digits(target, 0.6)
+        text = scale_lib.score_text(target)
         first, second = soft[0], soft[2]
         assert sum(first.values()) == pytest.approx(1) and sum(second.values()) == pytest.approx(1)
         near = {f"{tenth / 10:.1f}"[0] for tenth in range(10, 101) if abs(tenth / 10 - target) < 0.8}
@@ -172,8 +173,8 @@ def test_soft_digits_are_a_gaussian_whose_mean_is_the_score():
             mean = sum(p * (float(digit) + (0.45 if digit != text[0] else sum(
                 float(d) * q / 10 for d, q in second.items()))) for digit, p in first.items())
             assert mean == pytest.approx(target, abs=0.35)
-    assert opinions.soft_digits(10.0, 0.6) == {}
-    narrow = opinions.soft_digits(6.5, 0.01)
+    assert scale_lib.soft_digits(10.0, 0.6) == {}
+    narrow = scale_lib.soft_digits(6.5, 0.01)
     assert narrow == {0: {"6": 1.0}, 2: {"5": 1.0}}
 
 
@@ -186,7 +187,7 @@ def test_spread_comes_from_the_raters_or_the_config(demo):
     raters = tasks.make("score", one, 0, rng(0), Context(PARTS, spread=1.0, raters=True)).turns[0].answer
     assert hard.text == fixed.text == raters.text == "5.5." and not hard.soft
     assert len(fixed.soft[0]) > len(raters.soft[0]) > 1
-    assert raters.soft == opinions.soft_digits(5.5, 0.2 * 9 / 4)
+    assert raters.soft == scale_lib.soft_digits(5.5, 0.2 * 9 / 4)
 
 
 def single(*records):
@@ -216,7 +217,7 @@ def test_a_personal_question_shows_pictures_that_this_person_rated(demo):
         counts.add(len(sample.images) - 1)
         given = [float(turn.answer.text[:-1]) for turn in sample.turns]
         possible = [rater for rater in raters if rater in records[5].ratings and all(
-            rater in records[image.index].ratings and opinions.score_text(opinions.mapped(
+            rater in records[image.index].ratings and scale_lib.score_text(scale_lib.mapped(
                 records[image.index].ratings[rater], (1, 7))) == f"{score:.1f}."
             for image, score in zip(sample.images, given, strict=True))]
         assert possible  # all scores are one person's

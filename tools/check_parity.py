@@ -38,7 +38,6 @@ from calm_jax.data.tasks import instructions
 from calm_jax.inference.generate import BUCKET, Generator
 from calm_jax.models import layers
 from calm_jax.models.calm import Calm
-from calm_jax.models.parameters import Geometry
 from calm_jax.models.vit import normalise
 from calm_jax.training import restore
 
@@ -109,15 +108,17 @@ def check(source: str, hf: str, *, images: tuple[str, ...] = (), python: str = s
     with tempfile.TemporaryDirectory() as scratch:
         folder = pathlib.Path(scratch)
         files = [str(pathlib.Path(file).absolute()) for file in images] or made(folder)
-        restored = restore.model(source)
-        restored = dataclasses.replace(restored, dtype=jnp.dtype(dtype))
-        cases = _cases(restored.config.model, files)
+        model = restore.model(source)
+        cfg = model.config.model
+        generator = Generator(cfg, model.parameters, model.tokenizer, dtype=jnp.dtype(dtype))
+        del model  # the generator holds its weights in arrays of its own
+        cases = _cases(cfg, files)
         request = {"dtype": dtype, "new_tokens": new_tokens, "score": files, "cases": [
             {"images": [[files[n] for n in row] for row in rows], "parts": parts,
              "text": list(QUESTIONS[:len(rows)])} for rows, parts in cases]}
         (folder / "request.json").write_text(json.dumps(request))
         _torch(python, hf, folder)
-        return _compare(restored, cases, files, folder, tolerance, new_tokens)
+        return _compare(generator, cases, files, folder, tolerance, new_tokens)
 
 
 def made(folder: pathlib.Path) -> list[str]:
@@ -151,12 +152,10 @@ def _torch(python: str, hf: str, folder: pathlib.Path) -> None:
         raise config_lib.ConfigError(f"the torch side failed under {python}:\n{done.stderr[-3000:]}")
 
 
-def _compare(restored: restore.Restored, cases, files, folder, tolerance, new_tokens) -> Result:
+def _compare(generator: Generator, cases, files, folder, tolerance, new_tokens) -> Result:
     """`folder` holds what the torch side wrote."""
     theirs = np.load(folder / "rest.npz")
-    cfg = restored.config.model
-    run = _Stages(Geometry.of(cfg).bind(restored.parameters), restored.dtype)
-    generator = Generator(cfg, restored.parameters, restored.tokenizer, dtype=restored.dtype)
+    run = _Stages(generator.geometry.bind(generator.parameters), generator.dtype)
     pixels = [pictures.read(file) for file in files]
     stages: dict[str, Stage] = {}
     kl, answers, agree, same = 0.0, 0, 0, True
@@ -181,10 +180,11 @@ def _compare(restored: restore.Restored, cases, files, folder, tolerance, new_to
                     stage.add(value[row, :shown], case[name][row * slots:row * slots + shown])
                 if name == "logits":
                     kl = max(kl, _kl(value[row, :length], case[name][row, -length:]))
-        for mine, said in zip(generator.greedy(batch, new_tokens), case["said"], strict=True):
-            answers, agree = answers + 1, agree + _agree(mine, said, restored.tokenizer)
+        for mine, said in zip(generator.ids(batch, new_tokens), case["said"], strict=True):
+            answers, agree = answers + 1, agree + _agree(mine, said, generator.tokenizer)
     asked = [(_sample([n], config_lib.PARTS, instructions.SCORE[0]), 0) for n in range(len(files))]
-    scores = np.asarray(list(generator.scores(asked, pixels.__getitem__, batch=len(files))))
+    scores = np.asarray([(score.value, score.spread)
+                         for score in generator.scores(asked, pixels.__getitem__, batch=len(files))])
     return Result(json.loads(str(theirs["report"])), same, list(stages.values()), kl, answers, agree,
                   float(np.abs(scores - theirs["scores"]).max()), tolerance)
 
@@ -214,7 +214,9 @@ class _Stages:
         self._see = _jit(model.vit.blocks, lambda blocks, n, x: layers.unstack(blocks, n)(x))
         self._align = _jit(model.mfam, lambda mfam, features: mfam(features))
         self._embed = _jit(model, lambda model, *arguments: model.embed(*arguments))
-        self._say = _jit(model.llama.blocks, lambda blocks, n, *arguments: layers.unstack(blocks, n)(*arguments))
+        split = [nnx.split(block) for block in model.llama.blocks]
+        say = jax.jit(lambda state, *arguments: nnx.merge(split[0][0], state)(*arguments))  # one program for all
+        self._say = [functools.partial(say, state) for _, state in split]
         self._norm = _jit(model.llama.norm, lambda norm, x: norm(x))
         self._logits = _jit(model.llama, lambda llama, x: llama.logits(x))
 
@@ -238,7 +240,7 @@ class _Stages:
         positions = np.broadcast_to(np.arange(x.shape[1], dtype=np.int32), x.shape[:2])
         segments = (positions < batch["lengths"][:, None]).astype(np.int32)
         for n in range(self.cfg.llama.depth):
-            x = self._say(n, x, positions, segments)
+            x = self._say[n](x, positions, segments)
             yield f"LLM {n + 1}", np.asarray(x, np.float32)
         x = self._norm(x)
         yield "LLM norm", np.asarray(x, np.float32)

@@ -9,7 +9,7 @@ import numpy as np
 
 from calm_jax import config as config_lib
 from calm_jax.convert import torch_files
-from calm_jax.inference import scorer
+from calm_jax.data import scale
 from calm_jax.training import checkpoint
 
 
@@ -43,9 +43,9 @@ def card(saved: checkpoint.Saved, model: config_lib.Model, content: Sequence[tor
         "It needs torch, transformers (4.46 or newer), sentencepiece and pillow. The files beside the weights compute",
         "everything themselves; the processor pads pictures to a square and never crops them.", "",
         "## Scores", "",
-        f"From {scorer.LOWEST:g} to {scorer.HIGHEST:g}, higher is better; the scale of each data set was mapped to it "
+        f"From {scale.LOWEST:g} to {scale.HIGHEST:g}, higher is better; the scale of each data set was mapped to it "
         "linearly. `score` gives the mean of",
-        f"all {len(scorer.DECIMALS)} decimals under the model's probabilities of saying them.", "", scored, "",
+        f"all {len(scale.DECIMALS)} decimals under the model's probabilities of saying them.", "", scored, "",
         "## Training", "",
         *_table(("process", "steps", "rows a step", "data", "tasks"),
                 [(entry["process"], entry["steps"], entry["batch"], entry["dataset"], ", ".join(entry["tasks"]))

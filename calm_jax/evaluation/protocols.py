@@ -18,12 +18,11 @@ from calm_jax.data import attributes as attributes_lib
 from calm_jax.data import cues as cues_lib
 from calm_jax.data import images, tasks
 from calm_jax.data.samples import Dataset, ImageRef, Mention, Sample, Turn
+from calm_jax.data.scale import read_score
 from calm_jax.data.tasks.context import Context
 from calm_jax.evaluation import metrics
 from calm_jax.inference.generate import Generator
-from calm_jax.inference.scorer import read_score
 
-READERS = ("text", "expectation")
 SEED = 7919  # of the questions asked; training draws from other streams
 
 
@@ -107,22 +106,19 @@ def opinions(generator: Generator, dataset: Dataset, indices: Sequence[int], tas
     """Asks for a `comment` or a `score` on each of these records, once.
 
     Args:
-      reader: of scores, one of READERS: the decimal that is said, or its expectation (`inference.scorer`).
+      reader: of scores, one of `inference.scorer.READERS`.
     """
     samples = [tasks.make(task, dataset, int(index), np.random.default_rng([SEED, int(index)]),
                           Context(generator.layout.parts)) for index in indices]
-    if task == "score" and reader == "expectation":
-        found = generator.scores([(sample, 0) for sample in samples], dataset.pixels)
-        texts = [f"{mean:.4f}" for mean, _ in tqdm.tqdm(found, total=len(samples), desc=task, unit="answer",
-                                                        mininterval=0.5)]
+    if task == "score":
+        found = generator.scores([(sample, 0) for sample in samples], dataset.pixels, reader=reader)
+        found = tqdm.tqdm(found, total=len(samples), desc=task, unit="answer", mininterval=0.5)
+        texts = [(score.text, f"{score.value:.4f}" if score.parsed else "") for score in found]
     else:
-        texts = _ask(generator, dataset, samples, 12 if task == "score" else 64, task)
+        texts = [(text, text) for text in _ask(generator, dataset, samples, 64, task)]
     answered = []
-    for index, sample, text in zip(indices, samples, texts, strict=True):
-        record, said = dataset.record(int(index)), text
-        if task == "score":
-            value = read_score(text)
-            said = "" if value is None else str(value)
+    for index, sample, (text, said) in zip(indices, samples, texts, strict=True):
+        record = dataset.record(int(index))
         answered.append(Answered(task, task, record.group or record.key, record.key, sample.images,
                                  str(sample.turns[0].prompt[-1]).strip(), sample.turns[0].answer.text, text, said))
     return answered

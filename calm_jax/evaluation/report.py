@@ -30,8 +30,8 @@ import calm_jax
 from calm_jax import config as config_lib
 from calm_jax.data import attributes, builders, images
 from calm_jax.data.samples import Dataset, Edit, ImageRef
+from calm_jax.data.scale import HIGHEST, LOWEST, read_score
 from calm_jax.evaluation import plots
-from calm_jax.inference.scorer import HIGHEST, LOWEST, read_score
 
 CARDS, PAIRS, QUESTIONS = 12, 6, 4  # pictures in the gallery, comparisons behind it, questions on a card
 SHARP = 192  # least side, pixels, at which a picture is drawn: small encoders see less than is pleasant to look at

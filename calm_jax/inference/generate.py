@@ -1,75 +1,45 @@
-"""Conversations that end with a question in, answers out: prefill and greedy decoding with a cache, in one program."""
+"""Conversations that end with a question in, answers or scores out, in batches that the device need not wait for."""
 
 from __future__ import annotations
 
+import collections
+import concurrent.futures
 import functools
-from collections.abc import Callable, Iterator, Sequence
+import itertools
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, UInt8
+from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import Int, UInt8
 
 from calm_jax import config as config_lib
 from calm_jax.data import images as images_lib
+from calm_jax.data import scale
 from calm_jax.data.prompts import Layout, encode
 from calm_jax.data.samples import Sample
 from calm_jax.data.tokenizer import Tokenizer
-from calm_jax.inference import scorer
-from calm_jax.models.parameters import Geometry, Parameters
+from calm_jax.inference import decoding, scorer
+from calm_jax.inference.decoding import GREEDY, Sampling
+from calm_jax.inference.scorer import Score
+from calm_jax.models.parameters import Geometry, Parameters, unroll
 
 BUCKET = 64  # prompt lengths are padded to multiples of this, so that a run compiles a few programs only
-
-
-def greedy(geometry: Geometry, parameters: Parameters, batch: dict[str, Array], *, parts: tuple[str, ...], limit: int,
-           eos: int, dtype: Any) -> tuple[Int[Array, "B L"], Bool[Array, "B"]]:
-    """The most probable next token, again and again.
-
-    Args:
-      batch: images uint8 [B, I, H, W, 3], tokens and visual int32 [B, T] (left-aligned), lengths int32 [B].
-      parts: visual parts that the prompts use.
-      limit: L, the most tokens of an answer.
-      eos: the id that ends an answer.
-
-    Returns:
-      Ids, `eos` behind the end of an answer; and whether each answer ended by itself.
-    """
-    model = geometry.bind(parameters)
-    pool = model.encode(batch["images"], parts, dtype=dtype)
-    x = model.embed(batch["tokens"], batch["visual"], pool)
-    lengths = batch["lengths"]
-    hidden, cache = model.llama.prefill(x, lengths, x.shape[1] + limit)
-    last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)
-    first = model.llama.logits(last)[:, 0].argmax(-1)
-    answers = jnp.full((x.shape[0], limit), eos, jnp.int32).at[:, 0].set(first)
-
-    def unfinished(carry):
-        count, _, _, ended = carry
-        return (count < limit) & ~ended.all()
-
-    def extend(carry):
-        count, answers, cache, ended = carry
-        token = jax.lax.dynamic_slice_in_dim(answers, count - 1, 1, axis=1)
-        hidden, cache = model.llama.decode(model.llama.embed(token, dtype), lengths + count - 1, cache)
-        token = jnp.where(ended, eos, model.llama.logits(hidden)[:, 0].argmax(-1)).astype(jnp.int32)
-        answers = jax.lax.dynamic_update_slice_in_dim(answers, token[:, None], count, axis=1)
-        return count + 1, answers, cache, ended | (token == eos)
-
-    _, answers, _, ended = jax.lax.while_loop(unfinished, extend, (1, answers, cache, first == eos))
-    return answers, ended
-
-
-def expected(geometry: Geometry, parameters: Parameters, batch: dict[str, Array], *, parts: tuple[str, ...],
-             tree: scorer.Tree, dtype: Any) -> tuple[Float[Array, "B"], Float[Array, "B"]]:
-    """`scorer.expectation` of a batch as `greedy` takes it."""
-    model = geometry.bind(parameters)
-    x = model.embed(batch["tokens"], batch["visual"], model.encode(batch["images"], parts, dtype=dtype))
-    return scorer.expectation(model, tree, x, batch["lengths"], dtype)
+AHEAD = 2  # batches that are prepared while the device computes
+SCORE_TOKENS = 12  # of a score as text: the longest, " 10.0.", with room for a model that says more
+Question = tuple[Sample, int]  # a conversation and the turn that is asked
+Pixels = Callable[[int], UInt8[np.ndarray, "H W 3"]]  # the picture of an `ImageRef.index`
 
 
 class Generator:
     """A model ready to answer. Programs are compiled once per (batch, prompt length bucket, images).
+
+    It computes where its parameters are: those of `restore.model` are spread over all devices, and so are the rows of
+    a batch. The blocks of the language model become arrays of their own; a caller that drops `parameters` holds no
+    weight twice.
 
     Args:
       model: its geometry and numerics.
@@ -80,44 +50,55 @@ class Generator:
 
     def __init__(self, model: config_lib.Model, parameters: Parameters, tokenizer: Tokenizer,
                  parts: tuple[str, ...] = config_lib.PARTS, dtype: Any = jnp.float32):
-        self.tokenizer, self.parameters = tokenizer, parameters
+        self.tokenizer, self.parameters, self.dtype = tokenizer, unroll(parameters), dtype
         self.layout, self.size, self.longest = Layout.of(model, parts), model.vit.image_size, model.llama.positions
-        shared = {"parts": self.layout.parts, "dtype": dtype}
-        self._greedy = jax.jit(functools.partial(greedy, Geometry.of(model), eos=tokenizer.eos, **shared),
-                               static_argnames="limit")
-        self._expected = jax.jit(functools.partial(expected, Geometry.of(model), tree=scorer.Tree.of(tokenizer),
-                                                   **shared))
+        self.geometry = Geometry.of(model, unrolled=True)
+        places = [leaf.sharding for leaf in self.parameters.values() if isinstance(leaf.sharding, NamedSharding)]
+        self.mesh = places[0].mesh if places and places[0].mesh.size > 1 else None
+        self._programs: dict[Any, Callable] = {}
 
-    def answers(self, questions: Sequence[tuple[Sample, int]], pixels: Callable[[int], UInt8[np.ndarray, "H W 3"]], *,
-                limit: int = 48, batch: int = 16) -> Iterator[str]:
+    def answers(self, questions: Iterable[Question], pixels: Pixels, *, limit: int = 48, batch: int = 16,
+                sampling: Sampling = GREEDY) -> Iterator[str]:
         """The answer to turn i of each (sample, i), in order; the turns before it are taken as said.
 
         Args:
-          pixels: reads the picture of an `ImageRef.index`.
+          pixels: reads a picture; called from another thread, ahead of the device.
           limit: most tokens of an answer.
           batch: conversations at a time; the last batch is filled up with copies, which are dropped.
 
         Raises:
           ConfigError: a prompt and its answer do not fit the model's positions.
         """
-        for chunk, wanted in _chunks(questions, batch):
-            for ids in self.greedy(self.arrays(chunk, pixels, limit), limit)[:wanted]:
+        for arrays, wanted in self._batches(questions, pixels, limit, batch):
+            for ids in self.ids(arrays, limit, sampling)[:wanted]:
                 yield self.tokenizer.decode(ids[ids != self.tokenizer.eos])
 
-    def greedy(self, arrays: dict[str, np.ndarray], limit: int) -> Int[np.ndarray, "B L"]:
+    def scores(self, questions: Iterable[Question], pixels: Pixels, *, reader: str = "expectation",
+               batch: int = 16) -> Iterator[Score]:
+        """The score that answers each question, as one of `scorer.READERS` finds it; else as `answers`."""
+        if reader == "text":
+            for text in self.answers(questions, pixels, limit=SCORE_TOKENS, batch=batch):
+                value = scale.read_score(text)
+                yield Score(float("nan") if value is None else value, text=text)
+            return
+        program = self._program(scorer.expectation, tree=self._tree(reader))
+        for arrays, wanted in self._batches(questions, pixels, 0, batch):
+            mean, spread = jax.device_get(program(self.parameters, self._put(arrays)))
+            yield from (Score(*pair) for pair in zip(mean[:wanted].tolist(), spread[:wanted].tolist(), strict=True))
+
+    def ids(self, arrays: dict[str, np.ndarray], limit: int, sampling: Sampling = GREEDY
+            ) -> Int[np.ndarray, "B L"]:
         """Ids of the answers to prompts that `arrays` has made; the end-of-sequence id stands behind the shorter."""
-        return np.asarray(self._greedy(self.parameters, arrays, limit=limit)[0])
+        shared, inputs = {"limit": limit, "eos": self.tokenizer.eos}, (self.parameters, self._put(arrays))
+        if sampling.beams > 1:
+            program = self._program(decoding.search, beams=sampling.beams, **shared)
+            return np.asarray(program(*inputs, np.float32(sampling.length_penalty)))
+        program = self._program(decoding.sample, drawn=sampling.temperature > 0, **shared)
+        return np.asarray(program(*inputs, np.float32(sampling.temperature), np.float32(sampling.top_p),
+                                  np.uint32(sampling.seed)))
 
-    def scores(self, questions: Sequence[tuple[Sample, int]], pixels: Callable[[int], UInt8[np.ndarray, "H W 3"]], *,
-               batch: int = 16) -> Iterator[tuple[float, float]]:
-        """Expected score and its standard deviation, both on the scale 1-10, in place of each answer; as `answers`."""
-        for chunk, wanted in _chunks(questions, batch):
-            mean, spread = jax.device_get(self._expected(self.parameters, self.arrays(chunk, pixels, 4)))
-            yield from zip(mean[:wanted].tolist(), spread[:wanted].tolist(), strict=True)
-
-    def arrays(self, questions: Sequence[tuple[Sample, int]], pixels: Callable[[int], UInt8[np.ndarray, "H W 3"]],
-               limit: int) -> dict[str, np.ndarray]:
-        """The prompts as `greedy` takes them, with room for `limit` more tokens each."""
+    def arrays(self, questions: Sequence[Question], pixels: Pixels, limit: int) -> dict[str, np.ndarray]:
+        """The prompts as `decoding` takes them; each with `limit` more tokens must fit the model's positions."""
         encoded = [encode(sample, self.tokenizer, self.layout, ask=turn) for sample, turn in questions]
         longest = max(len(item.tokens) for item in encoded)
         width = -(-longest // BUCKET) * BUCKET
@@ -128,17 +109,68 @@ class Generator:
         arrays = {"images": np.zeros((len(encoded), slots, self.size, self.size, 3), np.uint8),
                   "tokens": np.full((len(encoded), width), self.tokenizer.pad, np.int32),
                   "visual": np.full((len(encoded), width), -1, np.int32),
-                  "lengths": np.asarray([len(item.tokens) for item in encoded], np.int32)}
+                  "lengths": np.asarray([len(item.tokens) for item in encoded], np.int32),
+                  "digests": np.zeros(len(encoded), np.uint32)}
         for row, item in enumerate(encoded):
             arrays["tokens"][row, :len(item.tokens)] = item.tokens
             arrays["visual"][row, :len(item.visual)] = item.visual
             for slot, ref in enumerate(item.images):
                 arrays["images"][row, slot] = images_lib.render(pixels(ref.index), ref, self.size)
+            digest = zlib.crc32(item.visual.tobytes(), zlib.crc32(item.tokens.tobytes()))
+            arrays["digests"][row] = zlib.crc32(arrays["images"][row, :len(item.images)].tobytes(), digest)
         return arrays
 
+    def _batches(self, questions, pixels, limit, size) -> Iterator[tuple[dict[str, np.ndarray], int]]:
+        """Arrays of `size` questions at a time and how many of them count, made in a thread, AHEAD of their use."""
+        if self.mesh is not None:  # rows divide among the devices that split them
+            parts = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+            size = -(-size // parts) * parts
+        pending: collections.deque = collections.deque()
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            try:
+                for chunk in _chunks(questions, size):
+                    filled = chunk + [chunk[-1]] * (size - len(chunk))
+                    pending.append((pool.submit(self.arrays, filled, pixels, limit), len(chunk)))
+                    if len(pending) > AHEAD:
+                        made, wanted = pending.popleft()
+                        yield made.result(), wanted
+                while pending:
+                    made, wanted = pending.popleft()
+                    yield made.result(), wanted
+            finally:
+                for made, _ in pending:
+                    made.cancel()
 
-def _chunks(questions: Sequence, size: int) -> Iterator[tuple[list, int]]:
-    """`size` questions at a time and how many of them count: the last are filled up with copies."""
-    for start in range(0, len(questions), size):
-        chunk = list(questions[start:start + size])
-        yield chunk + [chunk[-1]] * (size - len(chunk)), len(chunk)
+    def _put(self, arrays):
+        if self.mesh is None:
+            return arrays
+        rows = NamedSharding(self.mesh, PartitionSpec(("data", "fsdp")))
+        return jax.device_put(arrays, rows)
+
+    def _tree(self, reader: str) -> scorer.Tree:
+        if reader not in self._programs:
+            self._programs[reader] = scorer.Tree.of(self.tokenizer, scorer.SAID[reader])
+        return self._programs[reader]
+
+    def _program(self, function: Callable, **options) -> Callable:
+        """`function` of this model with these options, compiled; the same one for the same options."""
+        place = function, tuple(options.items())
+        if place not in self._programs:
+            self._programs[place] = jax.jit(functools.partial(
+                _placed, self.mesh, functools.partial(function, self.geometry, parts=self.layout.parts,
+                                                      dtype=self.dtype, **options)))
+        return self._programs[place]
+
+
+def _placed(mesh: jax.sharding.Mesh | None, function: Callable, *arguments):
+    """The function where the models put their rows on the devices of the mesh."""
+    if mesh is None:
+        return function(*arguments)
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        return function(*arguments)
+
+
+def _chunks(items: Iterable, size: int) -> Iterator[list]:
+    iterator = iter(items)
+    while chunk := list(itertools.islice(iterator, size)):
+        yield chunk

@@ -15,8 +15,8 @@ CHUNKS = 4  # causal: queries of a chunk read the same keys; 4 compute 5/8 of th
 
 
 def attend(q: Float[Array, "B T N H"], k: Float[Array, "B S K H"], v: Float[Array, "B S K H"], *, causal: bool = False,
-           q_segments: Int[Array, "B T"] | None = None, kv_segments: Int[Array, "B S"] | None = None,
-           mask: Bool[Array, "B T S"] | None = None) -> Float[Array, "B T N H"]:
+           q_segments: Int[Array, "B T"] | None = None,
+           kv_segments: Int[Array, "B S"] | None = None) -> Float[Array, "B T N H"]:
     """Softmax attention scaled by H ** -0.5; scores and softmax in float32, the result in the dtype of q.
 
     Args:
@@ -25,12 +25,15 @@ def attend(q: Float[Array, "B T N H"], k: Float[Array, "B S K H"], v: Float[Arra
       causal: query t sees keys 0..t; needs T == S.
       q_segments, kv_segments: a query sees only the keys of its own segment. Queries of a segment without keys
         (padding) get the mean of what they may not see, which nothing reads.
-      mask: what each query sees, instead of all of the above; for a few queries, as it is an array.
     """
-    if mask is not None:
-        q, k, v = _heads_first(q, k, v)
-        return rearrange(_weighed(q, k, v, mask), "b k g t h -> b t (k g) h")
     return tiled(q, k, v, q_segments, kv_segments, causal=causal)
+
+
+def attend_cached(q: Float[Array, "B M N H"], k: Float[Array, "B K S H"], v: Float[Array, "B K S H"],
+                  mask: Bool[Array, "B M S"]) -> Float[Array, "B M N H"]:
+    """`attend` of a few queries that look at any slots of a cache, whose heads already come first."""
+    q = rearrange(q, "b m (k g) h -> b k g m h", k=k.shape[1])
+    return rearrange(_weighed(q, k, v, mask), "b k g m h -> b m (k g) h")
 
 
 def tiled(q: Float[Array, "B T N H"], k: Float[Array, "B S K H"], v: Float[Array, "B S K H"],

@@ -110,8 +110,10 @@ def stack(make: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx.Rngs) ->
     return build(rngs)
 
 
-def unstack(blocks: nnx.Module, index: int) -> Any:
-    """Block `index` of a stack, as a module of its own that shares nothing with the stack."""
+def unstack(blocks: nnx.Module | nnx.List, index: int) -> Any:
+    """Block `index` of a stack, as a module of its own that shares nothing with the stack, or of a list of blocks."""
+    if isinstance(blocks, nnx.List):
+        return blocks[index]
     graphdef, state = nnx.split(blocks)
     return nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf[index], state))
 

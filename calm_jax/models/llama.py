@@ -12,9 +12,9 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from calm_jax import config as config_lib
 from calm_jax.models import layers
-from calm_jax.models.attention import attend
+from calm_jax.models.attention import attend, attend_cached
 
-Cache = list[tuple[Array, Array]]  # a layer's keys and values, each [B, S, K, H]
+Cache = list[tuple[Array, Array]]  # a layer's keys and values, each [B, K, S, H]: S slots
 
 
 def rotate(x: Float[Array, "B T N H"], positions: Int[Array, "B T"], theta: float) -> Float[Array, "B T N H"]:
@@ -80,6 +80,10 @@ class Llama(nnx.Module):
         self.norm = layers.RMSNorm(cfg.width, cfg.eps)
         self.head = layers.Linear(cfg.width, cfg.vocab, bias=False, rngs=rngs)
 
+    def unroll(self) -> None:
+        """From here on `blocks` is a list of blocks that share nothing: `prefill` and `extend` slice no weights."""
+        self.blocks = nnx.List([layers.unstack(self.blocks, index) for index in range(self.depth)])
+
     def embed(self, tokens: Int[Array, "B T"], dtype: Any) -> Float[Array, "B T D"]:
         return layers.by_rows(layers.by_vocabulary(self.embedding[...].astype(dtype))[tokens])
 
@@ -95,11 +99,8 @@ class Llama(nnx.Module):
         """float32 logits; give only the positions where something is asked."""
         return self.head(hidden).astype(jnp.float32)
 
-    def prefill(self, x: Float[Array, "B T D"], lengths: Int[Array, "B"], size: int) -> tuple[Array, Cache]:
-        """Hidden states `[B, T, D]` of left-aligned prompts and their cache, padded to `size` positions.
-
-        Blocks are unrolled: each owns a cache array, which decoding then updates in place.
-        """
+    def prefill(self, x: Float[Array, "B T D"], lengths: Int[Array, "B"], room: int) -> tuple[Array, Cache]:
+        """Hidden states `[B, T, D]` of left-aligned prompts, and their cache with `room` free slots behind slot T."""
         batch, length = x.shape[:2]
         positions = jnp.broadcast_to(jnp.arange(length), (batch, length))
         segments = (positions < lengths[:, None]).astype(jnp.int32)
@@ -109,40 +110,29 @@ class Llama(nnx.Module):
             q, k, v = block.qkv(x, positions, _split(None))
             mixed = attend(q, k, v, causal=True, q_segments=segments, kv_segments=segments)
             x = block.finish(x, mixed, _split(None))
-            room = ((0, 0), (0, size - length), (0, 0), (0, 0))
-            cache.append((jnp.pad(k, room), jnp.pad(v, room)))
+            k, v = (jnp.pad(rearrange(y, "b s k h -> b k s h"), ((0, 0), (0, 0), (0, room), (0, 0))) for y in (k, v))
+            cache.append((k, v))
         return self.norm(x), cache
 
-    def decode(self, x: Float[Array, "B 1 D"], positions: Int[Array, "B"], cache: Cache) -> tuple[Array, Cache]:
-        """One token a row, at `positions`, against the cache; returns hidden states `[B, 1, D]` and the new cache."""
-        size = cache[0][0].shape[1]
-        ones = jnp.ones((x.shape[0], 1), jnp.int32)
-        seen = (jnp.arange(size) <= positions[:, None]).astype(jnp.int32)
-        write = jax.vmap(lambda store, new, at: jax.lax.dynamic_update_slice(store, new, (at, 0, 0)))
+    def extend(self, x: Float[Array, "B M D"], positions: Int[Array, "B M"], sees: Bool[Array, "B M S"], cache: Cache,
+               slot: int | Int[Array, ""]) -> tuple[Array, Cache]:
+        """M more tokens a row into slots `slot` to `slot + M` of the cache, whatever they continue.
+
+        Blocks are unrolled: each owns its keys and values, which a loop updates in place. A slot is the same for all
+        rows, although their prompts differ in length: `positions` says where in its text a token stands.
+
+        Args:
+          sees: the slots that each token looks at, its own among them.
+
+        Returns:
+          Hidden states `[B, M, D]` and the new cache.
+        """
         updated: Cache = []
         for index in range(self.depth):
             block = layers.unstack(self.blocks, index)
-            q, k, v = block.qkv(x, positions[:, None], _split(None))
-            k, v = write(cache[index][0], k, positions), write(cache[index][1], v, positions)
-            x = block.finish(x, attend(q, k, v, q_segments=ones, kv_segments=seen), _split(None))
+            q, *new = block.qkv(x, positions, _split(None))
+            k, v = (jax.lax.dynamic_update_slice_in_dim(old, rearrange(y, "b m k h -> b k m h"), slot, axis=2)
+                    for old, y in zip(cache[index], new, strict=True))
+            x = block.finish(x, attend_cached(q, k, v, sees), _split(None))
             updated.append((k, v))
         return self.norm(x), updated
-
-    def branch(self, x: Float[Array, "B M D"], positions: Int[Array, "B M"], lengths: Int[Array, "B"],
-               sees: Bool[Array, "M M"], cache: Cache) -> Float[Array, "B M D"]:
-        """Hidden states of M tokens that continue a cached prompt in several ways at once; the cache stays as it is.
-
-        Args:
-          positions: each token's place in its own continuation.
-          lengths: of the prompts; a token sees its whole prompt.
-          sees: `sees[i, j]`: j is i itself or comes before it in the same continuation.
-        """
-        size = cache[0][0].shape[1]
-        prompt = jnp.broadcast_to((jnp.arange(size) < lengths[:, None])[:, None], (*x.shape[:2], size))
-        mask = jnp.concatenate([prompt, jnp.broadcast_to(sees, (x.shape[0], *sees.shape))], -1)
-        for index in range(self.depth):
-            block = layers.unstack(self.blocks, index)
-            q, k, v = block.qkv(x, positions, _split(None))
-            k, v = jnp.concatenate([cache[index][0], k], 1), jnp.concatenate([cache[index][1], v], 1)
-            x = block.finish(x, attend(q, k, v, mask=mask), _split(None))
-        return self.norm(x)

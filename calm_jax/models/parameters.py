@@ -19,6 +19,7 @@ from calm_jax import config as config_lib
 from calm_jax.models.calm import Calm
 
 Parameters = dict[str, Array]
+BLOCKS = "llama/blocks/"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,9 +31,19 @@ class Geometry:
     shapes: dict[str, jax.ShapeDtypeStruct]
 
     @classmethod
-    def of(cls, cfg: config_lib.Model) -> Geometry:
-        """Traces the constructor; nothing is allocated."""
-        graphdef, state = nnx.split(nnx.eval_shape(lambda: Calm(cfg, nnx.Rngs(0))))
+    def of(cls, cfg: config_lib.Model, *, unrolled: bool = False) -> Geometry:
+        """Traces the constructor; nothing is allocated.
+
+        Args:
+          unrolled: of the parameters that `unroll` returns.
+        """
+        def make():
+            model = Calm(cfg, nnx.Rngs(0))
+            if unrolled:
+                model.llama.unroll()
+            return model
+
+        graphdef, state = nnx.split(nnx.eval_shape(make))
         leaves, treedef = jax.tree_util.tree_flatten_with_path(state)
         return cls(graphdef, treedef, {_name(path): leaf for path, leaf in leaves})
 
@@ -51,6 +62,24 @@ def initial(cfg: config_lib.Model, key: Array) -> Parameters:
     """Random float32 parameters; call it under jit with output shardings, so that each device makes its own part."""
     state = nnx.state(Calm(cfg, nnx.Rngs(key)))
     return {_name(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(state)[0]}
+
+
+def unroll(parameters: Parameters) -> Parameters:
+    """The same parameters with an array of its own for each block of the language model, as decoding wants them.
+
+    `llama/blocks/q/kernel` becomes `llama/blocks/0/q/kernel` and so on. To hold no weight twice, drop `parameters`.
+    """
+    unrolled: Parameters = {}
+    for path, leaf in parameters.items():
+        if not path.startswith(BLOCKS):
+            unrolled[path] = leaf
+            continue
+        place = leaf.sharding
+        if isinstance(place, jax.sharding.NamedSharding):
+            place = jax.sharding.NamedSharding(place.mesh, jax.sharding.PartitionSpec(*place.spec[1:]))
+        for index, part in enumerate(jax.jit(list, out_shardings=[place] * leaf.shape[0])(leaf)):
+            unrolled[f"{BLOCKS}{index}/{path.removeprefix(BLOCKS)}"] = part
+    return unrolled
 
 
 def matches(regex: str, parameters: Iterable[str]) -> bool:

@@ -8,7 +8,6 @@ has rated. The instructions and everything else are ours.
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Mapping
 
 import numpy as np
@@ -16,54 +15,11 @@ import numpy as np
 from calm_jax import config as config_lib
 from calm_jax.data import attributes
 from calm_jax.data.samples import Answer, BadRecord, Edit, ImageRef, Mention, Record, Turn
+from calm_jax.data.scale import HIGHEST, LOWEST, mapped, score_text, soft_digits
 from calm_jax.data.tasks import composed, instructions
 from calm_jax.data.tasks.context import Content, Context, Parts, pick, seed
 
-LOWEST, HIGHEST = 1.0, 10.0  # of the conversation's scale
-DECIMALS = np.arange(10, 101)  # every score that can be said, in tenths
 HELD_OUT = 5  # one rater in so many is never trained on, so that personal assessment can be judged on strangers
-
-
-def mapped(score: float, scale: tuple[float, float]) -> float:
-    """A score on a dataset's scale (lowest, highest), as a number on the conversation's scale 1-10."""
-    lowest, highest = scale
-    return LOWEST + (HIGHEST - LOWEST) * (score - lowest) / (highest - lowest)
-
-
-def score_text(target: float) -> str:
-    """A score on the scale 1-10 as the model says it: `6.5.` (paper)."""
-    return f"{target:.1f}."
-
-
-def soft_digits(target: float, spread: float) -> dict[int, dict[str, float]]:
-    """Soft targets of the two digits of `score_text(target)`: a Gaussian about the target, on the tenths from 1 to 10.
-
-    The first digit's are its marginal probabilities, the second's those among the tenths that begin with the first
-    digit as written, which is what the model has said when it comes to the second. Probabilities below a thousandth
-    are left out. 10.0 stays hard: its digits stand elsewhere.
-
-    Returns:
-      Character offset in the text -> {digit: probability}, as `Answer.soft`.
-    """
-    text = score_text(target)
-    if len(text) != len("6.5."):
-        return {}
-    weights = np.exp(-0.5 * np.square((DECIMALS / 10 - target) / spread))
-    weights /= weights.sum()
-    first: dict[str, float] = {}
-    second: dict[str, float] = {}
-    for tenth, weight in zip(DECIMALS, weights, strict=True):
-        said = f"{tenth / 10:.1f}"
-        first[said[0]] = first.get(said[0], 0.0) + weight
-        if len(said) == 3 and said[0] == text[0]:
-            second[said[2]] = second.get(said[2], 0.0) + weight
-    return {0: _likely(first), 2: _likely(second)}
-
-
-def _likely(weights: Mapping[str, float]) -> dict[str, float]:
-    total = sum(weights.values())
-    kept = {digit: weight / total for digit, weight in weights.items() if weight >= 1e-3 * total}
-    return {digit: weight / math.fsum(kept.values()) for digit, weight in kept.items()}
 
 
 def held_out(rater: str) -> bool:
