@@ -43,8 +43,12 @@ def require(*names: str) -> flags.FlagValues:
     return flags.FLAGS
 
 
-def run(main: Callable[[], int | None]) -> None:
-    """Parses the flags, runs `main`, and turns the project's errors into one sentence and exit code 2 (use) or 1."""
+def run(main: Callable[..., int | None], *, words: bool = False) -> None:
+    """Parses the flags, runs `main`, and turns the project's errors into one sentence and exit code 2 (use) or 1.
+
+    Args:
+      words: `main` takes the words of the command line that are no flags; else there must be none.
+    """
 
     def parse(argv):
         try:
@@ -64,8 +68,12 @@ def run(main: Callable[[], int | None]) -> None:
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             _fail(str(error).splitlines()[0], 2)
 
-    def guarded(_):
+    def guarded(argv):
         try:
+            if words:
+                sys.exit(main(argv[1:]))
+            if len(argv) > 1:
+                raise config_lib.ConfigError(f"{argv[1]!r} is no flag; flags begin with two dashes")
             sys.exit(main())
         except config_lib.ConfigError as error:
             _fail(str(error), 2)

@@ -167,8 +167,8 @@ class Process:
                           "any", "ours")
     cues: str = field("", "file of further phrases about attributes, from tools.make_cues; '' = only the written",
                       "paper: GPT-3.5 wrote them; ours: most are written by hand")
-    phrasings: int = field(0, "of each written question and answer about attributes only so many are used; 0 = all",
-                           "ours")
+    phrasings: int = field(0, "of each written question and answer about attributes and measurements only so many "
+                           "are used; 0 = all", "ours")
     parts: tuple[str, ...] = field(PARTS, "parts of an image that this process computes", "paper: all, in this order",
                                    choices=PARTS)
     train: tuple[str, ...] = field((".*",), "regexes: parameters that learn", "paper (table of processes)")

@@ -19,9 +19,8 @@ from absl import flags
 
 from calm_jax import command
 from calm_jax import config as config_lib
-from calm_jax.data import builders
+from calm_jax.data import builders, scale
 from calm_jax.evaluation import protocols
-from calm_jax.inference import scorer
 from calm_jax.inference.generate import Generator
 from calm_jax.training import restore
 
@@ -32,7 +31,7 @@ _TASK = flags.DEFINE_enum("task", None, TASKS, "what to measure")
 _DATASET = flags.DEFINE_string("dataset", "demo", "name of the dataset")
 _DATA_DIR = flags.DEFINE_string("data_dir", "", "folder of datasets that tools.prepare_data stored; demo needs none")
 _SPLIT = flags.DEFINE_string("split", "test", "its split: train, validation or test")
-_READER = flags.DEFINE_enum("reader", "text", scorer.READERS, "scoring: how a score is read from the model")
+_READER = flags.DEFINE_enum("reader", "text", scale.READERS, "scoring: how a score is read from the model")
 _RECORDS = flags.DEFINE_integer("records", 0, "pictures of the split that are asked about, spread evenly; 0 = all")
 _CONTROL = flags.DEFINE_string("control", None, "attributes: a model trained on shuffled labels, to compare with")
 _OUT = flags.DEFINE_string("out", None, "folder of the results; default: WORKDIR/evaluation")

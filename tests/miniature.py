@@ -8,6 +8,7 @@ import pathlib
 import subprocess
 import sys
 
+import jax
 import numpy as np
 
 from calm_jax import config as config_lib
@@ -64,6 +65,23 @@ def batch(model: config_lib.Model, of: config_lib.Process, seed: int = 0) -> dic
         out["places"][r, :used] = rng.integers(0, row.tokens - 5, used)
         out["weights"][r, :used] = rng.dirichlet(np.ones(row.candidates), used) * rng.choice([0.5, 1.0], (used, 1))
     return out
+
+
+def saved(folder: pathlib.Path, parts: tuple[str, ...] = PROCESS.parts, **changes) -> str:
+    """A checkpoint as training saves it, of random parameters; `changes` are fields of MODEL."""
+    from calm_jax.data.tokenizer import Tokenizer  # here: what only starts programs needs no JAX
+    from calm_jax.models.parameters import initial
+    from calm_jax.training import checkpoint
+    model = dataclasses.replace(MODEL, **changes)
+    parameters = jax.jit(lambda key: initial(model, key))(jax.random.key(1))
+    parameters = {path: leaf + 0.1 if path.endswith("lora/b") else leaf for path, leaf in parameters.items()}
+    checkpoints = checkpoint.Checkpoints(folder, config_lib.Checkpoint())
+    meta = {"process": "only", "rows": 0, "best": None, "trained": sorted(parameters), "base": "", "seed": 0,
+            "config": dataclasses.asdict(config(model=model, processes={"only": process(parts=parts)})),
+            "tokenizer": Tokenizer().fingerprint}
+    checkpoints.save(3, {"parameters": parameters, "optimizer": ()}, meta)
+    checkpoints.close()
+    return str(folder)
 
 
 def overrides(values: dict, path: str = "config") -> list[str]:

@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 
-import jax
 import miniature
 import numpy as np
 import pytest
@@ -23,7 +22,6 @@ from test_conversion import bits, parts, with_queries
 from calm_jax import config as config_lib
 from calm_jax.convert import tables, torch_files
 from calm_jax.data.tokenizer import SHIPPED
-from calm_jax.models.parameters import initial
 from calm_jax.training import checkpoint, restore
 from tools import check_parity, convert_from_hf, export_to_hf
 
@@ -141,27 +139,13 @@ def test_torch_to_orbax_to_torch_is_bit_exact(tmp_path, monkeypatch, form, dtype
 # ---- trained checkpoints: our own stem, low-rank updates ---------------------------------------------------------
 
 
-def trained(folder, **changes):
-    """A checkpoint as training saves it, of random parameters."""
-    model = dataclasses.replace(miniature.MODEL, **changes)
-    config = miniature.config(model=model)
-    parameters = jax.jit(lambda key: initial(model, key))(jax.random.key(1))
-    parameters = {path: leaf + 0.1 if path.endswith("lora/b") else leaf for path, leaf in parameters.items()}
-    checkpoints = checkpoint.Checkpoints(folder, config_lib.Checkpoint())
-    meta = {"process": "only", "rows": 0, "best": None, "trained": sorted(parameters), "base": "", "seed": 0,
-            "config": dataclasses.asdict(config), "tokenizer": restore.Tokenizer().fingerprint}
-    checkpoints.save(3, {"parameters": parameters, "optimizer": ()}, meta)
-    checkpoints.close()
-    return str(folder)
-
-
 LORA = config_lib.Lora(rank=2, alpha=3.0, targets=r"llama/blocks/(q|down)|mfam/qformers/groups/blocks/0/cross/v|"
                                                   r"mfam/thematic|vit/blocks/up")
 
 
 @pytest.mark.parametrize("merge", [False, True], ids=["apart", "merged"])
 def test_updates_and_our_own_stem_compute_the_same(tmp_path, merge):
-    source = trained(tmp_path / "run", lora=LORA)
+    source = miniature.saved(tmp_path / "run", lora=LORA)
     out = export_to_hf.export(source, str(tmp_path / "hf"), merge_lora=merge)
     result = check_parity.check(source, str(out), new_tokens=16)
     print(check_parity.show(result))
@@ -175,7 +159,7 @@ def test_adapters_are_pefts(tmp_path):
     """The language model alone with its adapter, by PEFT, is the merged language model."""
     import peft
     model = dataclasses.replace(miniature.MODEL, vit=dataclasses.replace(miniature.MODEL.vit, stem="patch"))
-    source = trained(tmp_path / "run", vit=model.vit, lora=LORA)
+    source = miniature.saved(tmp_path / "run", vit=model.vit, lora=LORA)
     apart = export_to_hf.export(source, str(tmp_path / "apart"), parts=True) / "parts"
     merged = export_to_hf.export(source, str(tmp_path / "merged"), parts=True, merge_lora=True) / "parts"
     assert not list(merged.glob("*_lora"))
@@ -198,7 +182,7 @@ def test_adapters_are_pefts(tmp_path):
 
 
 def test_another_dtype_is_rounded_once(tmp_path):
-    source = trained(tmp_path / "run")
+    source = miniature.saved(tmp_path / "run")
     exact = torch_files.tensors(export_to_hf.export(source, str(tmp_path / "stored")))
     narrow = torch_files.tensors(export_to_hf.export(source, str(tmp_path / "narrow"), dtype="bfloat16"))
     assert json.loads((tmp_path / "narrow" / "config.json").read_text())["torch_dtype"] == "bfloat16"
@@ -209,7 +193,7 @@ def test_another_dtype_is_rounded_once(tmp_path):
 
 def test_what_was_never_trained_comes_from_its_base_and_its_seed(tmp_path):
     """A checkpoint of some leaves, on one of others, on random numbers: the export holds what training would load."""
-    first = trained(tmp_path / "first")
+    first = miniature.saved(tmp_path / "first")
     config = miniature.config(init=first)
     changed = {"llama/norm/scale": np.full(32, 3.0, np.float32)}
     checkpoints = checkpoint.Checkpoints(tmp_path / "second", config_lib.Checkpoint())
@@ -239,7 +223,7 @@ def reader_refuses(folder):
 
 
 def test_a_killed_export_leaves_nothing_that_a_reader_accepts(tmp_path):
-    source, out = trained(tmp_path / "run"), tmp_path / "hf"
+    source, out = miniature.saved(tmp_path / "run"), tmp_path / "hf"
     code = ("import sys, time; from tools import export_to_hf as e; t = e._tensor; "
             "slow = lambda read: (lambda: (time.sleep(0.02), read())[1]); "
             "e._tensor = lambda *a: e.dataclasses.replace(t(*a), read=slow(t(*a).read)); "
@@ -264,7 +248,7 @@ def test_a_killed_export_leaves_nothing_that_a_reader_accepts(tmp_path):
 
 
 def test_a_full_disk_is_said_and_leaves_nothing(tmp_path, monkeypatch):
-    source = trained(tmp_path / "run")
+    source = miniature.saved(tmp_path / "run")
 
     def full(*_, **__):
         raise OSError(28, "No space left on device")
@@ -278,7 +262,7 @@ def test_a_full_disk_is_said_and_leaves_nothing(tmp_path, monkeypatch):
 
 
 def test_wrong_input_is_one_clear_sentence(tmp_path):
-    source, out = trained(tmp_path / "run"), str(tmp_path / "hf")
+    source, out = miniature.saved(tmp_path / "run"), str(tmp_path / "hf")
     with pytest.raises(checkpoint.CheckpointError, match=r"there is no complete checkpoint in .*nowhere"):
         export_to_hf.export(str(tmp_path / "nowhere"), out)
     with pytest.raises(config_lib.ConfigError, match="no low-rank updates to merge; leave --merge-lora out"):
@@ -288,7 +272,7 @@ def test_wrong_input_is_one_clear_sentence(tmp_path):
     (tmp_path / "there").mkdir()
     with pytest.raises(checkpoint.CheckpointError, match="there exists already; choose another folder"):
         export_to_hf.export(source, str(tmp_path / "there"))
-    conv = trained(tmp_path / "conv", lora=dataclasses.replace(LORA, targets="vit/stem/embed|llama/blocks/q"),
+    conv = miniature.saved(tmp_path / "conv", lora=dataclasses.replace(LORA, targets="vit/stem/embed|llama/blocks/q"),
                    vit=dataclasses.replace(miniature.MODEL.vit, stem="patch"))
     with pytest.raises(tables.WeightError, match="vit/stem/embed/lora/a is of no linear layer in torch; merge it"):
         export_to_hf.export(conv, out)
@@ -302,7 +286,7 @@ def test_wrong_input_is_one_clear_sentence(tmp_path):
 
 
 def test_a_tokenizer_that_changed_is_refused(tmp_path):
-    source = trained(tmp_path / "run")
+    source = miniature.saved(tmp_path / "run")
     meta = tmp_path / "run" / "00000003" / "meta.json"
     meta.write_text(json.dumps(json.loads(meta.read_text()) | {"tokenizer": "0123456789ab"}))
     checkpoint.write_marker(meta.parent)
@@ -312,7 +296,7 @@ def test_a_tokenizer_that_changed_is_refused(tmp_path):
 
 def test_parity_names_the_layer_that_was_changed(tmp_path):
     """The check can fail: one weight of one block is changed in the export."""
-    source = trained(tmp_path / "run")
+    source = miniature.saved(tmp_path / "run")
     out = export_to_hf.export(source, str(tmp_path / "hf"))
     state = safetensors.numpy.load_file(out / "model.safetensors")
     state["language_model.model.layers.1.mlp.up_proj.weight"] *= 1.5
@@ -325,7 +309,7 @@ def test_parity_names_the_layer_that_was_changed(tmp_path):
 
 def test_a_folder_written_by_hand_converts_back(tmp_path):
     """The language model of an export is a source again: what was trained goes on elsewhere and comes back."""
-    source = trained(tmp_path / "run", vit=dataclasses.replace(miniature.MODEL.vit, stem="patch"))
+    source = miniature.saved(tmp_path / "run", vit=dataclasses.replace(miniature.MODEL.vit, stem="patch"))
     out = export_to_hf.export(source, str(tmp_path / "hf"), parts=True) / "parts"
     back = convert_from_hf.convert(str(out / "vision_tower"), str(out / "language_model"), [], str(tmp_path / "back"))
     leaves = checkpoint.arrays(checkpoint.find(back))
@@ -335,7 +319,7 @@ def test_a_folder_written_by_hand_converts_back(tmp_path):
 
 
 def test_the_programs_run_as_documented(tmp_path):
-    source = trained(tmp_path / "run")
+    source = miniature.saved(tmp_path / "run")
     run = [sys.executable, "-m"]
     done = subprocess.run([*run, "tools.export_to_hf", "--checkpoint", source, "--out", str(tmp_path / "hf"),
                            "--parts", "--merge-lora"], cwd=ROOT, text=True, capture_output=True)

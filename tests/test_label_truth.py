@@ -575,7 +575,7 @@ def test_what_is_said_about_measurements_is_never_wrong(source):
         other = int(rng.integers(len(records) - 1))
         other += other >= index
         try:
-            turns = measured.compared(record, records[other], rng, config_lib.PARTS)[1]
+            turns = measured.compared(record, records[other], rng, Context(config_lib.PARTS))[1]
         except measured.BadRecord:
             continue
         for turn in turns:

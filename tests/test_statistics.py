@@ -245,7 +245,7 @@ def test_comparisons_are_at_least_two_tenths_apart():
     answers = collections.Counter()
     for _ in range(300):
         one, other = (many[i] for i in rng.choice(len(many), 2, replace=False))
-        shown, turns, _ = measured.compared(one, other, rng, config_lib.PARTS)
+        shown, turns, _ = measured.compared(one, other, rng, Context(config_lib.PARTS))
         assert shown == (ImageRef(one.image.index), ImageRef(other.image.index))
         for turn, (name, which) in zip(turns, labels(turns), strict=True):
             pair, bank = (one.deciles[name], other.deciles[name]), statistics.get(name).cues
@@ -257,7 +257,7 @@ def test_comparisons_are_at_least_two_tenths_apart():
             answers[which] += 1
     assert 0.4 < answers["first"] / answers.total() < 0.6
     with pytest.raises(BadRecord, match="less than 2 tenths apart"):
-        measured.compared(many[0], many[0], rng, config_lib.PARTS)
+        measured.compared(many[0], many[0], rng, Context(config_lib.PARTS))
 
 
 def test_only_given_levels_are_asked():
@@ -280,5 +280,5 @@ def test_records_without_deciles_are_refused():
 def test_a_sample_is_a_function_of_the_seed():
     one, other = records()[3], records()[30]
     for make in (lambda rng: measured.measured(one, rng, Context(config_lib.PARTS)),
-                 lambda rng: measured.compared(one, other, rng, config_lib.PARTS)):
+                 lambda rng: measured.compared(one, other, rng, Context(config_lib.PARTS))):
         assert make(np.random.default_rng(1)) == make(np.random.default_rng(1)) != make(np.random.default_rng(2))

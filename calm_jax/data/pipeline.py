@@ -118,7 +118,8 @@ class Rows:
                     rated.setdefault(rater, []).append(index)
         shares = np.asarray(list(wanted.values()))
         context = Context(
-            parts=self.process.parts, bank=cues.bank(self.process.cues, self.process.phrasings), dataset=dataset,
+            parts=self.process.parts, bank=cues.bank(self.process.cues, self.process.phrasings),
+            phrasings=self.process.phrasings, dataset=dataset,
             indices=indices, rated={rater: np.asarray(numbers) for rater, numbers in rated.items()},
             support=self.process.support, spread=self.process.score_spread, raters=self.process.rater_spread,
             compose=self.process.compose)

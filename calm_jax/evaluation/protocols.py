@@ -106,7 +106,7 @@ def opinions(generator: Generator, dataset: Dataset, indices: Sequence[int], tas
     """Asks for a `comment` or a `score` on each of these records, once.
 
     Args:
-      reader: of scores, one of `inference.scorer.READERS`.
+      reader: of scores, one of `scale.READERS`.
     """
     samples = [tasks.make(task, dataset, int(index), np.random.default_rng([SEED, int(index)]),
                           Context(generator.layout.parts)) for index in indices]

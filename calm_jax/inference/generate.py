@@ -6,6 +6,7 @@ import collections
 import concurrent.futures
 import functools
 import itertools
+import os
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -56,13 +57,14 @@ class Generator:
         places = [leaf.sharding for leaf in self.parameters.values() if isinstance(leaf.sharding, NamedSharding)]
         self.mesh = places[0].mesh if places and places[0].mesh.size > 1 else None
         self._programs: dict[Any, Callable] = {}
+        self._readers = concurrent.futures.ThreadPoolExecutor(os.cpu_count(), "pictures")
 
     def answers(self, questions: Iterable[Question], pixels: Pixels, *, limit: int = 48, batch: int = 16,
                 sampling: Sampling = GREEDY) -> Iterator[str]:
         """The answer to turn i of each (sample, i), in order; the turns before it are taken as said.
 
         Args:
-          pixels: reads a picture; called from another thread, ahead of the device.
+          pixels: reads a picture; called from several threads, ahead of the device.
           limit: most tokens of an answer.
           batch: conversations at a time; the last batch is filled up with copies, which are dropped.
 
@@ -75,7 +77,7 @@ class Generator:
 
     def scores(self, questions: Iterable[Question], pixels: Pixels, *, reader: str = "expectation",
                batch: int = 16) -> Iterator[Score]:
-        """The score that answers each question, as one of `scorer.READERS` finds it; else as `answers`."""
+        """The score that answers each question, as one of `scale.READERS` finds it; else as `answers`."""
         if reader == "text":
             for text in self.answers(questions, pixels, limit=SCORE_TOKENS, batch=batch):
                 value = scale.read_score(text)
@@ -111,11 +113,13 @@ class Generator:
                   "visual": np.full((len(encoded), width), -1, np.int32),
                   "lengths": np.asarray([len(item.tokens) for item in encoded], np.int32),
                   "digests": np.zeros(len(encoded), np.uint32)}
+        shown = [(row, slot, ref) for row, item in enumerate(encoded) for slot, ref in enumerate(item.images)]
+        squares = self._readers.map(lambda place: images_lib.render(pixels(place[2].index), place[2], self.size), shown)
+        for (row, slot, _), square in zip(shown, squares, strict=True):
+            arrays["images"][row, slot] = square
         for row, item in enumerate(encoded):
             arrays["tokens"][row, :len(item.tokens)] = item.tokens
             arrays["visual"][row, :len(item.visual)] = item.visual
-            for slot, ref in enumerate(item.images):
-                arrays["images"][row, slot] = images_lib.render(pixels(ref.index), ref, self.size)
             digest = zlib.crc32(item.visual.tobytes(), zlib.crc32(item.tokens.tobytes()))
             arrays["digests"][row] = zlib.crc32(arrays["images"][row, :len(item.images)].tobytes(), digest)
         return arrays

@@ -22,7 +22,6 @@ from calm_jax.data.tokenizer import Tokenizer
 from calm_jax.inference import decoding
 from calm_jax.models.parameters import Geometry, Parameters
 
-READERS = ("text", "expectation", "levels")
 # What a reader but `text` weighs against each other: what a model can say -> the score that it means.
 SAID: Mapping[str, Mapping[str, float]] = {"expectation": {text: float(text) for text in scale.DECIMALS},
                                            "levels": scale.LEVELS}

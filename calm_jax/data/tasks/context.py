@@ -21,6 +21,7 @@ class Context:
     """Attributes:
       parts: of an image that the model computes; no others are mentioned.
       bank: the phrases about each attribute, as `cues.bank` gives them.
+      phrasings: of each written question so many are used, the first; 0 = all. The bank is cut already.
       dataset, indices: where the records lie, and which of them are in the split in use.
       rated: rater -> numbers of the records that this person rated, in the split in use; for the task `personal`.
       support: fewest and most rated pictures that a personal question shows first.
@@ -31,6 +32,7 @@ class Context:
 
     parts: Parts
     bank: Mapping[str, Cues] = dataclasses.field(default_factory=lambda: CUES)
+    phrasings: int = 0
     dataset: Dataset | None = None
     indices: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, np.int64))
     rated: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
@@ -38,6 +40,10 @@ class Context:
     spread: float = 0.0
     raters: bool = False
     compose: bool = False
+
+    def first(self, choices: tuple) -> tuple:
+        """Those of some phrasings that are used."""
+        return choices[:self.phrasings or None]
 
     def __post_init__(self):
         object.__setattr__(self, "parts", tuple(part for part in config_lib.PARTS if part in self.parts))

@@ -25,6 +25,16 @@ COMMENT = (
     "Write a comment on the aesthetics of the image.",
     "Assess this photograph in words.",
 )
+ASPECTS = {  # what a comment can be asked to be about; not trained by itself
+    "composition": "Comment on the composition of this photograph.",
+    "light": "Comment on the light in this photograph.",
+    "colour": "Comment on the colours of this photograph.",
+    "focus": "Comment on the focus and the depth of field of this photograph.",
+    "exposure": "Comment on the exposure of this photograph.",
+    "subject": "Comment on the subject of this photograph.",
+    "mood": "Comment on the mood of this photograph.",
+    "technique": "Comment on the technical quality of this photograph.",
+}
 SCORE = (
     "Can you give me the aesthetic score?",  # the paper's example
     "Rate the aesthetics of this picture from 1 to 10.",

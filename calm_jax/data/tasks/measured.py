@@ -13,7 +13,7 @@ import numpy as np
 
 from calm_jax.data import statistics, statistics_cues
 from calm_jax.data.samples import Answer, BadRecord, ImageRef, Mention, Record, Turn
-from calm_jax.data.tasks.context import Content, Context, Parts, levels, pick
+from calm_jax.data.tasks.context import Content, Context, levels, pick
 
 # Fewest and most questions about a level of one picture, where it has so many answers (ours).
 QUESTIONS: Mapping[str, tuple[int, int]] = types.MappingProxyType({"low": (2, 4), "middle": (2, 3), "high": (2, 3)})
@@ -43,7 +43,7 @@ def measured(record: Record, rng: np.random.Generator, context: Context) -> Cont
         known = [statistic for statistic in statistics.of_level(level) if statistic.name in _deciles(record)]
         wanted = rng.integers(*QUESTIONS[level], endpoint=True)
         for place, which in enumerate(rng.permutation(len(known))[:wanted]):
-            question, answer, label = _question(known[which], record.deciles[known[which].name], place, rng)
+            question, answer, label = _question(known[which], record.deciles[known[which].name], place, rng, context)
             turns.append(Turn((question,) if place else (Mention(0, (level,)), f" {question}"), Answer(answer), label))
     if not turns:
         raise BadRecord(f"record {record.key} has no deciles at the levels {', '.join(levels(context.parts))}")
@@ -59,13 +59,13 @@ def measured_pair(record: Record, rng: np.random.Generator, context: Context) ->
     reason = BadRecord(f"record {record.key} has no other picture beside it, which the task measured_pair needs")
     for _ in range(OTHERS if len(context.indices) else 0):
         try:
-            return compared(record, context.dataset.record(int(rng.choice(context.indices))), rng, context.parts)
+            return compared(record, context.dataset.record(int(rng.choice(context.indices))), rng, context)
         except BadRecord as error:
             reason = error
     raise reason
 
 
-def compared(one: Record, other: Record, rng: np.random.Generator, parts: Parts) -> Content:
+def compared(one: Record, other: Record, rng: np.random.Generator, context: Context) -> Content:
     """One or two questions about two untouched pictures that lie at least APART tenths apart; label `NAME:first`.
 
     Raises:
@@ -73,7 +73,7 @@ def compared(one: Record, other: Record, rng: np.random.Generator, parts: Parts)
       ConfigError: none of the parts is a level.
     """
     both = [_deciles(record) for record in (one, other)]
-    known = [statistic for level in levels(parts) for statistic in statistics.of_level(level)
+    known = [statistic for level in levels(context.parts) for statistic in statistics.of_level(level)
              if not statistic.circular and all(statistic.name in deciles for deciles in both)
              and abs(both[0][statistic.name] - both[1][statistic.name]) >= APART]
     if not known:
@@ -81,25 +81,25 @@ def compared(one: Record, other: Record, rng: np.random.Generator, parts: Parts)
     statistic = known[rng.integers(len(known))]
     cues, higher = statistic.cues, int(both[1][statistic.name] > both[0][statistic.name])
     kinds = [(cues.more, cues.more_answers, higher), (cues.less, cues.less_answers, 1 - higher)]
-    before, between = pick(rng, _PAIRS)
+    before, between = pick(rng, context.first(_PAIRS))
     turns: list[Turn] = []
     for questions, answers, right in [kinds[i] for i in rng.permutation(2)][:rng.integers(1, 3)]:
-        question = pick(rng, questions)
+        question = pick(rng, context.first(questions))
         prompt: tuple[str | Mention, ...] = (question,) if turns else (
             before, Mention(0, (statistic.level,)), between, Mention(1, (statistic.level,)), f" {question}")
-        answer = statistics_cues.variations(pick(rng, answers))[right]
+        answer = statistics_cues.variations(pick(rng, context.first(answers)))[right]
         turns.append(Turn(prompt, Answer(answer), f"{statistic.name}:{statistics_cues.CHOICES[right]}"))
     return tuple(ImageRef(record.image.index) for record in (one, other)), tuple(turns), None
 
 
-def _question(statistic: statistics.Statistic, decile: int, place: int, rng: np.random.Generator
-              ) -> tuple[str, str, str]:
+def _question(statistic: statistics.Statistic, decile: int, place: int, rng: np.random.Generator,
+              context: Context) -> tuple[str, str, str]:
     """(question, answer, label); `place` counts the questions of its level."""
     cues = statistic.cues
-    question, brief = pick(rng, cues.questions), bool(place) and rng.random() < TOPIC_SHARE
+    question, brief = pick(rng, context.first(cues.questions)), bool(place) and rng.random() < TOPIC_SHARE
     if not statistic.circular and rng.random() < TENTH_SHARE:
         question = (f"{cues.topic.capitalize()}, {statistics_cues.SHORT_AS_TENTH}" if brief else
-                    f"{question} {pick(rng, statistics_cues.AS_TENTH)}")
+                    f"{question} {pick(rng, context.first(statistics_cues.AS_TENTH))}")
         return question, statistics_cues.tenth(decile), f"{statistic.name}={decile}"
     level = decile if statistic.circular else decile // 2
     word, sentence = cues.answers(level)
@@ -107,7 +107,7 @@ def _question(statistic: statistics.Statistic, decile: int, place: int, rng: np.
     if brief:
         return f"{cues.topic.capitalize()}, {statistics_cues.SHORT_AS_WORD}", word, label
     if rng.random() < SHORT_SHARE:
-        return f"{question} {pick(rng, statistics_cues.AS_WORD)}", word, label
+        return f"{question} {pick(rng, context.first(statistics_cues.AS_WORD))}", word, label
     return question, sentence, label
 
 

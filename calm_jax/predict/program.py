@@ -1,0 +1,258 @@
+"""Pictures and a checkpoint in; scores, comments, suggestions, attributes or a personal verdict, a row a picture, out.
+
+    calm score|comment|suggest|attributes PATH... --checkpoint DIR [--format table|csv|jsonl|html] [--out FILE]
+    calm personalise PATH... --checkpoint DIR --ratings ratings.csv ...
+
+PATH is a file, a folder, a glob, or - for a list on standard input. Pictures that cannot be read are reported and
+harm nothing. With --out, what is known is kept beside it in FILE.journal at once: the same command goes on where it
+was stopped, and looks only at new pictures later.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import math
+import os
+import pathlib
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import tqdm
+from absl import flags
+
+from calm_jax import command
+from calm_jax import config as config_lib
+from calm_jax.data.scale import READERS
+from calm_jax.predict import output
+from calm_jax.predict.gather import gather
+from calm_jax.predict.journal import Journal, Row, stamp
+
+NOTHING = np.zeros((1, 1, 3), np.uint8)  # looked at in place of a picture that could not be read
+
+
+@dataclasses.dataclass(frozen=True)
+class Verb:
+    """What can be asked for.
+
+    Attributes:
+      columns: of the results, in order; None = whatever the rows hold.
+      options: the flags that change its answers.
+      ask: (model, count, pixels, the flags' values) -> what is known of each picture.
+    """
+
+    columns: tuple[str, ...] | None
+    options: tuple[str, ...]
+    ask: Callable[..., Iterator[Row]]
+
+
+def _score(model, count, pixels, given) -> Iterator[Row]:
+    for score in model.scores(count, pixels, reader=given["reader"], scale=given["scale"]):
+        yield _scored(score) | ({"said": score.text} if given["reader"] == "text" else {})
+
+
+def _scored(score) -> Row:
+    return {"score": _number(score.value), "spread": _number(score.spread)}
+
+
+def _number(value: float) -> float | None:
+    return round(value, 6) if math.isfinite(value) else None
+
+
+def _comment(model, count, pixels, given) -> Iterator[Row]:
+    from calm_jax.api import comment_on
+    for text in model.texts(count, pixels, comment_on(given["aspect"]), limit=given["tokens"],
+                            sampling=given["sampling"]):
+        yield {"comment": text}
+
+
+def _suggest(model, count, pixels, given) -> Iterator[Row]:
+    from calm_jax.data.tasks import instructions
+    for text in model.texts(count, pixels, instructions.SUGGEST[0], limit=given["tokens"], sampling=given["sampling"]):
+        yield {"suggestion": text}
+
+
+def _attributes(model, count, pixels, given) -> Iterator[Row]:
+    for judged in model.judged(count, pixels):
+        yield {name: answer.grade or answer.text for name, answer in judged.items()}
+
+
+TEXTS = ("tokens", "sampling")
+VERBS = {
+    "score": Verb(("score", "spread"), ("reader", "scale"), _score),
+    "comment": Verb(("comment",), ("aspect", *TEXTS), _comment),
+    "suggest": Verb(("suggestion",), TEXTS, _suggest),
+    "attributes": Verb(None, (), _attributes),
+}
+
+
+def cli() -> None:
+    """The program. Flags are defined here, so that importing this module beside another program is harmless."""
+    flags.DEFINE_string("checkpoint", None, "workdir, process folder or checkpoint of the model")
+    flags.DEFINE_enum("format", "table", [*output.FORMATS, "html"], "of the results; html is a contact sheet")
+    flags.DEFINE_string("out", None, "file of the results; default: standard output")
+    flags.DEFINE_integer("batch", 16, "pictures at a time", lower_bound=1)
+    flags.DEFINE_enum("reader", READERS[0], READERS, "score: how it is read; text is the paper's")
+    flags.DEFINE_list("scale", ["1", "10"], "score: lowest and highest of the results")
+    flags.DEFINE_string("aspect", "", "comment: what about; default: everything")
+    flags.DEFINE_integer("tokens", 128, "comment, suggest: most tokens of an answer", lower_bound=1)
+    flags.DEFINE_float("temperature", 0.0, "comment, suggest: 0 = the most probable words, else they are drawn")
+    flags.DEFINE_float("top-p", 1.0, "comment, suggest: drawn from this share of the probability")
+    flags.DEFINE_integer("beams", 1, "comment, suggest: of a beam search; 1 = none")
+    flags.DEFINE_integer("seed", 0, "comment, suggest: of what is drawn")
+    flags.DEFINE_integer("top-k", 0, "score: only so many, the best; 0 = all", lower_bound=0)
+    flags.DEFINE_float("min-score", None, "score: only pictures with this score or a higher one")
+    flags.DEFINE_enum("sort", None, ["path", "score"], "score: default path, or score where --top-k is given")
+    flags.DEFINE_string("copy-to", None, "score: folder into which the pictures of the results are copied")
+    command.run(main, words=True)
+
+
+def main(words: Sequence[str]) -> int:
+    if not words or words[0] not in VERBS:
+        raise config_lib.ConfigError(f"say what to do: calm {'|'.join(VERBS)} PATH... --checkpoint DIR"
+                                     + (f"; {words[0]!r} is none of it" if words else ""))
+    name = words[0]
+    values = {key: flags.FLAGS[key].value for key in flags.FLAGS}
+    _check(name, values)
+    paths = gather(words[1:], sys.stdin)
+    command.require("checkpoint")
+
+    from calm_jax.api import Model  # JAX starts here: wrong use is answered before
+    from calm_jax.inference.decoding import Sampling
+    verb, asked = VERBS[name], {"verb": name}
+    given = values | {"scale": tuple(map(float, values["scale"])), "sampling": Sampling(
+        values["temperature"], values["top-p"], values["beams"], seed=values["seed"])}
+    model = Model(values["checkpoint"], batch=values["batch"])
+    asked |= {"checkpoint": str(model.path.resolve()), "step": model.step}
+    for option in verb.options:
+        value = given[option]
+        asked |= dataclasses.asdict(value) if dataclasses.is_dataclass(value) else {option: value}
+    out = pathlib.Path(values["out"]) if values["out"] else None
+    journal = Journal(out.with_name(out.name + ".journal") if out else None, asked)
+    code = 0
+    try:
+        with _interruptible():
+            _look(model, verb, given, journal, paths, out if values["format"] == "html" else None)
+    except KeyboardInterrupt:
+        done = len(paths) - len(journal.missing(paths))
+        remedy = "goes on from there" if out else "could go on from there if it had an --out"
+        print(f"error: interrupted after {done:,} of {len(paths):,} pictures; the same command {remedy}",
+              file=sys.stderr, flush=True)
+        return 128 + signal.SIGINT
+    finally:
+        journal.close()
+    rows = [journal.rows[path] for path in paths]
+    bad = [row for row in rows if "error" in row]
+    chosen = _chosen(rows, values)
+    columns = verb.columns or tuple(dict.fromkeys(key for row in rows for key in row
+                                                  if key not in ("path", "error", *output.HIDDEN)))
+    if name == "score" and given["reader"] == "text":
+        columns = ("score", "said")
+    title = f"{name}: {len(chosen):,} of {len(rows):,} pictures"
+    _write(chosen, columns, values["format"], out, title, given["scale"])
+    if values["copy-to"]:
+        copied = output.copy([row for row in chosen if "error" not in row], pathlib.Path(values["copy-to"]))
+        print(f"copied {copied:,} pictures to {values['copy-to']}", file=sys.stderr)
+    if bad:
+        print(f"{len(bad):,} of {len(rows):,} pictures could not be read:", file=sys.stderr)
+        for row in bad:
+            print(f"  {row['error']}", file=sys.stderr)
+        code = 1 if len(bad) == len(rows) else 0
+    if out:
+        print(f"written to {out}", file=sys.stderr)
+    return code
+
+
+def _check(name: str, values: dict[str, Any]) -> None:
+    """Raises ConfigError for flags that do not go together."""
+    try:
+        lowest, highest = map(float, values["scale"])
+    except ValueError:
+        raise config_lib.ConfigError(f"--scale {','.join(values['scale'])} is not LOWEST,HIGHEST, such as 0,100"
+                                     ) from None
+    if not lowest < highest:
+        raise config_lib.ConfigError(f"--scale {lowest:g},{highest:g} does not go upwards")
+    if values["format"] == "html" and not values["out"]:
+        raise config_lib.ConfigError("a contact sheet is a file with small pictures beside it; name it: --out "
+                                     "pictures.html")
+    if "score" not in (VERBS[name].columns or ()):
+        for flag in ("top-k", "min-score", "sort", "copy-to"):
+            if values[flag]:
+                raise config_lib.ConfigError(f"--{flag} chooses by score, but calm {name} gives none")
+
+
+def _look(model, verb: Verb, given: dict[str, Any], journal: Journal, paths: list[str],
+          page: pathlib.Path | None) -> None:
+    """Asks about every picture that the journal does not know, and writes the small pictures of a page."""
+    from calm_jax.data import pictures
+    todo = journal.missing(paths)
+    known: dict[int, Row] = {}
+    if page:
+        small = output.thumbnails(page)
+        small.mkdir(parents=True, exist_ok=True)
+
+    def pixels(index: int):
+        row = known[index] = {"path": todo[index], "stamp": stamp(todo[index])}
+        try:
+            found = pictures.read(todo[index])
+            if page:
+                output.thumbnail(found, small / output.thumbnail_name(row))
+            return found
+        except pictures.BadRecord as error:
+            row["error"] = str(error)
+            return NOTHING
+
+    if len(todo) < len(paths):
+        print(f"{len(paths) - len(todo):,} of {len(paths):,} pictures are known already", file=sys.stderr)
+    with tqdm.tqdm(total=len(todo), desc="pictures", unit="picture", mininterval=0.5, disable=not todo) as bar:
+        for index, answer in enumerate(verb.ask(model, len(todo), pixels, given) if todo else ()):
+            row = known.pop(index)
+            journal.add(row if "error" in row else row | answer)
+            bar.update()
+    for path in paths if page else ():  # known from a run that made no page
+        row = journal.rows[path]
+        if "error" not in row and not (small / output.thumbnail_name(row)).exists():
+            with contextlib.suppress(pictures.BadRecord):
+                output.thumbnail(pictures.read(path), small / output.thumbnail_name(row))
+
+
+def _chosen(rows: list[Row], values: dict[str, Any]) -> list[Row]:
+    """Filtered, sorted, and no more than wanted."""
+    if values["min-score"] is not None or values["top-k"]:
+        rows = [row for row in rows if row.get("score") is not None
+                and (values["min-score"] is None or row["score"] >= values["min-score"])]
+    if values["top-k"] or values["sort"] == "score":
+        rows = sorted(rows, key=lambda row: (row.get("score") is None, -(row.get("score") or 0.0), row["path"]))
+    return rows[:values["top-k"]] if values["top-k"] else rows
+
+
+def _write(rows, columns, form: str, out: pathlib.Path | None, title: str, scale: tuple[float, float]) -> None:
+    """To a file, whole or not at all, or to standard output."""
+    if out is None:
+        output.FORMATS[form](rows, columns, sys.stdout)
+        return
+    stream = io.StringIO()
+    if form == "html":
+        stream.write(output.contact_sheet(rows, columns, out, title=title, scale=scale))
+    else:
+        output.FORMATS[form](rows, columns, stream)
+    partial = out.with_name(out.name + ".partial")
+    partial.write_text(stream.getvalue(), encoding="utf-8", errors="surrogateescape")
+    os.replace(partial, out)
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """SIGTERM is answered like Ctrl-C."""
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
