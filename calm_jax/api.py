@@ -10,8 +10,10 @@ list of pictures a list; no answer depends on the other pictures.
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import functools
+import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeAlias
@@ -24,8 +26,9 @@ from calm_jax.data import attributes as attributes_lib
 from calm_jax.data import pictures
 from calm_jax.data.cues import bank
 from calm_jax.data.samples import Answer, ImageRef, Mention, Sample, Turn
-from calm_jax.data.scale import HIGHEST, LOWEST, READERS
+from calm_jax.data.scale import HIGHEST, LOWEST, READERS, mapped
 from calm_jax.data.tasks import instructions
+from calm_jax.data.tasks.opinions import in_context
 from calm_jax.inference.decoding import GREEDY, Sampling
 from calm_jax.inference.generate import Generator, Pixels
 from calm_jax.inference.scorer import Score
@@ -109,6 +112,21 @@ class Model:
         """What the model says about every attribute that one picture tells by itself; raises as `score`."""
         return self._each(images, self.judged)
 
+    def personalise(self, rated: Sequence[tuple[Picture, float]], images: Picture | Sequence[Picture], *,
+                    scale: tuple[float, float] = SCALE, shots: int = 0) -> Score | list[Score]:
+        """The scores that a person would give who gave some pictures the scores in `rated` (paper: in context).
+
+        Args:
+          rated: pictures and that person's scores.
+          scale: lowest and highest of the scores given and returned.
+          shots: rated pictures in a context, see `personal`.
+
+        Raises:
+          ConfigError: as `personal`.
+          BadRecord: a picture cannot be read.
+        """
+        return self._each(images, lambda count, pixels: self.personal(rated, count, pixels, scale=scale, shots=shots))
+
     # ---- the same for pictures that are read one after the other -----------------------------------------------------
 
     def scores(self, count: int, pixels: Pixels, *, reader: str = "expectation",
@@ -121,6 +139,63 @@ class Model:
         for score in self.generator.scores(self._about(count, instructions.SCORE[0]), pixels, reader=reader,
                                            batch=self.batch):
             yield score if scale == SCALE else score.on(scale)
+
+    def personal(self, rated: Sequence[tuple[Picture, float]], count: int, pixels: Pixels, *,
+                 scale: tuple[float, float] = SCALE, shots: int = 0) -> Iterator[Score]:
+        """`personalise` of `count` pictures, as in `scores`. What all of them share, the rated pictures, is computed
+        once.
+
+        Args:
+          shots: rated pictures in a context; 0 = as many as fit. With more rated pictures there are several contexts,
+            each with its share of them, and a score is the mean over them (paper.md's 100 shots are ten times ten).
+
+        Raises:
+          ConfigError: nothing is rated, a score is off the scale, or so many shots do not fit.
+        """
+        if not rated:
+            raise config_lib.ConfigError("no picture is rated; a personal score needs at least one")
+        lowest, highest = scale
+        for place, (_, score) in enumerate(rated, 1):
+            if not lowest <= score <= highest:
+                raise config_lib.ConfigError(f"rated picture {place} has the score {score:g}, which is not from "
+                                             f"{lowest:g} to {highest:g}, the scale")
+        shown = [pictures.fit(pictures.pixels(picture), self.generator.size) for picture, _ in rated]
+
+        # Contexts go through the pictures together: each is read and made small once.
+        small = functools.lru_cache(4 * self.batch)(lambda index: pictures.fit(pixels(index), self.generator.size))
+
+        def look(index):  # the rated pictures come first
+            return shown[index] if index < len(shown) else small(index - len(shown))
+
+        def in_a_context(places):
+            support = [(ImageRef(place), mapped(rated[place][1], scale)) for place in places]
+            samples = (Sample(*in_context(support, ImageRef(len(rated) + index), self.parts), name=f"picture {index}")
+                       for index in range(count))
+            first = next(samples)
+            memory = self.generator.remember(first, len(support), look)
+            return self.generator.scores(((sample, len(support)) for sample in itertools.chain([first], samples)), look,
+                                         batch=self.batch, memory=memory)
+
+        found = [in_a_context(places) for places in self._contexts(len(rated), shots) if count]
+        for scores in zip(*found, strict=True):
+            mean = float(np.mean([score.value for score in scores]))
+            # The variance of a mixture of equal parts: the mean of theirs and the variance of their means.
+            spread = np.sqrt(np.mean([score.spread ** 2 + (score.value - mean) ** 2 for score in scores]))
+            yield Score(mean, float(spread)).on(scale)
+
+    def _contexts(self, count: int, shots: int) -> list[list[int]]:
+        """The rated pictures of each context, by number; of about one size, each rated picture in one of them."""
+        def fits(number):
+            support = [(ImageRef(place), HIGHEST) for place in range(number)]
+            return self.generator.fits(Sample(*in_context(support, ImageRef(number), self.parts)))
+
+        wanted = min(shots or count, count)
+        most = bisect.bisect_left(range(1, wanted + 1), True, key=lambda number: not fits(number))
+        if most < (wanted if shots else 1):
+            raise config_lib.ConfigError(f"{wanted} rated pictures do not fit into one context of this model, which "
+                                         f"has {self.generator.longest} positions; at most {most} do")
+        number = -(-count // most)
+        return [list(range(first, count, number)) for first in range(number)]
 
     def texts(self, count: int, pixels: Pixels, question: str, *, limit: int = COMMENT_TOKENS,
               sampling: Sampling = GREEDY) -> Iterator[str]:

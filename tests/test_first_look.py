@@ -42,7 +42,7 @@ def test_the_commands_are_those_of_the_arms(tmp_path):
     assert "freeze=" in lines["frozen"] and "freeze=" in lines["d-all"]
     short = {name: shlex.join(step.arguments) for name, (step, _) in first_look.plan(tmp_path, "data", 40).items()}
     assert "scores.steps=40" in short["a-all"] and "scores.steps=20" in short["b-all"]
-    assert "language.steps=5" in short["taught"] and "self_supervised.steps=15" in short["taught"]
+    assert "language.steps=4" in short["taught"] and "self_supervised.steps=16" in short["taught"]
     order = list(plan)
     assert all(order.index(need) < order.index(name) for name, (_, needs) in plan.items() for need in needs)
 

@@ -9,6 +9,7 @@ from calm_jax import config as config_lib
 from calm_jax.data import builders, images, prompts
 from calm_jax.data.samples import Answer, ImageRef, Mention, Sample, Turn
 from calm_jax.data.scale import DECIMALS, read_score
+from calm_jax.data.tasks.opinions import in_context
 from calm_jax.data.tokenizer import Tokenizer
 from calm_jax.inference import decoding
 from calm_jax.inference.decoding import Sampling
@@ -134,7 +135,8 @@ def test_cached_generation_equals_the_full_forward(talkative, demo, sampling):
     assert len({tuple(ids) for ids in found.tolist()}) > 1
 
 
-@pytest.mark.parametrize("sampling", SAMPLINGS.values(), ids=SAMPLINGS)
+@pytest.mark.parametrize("sampling", [SAMPLINGS[name] for name in ("greedy", "nucleus", "three beams")],
+                         ids=["greedy", "nucleus", "three beams"])
 def test_answers_do_not_depend_on_their_neighbours(talkative, demo, sampling):
     generator, asked = Generator(MODEL, talkative, Tokenizer()), questions()
 
@@ -144,6 +146,33 @@ def test_answers_do_not_depend_on_their_neighbours(talkative, demo, sampling):
     together = said(asked, 4)
     assert [text for item in asked for text in said([item], 1)] == together
     assert said(asked[::-1], 4) == together[::-1] and said(iter(asked), 3) == together
+
+
+@pytest.mark.parametrize("sampling", [SAMPLINGS[name] for name in ("greedy", "nucleus", "three beams")],
+                         ids=["greedy", "nucleus", "three beams"])
+def test_a_remembered_beginning_changes_nothing(talkative, demo, sampling):
+    """Rated pictures once for all questions, or again for each: the same scores and answers."""
+    generator = Generator(MODEL, talkative, Tokenizer())
+    rated = [(ImageRef(10 * place), 2.5 * place) for place in (1, 2, 3)]
+    asked = [(Sample(*in_context(rated, ImageRef(index), config_lib.PARTS)), 3) for index in (0, 250, 500, 750, 1000)]
+    looked: list[int] = []
+
+    def pixels(index):
+        looked.append(index)
+        return demo.pixels(index)
+
+    memory = generator.remember(asked[0][0], 3, pixels)
+    assert sorted(looked) == [10, 20, 30] and memory.images == 3
+    whole = list(generator.answers(asked, demo.pixels, limit=6, batch=4, sampling=sampling))
+    looked.clear()
+    # What is drawn depends on the prompt as it is given, whose digest a beginning is no part of.
+    again = list(generator.answers(asked, pixels, limit=6, batch=4, sampling=sampling, memory=memory))
+    assert not {10, 20, 30} & set(looked) and (again == whole or sampling.temperature > 0)
+    for reader in SAID:
+        mine = [(score.value, score.spread) for score in generator.scores(asked, pixels, reader=reader, memory=memory)]
+        np.testing.assert_allclose(mine, [(score.value, score.spread) for score in generator.scores(
+            asked, demo.pixels, reader=reader)], atol=1e-4)
+        assert len({round(value, 4) for value, _ in mine}) == 5
 
 
 def test_what_is_drawn_follows_the_distribution():

@@ -24,6 +24,7 @@ from calm_jax.inference.decoding import Sampling
 from calm_jax.predict import output
 from calm_jax.predict.gather import gather
 from calm_jax.predict.journal import Journal
+from calm_jax.predict.ratings import read_ratings
 
 CHROMIUM = next((path for path in ("/usr/bin/chromium", "/usr/bin/chromium-browser", "/usr/bin/google-chrome")
                  if os.path.exists(path)), None)
@@ -125,6 +126,71 @@ def test_a_model_refuses_what_it_cannot_do(model, album, tmp_path):
     blind = calm_jax.load(miniature.saved(tmp_path / "thematic", ("thematic",)))
     with pytest.raises(config_lib.ConfigError, match="none of which answers for an attribute"):
         blind.attributes(picture(0))
+
+
+def test_a_personal_score_is_the_mean_over_contexts(model, tmp_path):
+    rated = [(picture(number), 1 + number % 5) for number in range(7)]
+    asked = [picture(20), picture(21)]
+
+    def given(**options):
+        scores = model.personalise(rated, asked, scale=(1, 5), **options)
+        assert all(1 <= score.value <= 5 and score.spread > 0 for score in scores)
+        return np.asarray([(score.value, score.spread) for score in scores])
+
+    def context(places):
+        return np.asarray([(score.value, score.spread) for score in model.personalise(
+            [rated[place] for place in places], asked, scale=(1, 5))])
+
+    parts = [context(places) for places in ((0, 3, 6), (1, 4), (2, 5))]  # at most three at a time
+    mean = np.mean([part[:, 0] for part in parts], 0)
+    np.testing.assert_allclose(given(shots=3)[:, 0], mean, atol=1e-4)
+    variance = np.mean([part[:, 1] ** 2 + (part[:, 0] - mean) ** 2 for part in parts], 0)
+    np.testing.assert_allclose(given(shots=3)[:, 1], np.sqrt(variance), atol=1e-4)
+    whole = context(range(7))
+    np.testing.assert_allclose(given(), whole, atol=1e-4)
+    assert abs(whole[:, 0] - mean).max() > 1e-4  # one context is not three
+    turned = [(shown, 6 - score) for shown, score in rated]
+    assert model.personalise(turned, asked[0], scale=(1, 5)).value != pytest.approx(whole[0, 0], abs=1e-5)
+    many = rated * 4  # more than fit into one context
+    assert model.personalise(many, asked[0], scale=(1, 5)).value > 1
+    for call, sentence in ((lambda: model.personalise(many, asked[0], scale=(1, 5), shots=28),
+                            r"28 rated pictures do not fit into one context of this model, which has 512 positions; "
+                            r"at most \d+ do"),
+                           (lambda: model.personalise([], asked[0]), "no picture is rated"),
+                           (lambda: model.personalise([(asked[0], 11)], asked[0]), "score 11, which is not from 1")):
+        with pytest.raises(config_lib.ConfigError, match=sentence):
+            call()
+
+
+SCORES = """
+import json, sys, jax, calm_jax
+from calm_jax.inference.decoding import Sampling
+model = calm_jax.load(sys.argv[1])
+assert (model.generator.mesh is None) == (len(jax.devices()) == 1)
+found = {reader: [score.value for score in model.score(sys.argv[2:], reader=reader)]
+         for reader in ("expectation", "levels")}
+found["personal"] = [score.value for score in model.personalise([(sys.argv[2], 3.0), (sys.argv[3], 8.0)], sys.argv[4:])]
+found["texts"] = [model.comment(sys.argv[2:], limit=6, sampling=sampling)
+                  for sampling in (Sampling(), Sampling(1.0, seed=4), Sampling(beams=2))]
+print(json.dumps(found))
+"""
+
+
+def test_scores_are_the_same_on_any_number_of_devices(checkpoint, album):
+    paths = [path for path in gather([str(album)], io.StringIO()) if pathlib.Path(path).name not in BAD][:7]
+
+    def on(devices):
+        command = [sys.executable, "-c", SCORES, checkpoint, *paths]
+        done = miniature.run(command, miniature.environment(devices=devices))
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout.splitlines()[-1])
+
+    one = on(1)
+    for devices in (2, 8):
+        found = on(devices)
+        for reader in ("expectation", "levels", "personal"):
+            np.testing.assert_allclose(found[reader], one[reader], atol=1e-4)
+        assert found["texts"] == one["texts"]
 
 
 # ---- which pictures ----------------------------------------------------------------------------------------------
@@ -247,6 +313,40 @@ def test_the_other_verbs(album, checkpoint, model, verb):
     assert row == {"path": str(path), **expected}
 
 
+def test_a_personal_verdict_from_a_table(album, checkpoint, model, tmp_path):
+    table = album / "ratings.csv"
+    table.write_text("image,score,user\n01.png,4,ann\n02.jpg,1,ann\n02.jpg,5,bob\ndeeper/03.png,5,ann\n")
+    rated = [(str(album / name), score) for name, score in (("01.png", 4), ("02.jpg", 1), ("deeper/03.png", 5))]
+    path = album / "04.jpg"
+    common = ("personalise", path, "--checkpoint", checkpoint, "--ratings", table, "--scale", "1,5",
+              "--format", "jsonl")
+    done = calm(*common, "--user", "ann")
+    assert done.returncode == 0, done.stderr
+    own = model.personalise(rated, path, scale=(1, 5)).value
+    assert json.loads(done.stdout)["score"] == pytest.approx(own, abs=1e-4)
+    assert "of 2 people; name one of them: --user ann" in calm(*common).stderr
+    table.unlink()
+
+
+@pytest.mark.parametrize(("text", "options", "sentence"), [
+    ("image,rating\na.jpg,3\n", {}, "no column score"), ("image,score\n", {}, "have no rows"),
+    ("image,score\ngone.jpg,3\n", {}, "row 2: there is no picture"),
+    ("image,score\na.jpg,3\na.jpg,4\n", {}, "row 3: a.jpg is rated twice"),
+    ("image,score\na.jpg,7\n", {}, "row 2: the score '7' is no number from 1 to 5"),
+    ("image,score\na.jpg,nan\n", {}, "the score 'nan' is no number"),
+    ("image,score\na.jpg,good\n", {}, "the score 'good' is no number"),
+    ("image,score\na.jpg\n", {}, "the score None is no number"),
+    ("image,score,user\na.jpg,3,ann\n", {"user": "anne"}, "know no user 'anne'; the nearest is 'ann'"),
+    ("image,score\na.jpg,3\n", {"user": "ann"}, "know no user 'ann'")])
+def test_wrong_ratings_are_refused(tmp_path, text, options, sentence):
+    (tmp_path / "a.jpg").write_bytes(b"")
+    (tmp_path / "ratings.csv").write_text(text)
+    with pytest.raises(config_lib.ConfigError, match=sentence):
+        read_ratings(str(tmp_path / "ratings.csv"), **{"user": "", "scale": ("1", "5"), **options})
+    with pytest.raises(config_lib.ConfigError, match="cannot be read"):
+        read_ratings(str(tmp_path / "none.csv"), "", ("1", "5"))
+
+
 @pytest.mark.parametrize(("words", "sentence"), [
     ((), "say what to do: calm score|comment"), (("rate", "."), "'rate' is none of it"),
     (("score", "tests", "--checkpoint", "x"), "the folder tests holds no pictures"),
@@ -256,6 +356,8 @@ def test_the_other_verbs(album, checkpoint, model, verb):
     (("score", "docs/demo.jpg", "--checkpoint", "x", "--scale", "10,1"), "--scale 10,1 does not go upwards"),
     (("score", "docs/demo.jpg", "--checkpoint", "x", "--scale", "ten"), "--scale ten is not LOWEST,HIGHEST"),
     (("comment", "docs/demo.jpg", "--checkpoint", "x", "--top-k", "3"), "calm comment gives none"),
+    (("personalise", "docs/demo.jpg", "--checkpoint", "x"), "calm personalise needs --ratings"),
+    (("score", "docs/demo.jpg", "--checkpoint", "x", "--ratings", "y"), "the other verbs need none"),
     (("comment", "docs/demo.jpg", "--checkpoint", "x", "--beams", "0"), "beams=0 is not positive"),
     (("score", "docs/demo.jpg", "--topk", "3"), "there is no flag --topk; the nearest is 'top-k'")])
 def test_wrong_use_is_answered_in_a_sentence(words, sentence):

@@ -2,7 +2,8 @@
 
 A batch is what `Generator.arrays` makes: images uint8 `[B, I, H, W, 3]`, tokens and visual int32 `[B, T]`
 (left-aligned), lengths int32 `[B]`, and digests uint32 `[B]`, which tell prompts apart when an answer is drawn. No row
-depends on the others or on padding.
+depends on the others or on padding. A batch may go on from a beginning that all its rows share (`remembered`): then
+its tokens are those behind it, and `before` holds its cache.
 
 Answers (greedy, drawn, or by beam search) are kept in slots behind the T of the prompt: those of beam search are a
 tree, in which a token looks at its own ancestors, so that no cache is ever moved from beam to beam.
@@ -20,7 +21,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from calm_jax import config as config_lib
 from calm_jax.models.calm import Calm
-from calm_jax.models.llama import Cache
+from calm_jax.models.llama import Before, Cache
 from calm_jax.models.parameters import Geometry, Parameters
 
 UNLIKELY = -1e9  # of a score that must not win; finite, because such scores are compared and divided
@@ -66,13 +67,27 @@ def prompted(geometry: Geometry, parameters: Parameters, batch: dict[str, Array]
     """The model, the hidden state that predicts each row's first token, and the cache with `room` free slots."""
     model = geometry.bind(parameters)
     x = model.embed(batch["tokens"], batch["visual"], model.encode(batch["images"], parts, dtype=dtype))
-    hidden, cache = model.llama.prefill(x, batch["lengths"], room)
+    hidden, cache = model.llama.prefill(x, batch["lengths"], room, batch.get("before"))
     return model, jnp.take_along_axis(hidden, (batch["lengths"] - 1)[:, None, None], axis=1), cache
 
 
-def own_prompt(batch: dict[str, Array], size: int) -> Bool[Array, "B 1 S"]:
-    """The slots of the prompt of each row, of `size` slots."""
-    return (jnp.arange(size) < batch["lengths"][:, None])[:, None]
+def remembered(geometry: Geometry, parameters: Parameters, batch: dict[str, Array], *, parts: tuple[str, ...],
+               dtype: Any) -> Before:
+    """The beginning of conversations, given as a batch of one row, as `before` of the batches that go on from it."""
+    cache = prompted(geometry, parameters, batch, parts=parts, room=0, dtype=dtype)[2]
+    return Before(cache, batch["lengths"][0])
+
+
+def own_prompt(batch: dict[str, Array]) -> tuple[Bool[Array, "B 1 S"], Int[Array, "B"]]:
+    """Which of the S slots that `prompted` has filled belong to the prompt of each row, and how long prompts are."""
+    lengths = batch["lengths"]
+    own = jnp.arange(batch["tokens"].shape[1]) < lengths[:, None]
+    if "before" in batch:
+        before = batch["before"]
+        known = jnp.arange(before.cache[0][0].shape[2]) < before.length
+        own = jnp.concatenate([jnp.broadcast_to(known, (len(own), len(known))), own], 1)
+        lengths = before.length + lengths
+    return own[:, None], lengths
 
 
 def sample(geometry: Geometry, parameters: Parameters, batch: dict[str, Array], temperature: Float[Array, ""],
@@ -88,8 +103,8 @@ def sample(geometry: Geometry, parameters: Parameters, batch: dict[str, Array], 
       Ids, `eos` behind the end of an answer.
     """
     model, last, cache = prompted(geometry, parameters, batch, parts=parts, room=limit, dtype=dtype)
-    width = batch["tokens"].shape[1]
-    prompt, slots = own_prompt(batch, width + limit), jnp.arange(width + limit)
+    prompt, lengths = own_prompt(batch)
+    rows, _, width = prompt.shape
 
     def following(hidden, count):
         logits = model.llama.logits(hidden)[:, 0]
@@ -104,9 +119,9 @@ def sample(geometry: Geometry, parameters: Parameters, batch: dict[str, Array], 
     def extend(carry):
         count, answers, cache, ended = carry
         token = jax.lax.dynamic_slice_in_dim(answers, count - 1, 1, axis=1)
-        sees = prompt | ((slots >= width) & (slots < width + count))
-        hidden, cache = model.llama.extend(model.llama.embed(token, dtype), (batch["lengths"] + count - 1)[:, None],
-                                           sees, cache, width + count - 1)
+        sees = jnp.concatenate([prompt, jnp.broadcast_to(jnp.arange(limit) < count, (rows, 1, limit))], -1)
+        hidden, cache = model.llama.extend(model.llama.embed(token, dtype), (lengths + count - 1)[:, None], sees, cache,
+                                           width + count - 1)
         token = jnp.where(ended, eos, following(hidden, count))
         answers = jax.lax.dynamic_update_slice_in_dim(answers, token[:, None], count, axis=1)
         return count + 1, answers, cache, ended | (token == eos)
@@ -162,8 +177,8 @@ def search(geometry: Geometry, parameters: Parameters, batch: dict[str, Array], 
       Ids, `eos` behind the end of an answer.
     """
     model, last, cache = prompted(geometry, parameters, batch, parts=parts, room=limit * beams, dtype=dtype)
-    rows, width = batch["tokens"].shape
-    prompt = own_prompt(batch, width)
+    prompt, lengths = own_prompt(batch)
+    rows, _, width = prompt.shape
     places = jnp.arange(limit * beams)
 
     def forward(state: Beams, cache):
@@ -172,7 +187,7 @@ def search(geometry: Geometry, parameters: Parameters, batch: dict[str, Array], 
         own = places == (state.count - 1) * beams + jnp.arange(beams)[:, None]
         owns = state.owns | own
         sees = jnp.concatenate([jnp.broadcast_to(prompt, (rows, beams, width)), owns], -1)
-        at = jnp.broadcast_to((batch["lengths"] + state.count - 1)[:, None], (rows, beams))
+        at = jnp.broadcast_to((lengths + state.count - 1)[:, None], (rows, beams))
         hidden, cache = model.llama.extend(model.llama.embed(newest, dtype), at, sees, cache,
                                            width + (state.count - 1) * beams)
         return state._replace(owns=owns), jax.nn.log_softmax(model.llama.logits(hidden)), cache

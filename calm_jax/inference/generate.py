@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import concurrent.futures
+import dataclasses
 import functools
 import itertools
 import os
@@ -20,12 +21,13 @@ from jaxtyping import Int, UInt8
 from calm_jax import config as config_lib
 from calm_jax.data import images as images_lib
 from calm_jax.data import scale
-from calm_jax.data.prompts import Layout, encode
-from calm_jax.data.samples import Sample
+from calm_jax.data.prompts import Encoded, Layout, encode
+from calm_jax.data.samples import ImageRef, Sample
 from calm_jax.data.tokenizer import Tokenizer
 from calm_jax.inference import decoding, scorer
 from calm_jax.inference.decoding import GREEDY, Sampling
 from calm_jax.inference.scorer import Score
+from calm_jax.models.llama import Before
 from calm_jax.models.parameters import Geometry, Parameters, unroll
 
 BUCKET = 64  # prompt lengths are padded to multiples of this, so that a run compiles a few programs only
@@ -33,6 +35,15 @@ AHEAD = 2  # batches that are prepared while the device computes
 SCORE_TOKENS = 12  # of a score as text: the longest, " 10.0.", with room for a model that says more
 Question = tuple[Sample, int]  # a conversation and the turn that is asked
 Pixels = Callable[[int], UInt8[np.ndarray, "H W 3"]]  # the picture of an `ImageRef.index`
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """The beginning that conversations have in common, computed once: its cache, and what of a conversation it is."""
+
+    before: Before
+    tokens: int
+    images: int
 
 
 class Generator:
@@ -60,38 +71,48 @@ class Generator:
         self._readers = concurrent.futures.ThreadPoolExecutor(os.cpu_count(), "pictures")
 
     def answers(self, questions: Iterable[Question], pixels: Pixels, *, limit: int = 48, batch: int = 16,
-                sampling: Sampling = GREEDY) -> Iterator[str]:
+                sampling: Sampling = GREEDY, memory: Memory | None = None) -> Iterator[str]:
         """The answer to turn i of each (sample, i), in order; the turns before it are taken as said.
 
         Args:
           pixels: reads a picture; called from several threads, ahead of the device.
           limit: most tokens of an answer.
           batch: conversations at a time; the last batch is filled up with copies, which are dropped.
+          memory: from `remember`, of a beginning that all these conversations have.
 
         Raises:
           ConfigError: a prompt and its answer do not fit the model's positions.
         """
-        for arrays, wanted in self._batches(questions, pixels, limit, batch):
-            for ids in self.ids(arrays, limit, sampling)[:wanted]:
+        for arrays, wanted in self._batches(questions, pixels, limit, batch, memory):
+            for ids in self.ids(arrays, limit, sampling, memory)[:wanted]:
                 yield self.tokenizer.decode(ids[ids != self.tokenizer.eos])
 
     def scores(self, questions: Iterable[Question], pixels: Pixels, *, reader: str = "expectation",
-               batch: int = 16) -> Iterator[Score]:
+               batch: int = 16, memory: Memory | None = None) -> Iterator[Score]:
         """The score that answers each question, as one of `scale.READERS` finds it; else as `answers`."""
         if reader == "text":
-            for text in self.answers(questions, pixels, limit=SCORE_TOKENS, batch=batch):
+            for text in self.answers(questions, pixels, limit=SCORE_TOKENS, batch=batch, memory=memory):
                 value = scale.read_score(text)
                 yield Score(float("nan") if value is None else value, text=text)
             return
         program = self._program(scorer.expectation, tree=self._tree(reader))
-        for arrays, wanted in self._batches(questions, pixels, 0, batch):
-            mean, spread = jax.device_get(program(self.parameters, self._put(arrays)))
+        for arrays, wanted in self._batches(questions, pixels, 0, batch, memory):
+            mean, spread = jax.device_get(program(self.parameters, self._put(arrays, memory)))
             yield from (Score(*pair) for pair in zip(mean[:wanted].tolist(), spread[:wanted].tolist(), strict=True))
 
-    def ids(self, arrays: dict[str, np.ndarray], limit: int, sampling: Sampling = GREEDY
+    def remember(self, sample: Sample, turns: int, pixels: Pixels) -> Memory:
+        """The first turns of a conversation, with the images that they show, computed once and for all."""
+        start = dataclasses.replace(sample, turns=sample.turns[:turns])
+        whole = encode(start, self.tokenizer, self.layout)
+        shown = int(whole.visual.max(initial=-1)) // self.layout.size + 1
+        program = self._program(decoding.remembered)
+        arrays = self._arrays([whole], [sample.images[:shown]], pixels)
+        return Memory(program(self.parameters, arrays), len(whole.tokens), shown)
+
+    def ids(self, arrays: dict[str, np.ndarray], limit: int, sampling: Sampling = GREEDY, memory: Memory | None = None
             ) -> Int[np.ndarray, "B L"]:
         """Ids of the answers to prompts that `arrays` has made; the end-of-sequence id stands behind the shorter."""
-        shared, inputs = {"limit": limit, "eos": self.tokenizer.eos}, (self.parameters, self._put(arrays))
+        shared, inputs = {"limit": limit, "eos": self.tokenizer.eos}, (self.parameters, self._put(arrays, memory))
         if sampling.beams > 1:
             program = self._program(decoding.search, beams=sampling.beams, **shared)
             return np.asarray(program(*inputs, np.float32(sampling.length_penalty)))
@@ -99,21 +120,37 @@ class Generator:
         return np.asarray(program(*inputs, np.float32(sampling.temperature), np.float32(sampling.top_p),
                                   np.uint32(sampling.seed)))
 
-    def arrays(self, questions: Sequence[Question], pixels: Pixels, limit: int) -> dict[str, np.ndarray]:
+    def arrays(self, questions: Sequence[Question], pixels: Pixels, limit: int,
+               memory: Memory | None = None) -> dict[str, np.ndarray]:
         """The prompts as `decoding` takes them; each with `limit` more tokens must fit the model's positions."""
         encoded = [encode(sample, self.tokenizer, self.layout, ask=turn) for sample, turn in questions]
         longest = max(len(item.tokens) for item in encoded)
-        width = -(-longest // BUCKET) * BUCKET
         if longest + limit > self.longest:
             raise config_lib.ConfigError(f"a prompt of {longest} tokens and an answer of {limit} exceed the model's "
                                          f"{self.longest} positions; mention fewer images or parts")
-        slots = max(1, max(len(item.images) for item in encoded))
+        images = [item.images for item in encoded]
+        if memory is not None:
+            encoded = [dataclasses.replace(item, tokens=item.tokens[memory.tokens:], visual=np.where(
+                item.visual < 0, -1, item.visual - memory.images * self.layout.size)[memory.tokens:])
+                for item in encoded]
+            images = [shown[memory.images:] for shown in images]
+        return self._arrays(encoded, images, pixels)
+
+    def fits(self, sample: Sample, limit: int = SCORE_TOKENS) -> bool:
+        """Whether a conversation up to its last answer, and `limit` tokens of that, fit the model's positions."""
+        asked = encode(sample, self.tokenizer, self.layout, ask=len(sample.turns) - 1)
+        return len(asked.tokens) + limit <= self.longest
+
+    def _arrays(self, encoded: Sequence[Encoded], images: Sequence[tuple[ImageRef, ...]], pixels: Pixels
+                ) -> dict[str, np.ndarray]:
+        width = -(-max(len(item.tokens) for item in encoded) // BUCKET) * BUCKET
+        slots = max(1, max(map(len, images)))
         arrays = {"images": np.zeros((len(encoded), slots, self.size, self.size, 3), np.uint8),
                   "tokens": np.full((len(encoded), width), self.tokenizer.pad, np.int32),
                   "visual": np.full((len(encoded), width), -1, np.int32),
                   "lengths": np.asarray([len(item.tokens) for item in encoded], np.int32),
                   "digests": np.zeros(len(encoded), np.uint32)}
-        shown = [(row, slot, ref) for row, item in enumerate(encoded) for slot, ref in enumerate(item.images)]
+        shown = [(row, slot, ref) for row, refs in enumerate(images) for slot, ref in enumerate(refs)]
         squares = self._readers.map(lambda place: images_lib.render(pixels(place[2].index), place[2], self.size), shown)
         for (row, slot, _), square in zip(shown, squares, strict=True):
             arrays["images"][row, slot] = square
@@ -121,10 +158,10 @@ class Generator:
             arrays["tokens"][row, :len(item.tokens)] = item.tokens
             arrays["visual"][row, :len(item.visual)] = item.visual
             digest = zlib.crc32(item.visual.tobytes(), zlib.crc32(item.tokens.tobytes()))
-            arrays["digests"][row] = zlib.crc32(arrays["images"][row, :len(item.images)].tobytes(), digest)
+            arrays["digests"][row] = zlib.crc32(arrays["images"][row, :len(images[row])].tobytes(), digest)
         return arrays
 
-    def _batches(self, questions, pixels, limit, size) -> Iterator[tuple[dict[str, np.ndarray], int]]:
+    def _batches(self, questions, pixels, limit, size, memory) -> Iterator[tuple[dict[str, np.ndarray], int]]:
         """Arrays of `size` questions at a time and how many of them count, made in a thread, AHEAD of their use."""
         if self.mesh is not None:  # rows divide among the devices that split them
             parts = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
@@ -134,7 +171,7 @@ class Generator:
             try:
                 for chunk in _chunks(questions, size):
                     filled = chunk + [chunk[-1]] * (size - len(chunk))
-                    pending.append((pool.submit(self.arrays, filled, pixels, limit), len(chunk)))
+                    pending.append((pool.submit(self.arrays, filled, pixels, limit, memory), len(chunk)))
                     if len(pending) > AHEAD:
                         made, wanted = pending.popleft()
                         yield made.result(), wanted
@@ -145,11 +182,10 @@ class Generator:
                 for made, _ in pending:
                     made.cancel()
 
-    def _put(self, arrays):
-        if self.mesh is None:
-            return arrays
-        rows = NamedSharding(self.mesh, PartitionSpec(("data", "fsdp")))
-        return jax.device_put(arrays, rows)
+    def _put(self, arrays, memory):
+        if self.mesh is not None:
+            arrays = jax.device_put(arrays, NamedSharding(self.mesh, PartitionSpec(("data", "fsdp"))))
+        return arrays if memory is None else arrays | {"before": memory.before}
 
     def _tree(self, reader: str) -> scorer.Tree:
         if reader not in self._programs:

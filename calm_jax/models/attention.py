@@ -15,18 +15,19 @@ CHUNKS = 4  # causal: queries of a chunk read the same keys; 4 compute 5/8 of th
 
 
 def attend(q: Float[Array, "B T N H"], k: Float[Array, "B S K H"], v: Float[Array, "B S K H"], *, causal: bool = False,
-           q_segments: Int[Array, "B T"] | None = None,
-           kv_segments: Int[Array, "B S"] | None = None) -> Float[Array, "B T N H"]:
+           q_segments: Int[Array, "B T"] | None = None, kv_segments: Int[Array, "B S"] | None = None,
+           behind: int = 0) -> Float[Array, "B T N H"]:
     """Softmax attention scaled by H ** -0.5; scores and softmax in float32, the result in the dtype of q.
 
     Args:
       q: N query heads.
       k, v: K key and value heads, K a divisor of N (grouped-query attention: head n reads key head n // (N / K)).
-      causal: query t sees keys 0..t; needs T == S.
+      causal: query t sees keys 0..behind + t; needs T + behind == S.
+      behind: so many keys come before that of the first query.
       q_segments, kv_segments: a query sees only the keys of its own segment. Queries of a segment without keys
         (padding) get the mean of what they may not see, which nothing reads.
     """
-    return tiled(q, k, v, q_segments, kv_segments, causal=causal)
+    return tiled(q, k, v, q_segments, kv_segments, causal=causal, behind=behind)
 
 
 def attend_cached(q: Float[Array, "B M N H"], k: Float[Array, "B K S H"], v: Float[Array, "B K S H"],
@@ -38,7 +39,7 @@ def attend_cached(q: Float[Array, "B M N H"], k: Float[Array, "B K S H"], v: Flo
 
 def tiled(q: Float[Array, "B T N H"], k: Float[Array, "B S K H"], v: Float[Array, "B S K H"],
           q_segments: Int[Array, "B T"] | None, kv_segments: Int[Array, "B S"] | None, *,
-          causal: bool) -> Float[Array, "B T N H"]:
+          causal: bool, behind: int = 0) -> Float[Array, "B T N H"]:
     """`attend` in plain XLA, for any backend: one tile of queries at a time against the keys it may see.
 
     Up to TILE queries (pictures, Q-Formers, decoding) are one tile, whose weights `[B, N, T, S]` are kept for the
@@ -49,14 +50,14 @@ def tiled(q: Float[Array, "B T N H"], k: Float[Array, "B S K H"], v: Float[Array
     length, seen = q.shape[1], k.shape[1]
     q, k, v = _heads_first(q, k, v)
     if length <= TILE:
-        return rearrange(_tile(q, k, v, q_segments, kv_segments, 0, causal), "b k g t h -> b t (k g) h")
+        return rearrange(_tile(q, k, v, q_segments, kv_segments, behind, causal), "b k g t h -> b t (k g) h")
     span = -(-length // min(CHUNKS, -(-length // TILE))) if causal else length
     out = []
     for start in range(0, length, span):
         stop = min(start + span, length)
-        seen = stop if causal else seen
+        seen = behind + stop if causal else seen
         ids = (None, None) if q_segments is None else (q_segments[:, start:stop], kv_segments[:, :seen])
-        out.append(_chunk(q[:, :, :, start:stop], k[:, :, :seen], v[:, :, :seen], *ids, start, causal))
+        out.append(_chunk(q[:, :, :, start:stop], k[:, :, :seen], v[:, :, :seen], *ids, behind + start, causal))
     return rearrange(jnp.concatenate(out, 3), "b k g t h -> b t (k g) h")
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,13 @@ from calm_jax.models import layers
 from calm_jax.models.attention import attend, attend_cached
 
 Cache = list[tuple[Array, Array]]  # a layer's keys and values, each [B, K, S, H]: S slots
+
+
+class Before(NamedTuple):
+    """A beginning that prompts have in common: its cache, of one row and P slots, of which `length` are in use."""
+
+    cache: Cache
+    length: Int[Array, ""]
 
 
 def rotate(x: Float[Array, "B T N H"], positions: Int[Array, "B T"], theta: float) -> Float[Array, "B T N H"]:
@@ -99,16 +106,30 @@ class Llama(nnx.Module):
         """float32 logits; give only the positions where something is asked."""
         return self.head(hidden).astype(jnp.float32)
 
-    def prefill(self, x: Float[Array, "B T D"], lengths: Int[Array, "B"], room: int) -> tuple[Array, Cache]:
-        """Hidden states `[B, T, D]` of left-aligned prompts, and their cache with `room` free slots behind slot T."""
+    def prefill(self, x: Float[Array, "B T D"], lengths: Int[Array, "B"], room: int,
+                before: Before | None = None) -> tuple[Array, Cache]:
+        """Hidden states `[B, T, D]` of left-aligned prompts, and their cache with `room` free slots behind its last.
+
+        Args:
+          before: the beginning that all prompts have in common; its P slots come first in the cache: P + T + room.
+        """
         batch, length = x.shape[:2]
-        positions = jnp.broadcast_to(jnp.arange(length), (batch, length))
-        segments = (positions < lengths[:, None]).astype(jnp.int32)
+        places = jnp.broadcast_to(jnp.arange(length), (batch, length))
+        segments = seen = (places < lengths[:, None]).astype(jnp.int32)
+        positions, slots = places, 0
+        if before is not None:
+            slots, positions = before.cache[0][0].shape[2], before.length + places
+            known = jnp.broadcast_to((jnp.arange(slots) < before.length).astype(jnp.int32), (batch, slots))
+            seen = jnp.concatenate([known, segments], 1)
         cache: Cache = []
         for index in range(self.depth):
             block = layers.unstack(self.blocks, index)
             q, k, v = block.qkv(x, positions, _split(None))
-            mixed = attend(q, k, v, causal=True, q_segments=segments, kv_segments=segments)
+            if before is not None:
+                k, v = (jnp.concatenate([jnp.broadcast_to(rearrange(old, "1 k p h -> 1 p k h"),
+                                                          (batch, slots, *new.shape[2:])), new], 1)
+                        for old, new in zip(before.cache[index], (k, v), strict=True))
+            mixed = attend(q, k, v, causal=True, q_segments=segments, kv_segments=seen, behind=slots)
             x = block.finish(x, mixed, _split(None))
             k, v = (jnp.pad(rearrange(y, "b s k h -> b k s h"), ((0, 0), (0, 0), (0, room), (0, 0))) for y in (k, v))
             cache.append((k, v))

@@ -1,7 +1,7 @@
 """Pictures and a checkpoint in; scores, comments, suggestions, attributes or a personal verdict, a row a picture, out.
 
     calm score|comment|suggest|attributes PATH... --checkpoint DIR [--format table|csv|jsonl|html] [--out FILE]
-    calm personalise PATH... --checkpoint DIR --ratings ratings.csv ...
+    calm personalise PATH... --checkpoint DIR --ratings ratings.csv [--user NAME] [--scale 1,5] ...
 
 PATH is a file, a folder, a glob, or - for a list on standard input. Pictures that cannot be read are reported and
 harm nothing. With --out, what is known is kept beside it in FILE.journal at once: the same command goes on where it
@@ -31,6 +31,7 @@ from calm_jax.data.scale import READERS
 from calm_jax.predict import output
 from calm_jax.predict.gather import gather
 from calm_jax.predict.journal import Journal, Row, stamp
+from calm_jax.predict.ratings import read_ratings
 
 NOTHING = np.zeros((1, 1, 3), np.uint8)  # looked at in place of a picture that could not be read
 
@@ -53,6 +54,11 @@ class Verb:
 def _score(model, count, pixels, given) -> Iterator[Row]:
     for score in model.scores(count, pixels, reader=given["reader"], scale=given["scale"]):
         yield _scored(score) | ({"said": score.text} if given["reader"] == "text" else {})
+
+
+def _personalise(model, count, pixels, given) -> Iterator[Row]:
+    for score in model.personal(given["rated"], count, pixels, scale=given["scale"], shots=given["shots"]):
+        yield _scored(score)
 
 
 def _scored(score) -> Row:
@@ -87,6 +93,7 @@ VERBS = {
     "comment": Verb(("comment",), ("aspect", *TEXTS), _comment),
     "suggest": Verb(("suggestion",), TEXTS, _suggest),
     "attributes": Verb(None, (), _attributes),
+    "personalise": Verb(("score", "spread"), ("scale", "shots", "rated"), _personalise),
 }
 
 
@@ -97,7 +104,10 @@ def cli() -> None:
     flags.DEFINE_string("out", None, "file of the results; default: standard output")
     flags.DEFINE_integer("batch", 16, "pictures at a time", lower_bound=1)
     flags.DEFINE_enum("reader", READERS[0], READERS, "score: how it is read; text is the paper's")
-    flags.DEFINE_list("scale", ["1", "10"], "score: lowest and highest of the results")
+    flags.DEFINE_list("scale", ["1", "10"], "score: lowest and highest of the results; personalise: and of the ratings")
+    flags.DEFINE_string("ratings", None, "personalise: a table image,score[,user]; paths are relative to its folder")
+    flags.DEFINE_string("user", "", "personalise: whose ratings, where the table has several people's")
+    flags.DEFINE_integer("shots", 0, "personalise: rated pictures in a context; 0 = as many as fit", lower_bound=0)
     flags.DEFINE_string("aspect", "", "comment: what about; default: everything")
     flags.DEFINE_integer("tokens", 128, "comment, suggest: most tokens of an answer", lower_bound=1)
     flags.DEFINE_float("temperature", 0.0, "comment, suggest: 0 = the most probable words, else they are drawn")
@@ -124,8 +134,9 @@ def main(words: Sequence[str]) -> int:
     from calm_jax.api import Model  # JAX starts here: wrong use is answered before
     from calm_jax.inference.decoding import Sampling
     verb, asked = VERBS[name], {"verb": name}
+    rated = read_ratings(values["ratings"], values["user"], values["scale"]) if values["ratings"] else []
     given = values | {"scale": tuple(map(float, values["scale"])), "sampling": Sampling(
-        values["temperature"], values["top-p"], values["beams"], seed=values["seed"])}
+        values["temperature"], values["top-p"], values["beams"], seed=values["seed"]), "rated": rated}
     model = Model(values["checkpoint"], batch=values["batch"])
     asked |= {"checkpoint": str(model.path.resolve()), "step": model.step}
     for option in verb.options:
@@ -179,6 +190,9 @@ def _check(name: str, values: dict[str, Any]) -> None:
     if values["format"] == "html" and not values["out"]:
         raise config_lib.ConfigError("a contact sheet is a file with small pictures beside it; name it: --out "
                                      "pictures.html")
+    if (name == "personalise") != bool(values["ratings"]):
+        raise config_lib.ConfigError("calm personalise needs --ratings, a table image,score of pictures that somebody "
+                                     "has rated; the other verbs need none")
     if "score" not in (VERBS[name].columns or ()):
         for flag in ("top-k", "min-score", "sort", "copy-to"):
             if values[flag]:

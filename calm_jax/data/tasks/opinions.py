@@ -7,8 +7,9 @@ has rated. The instructions and everything else are ours.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -85,18 +86,31 @@ def personal(record: Record, rng: np.random.Generator, context: Context) -> Cont
     rater = pick(rng, tuple(raters))
     others = context.rated[rater][context.rated[rater] != record.image.index]
     count = min(int(rng.integers(context.support[0], context.support[1], endpoint=True)), len(others))
-    levels = tuple(part for part in context.parts if part in config_lib.LEVELS) or context.parts
-    question = f" {pick(rng, instructions.PERSONAL)}"
-    images, turns = [], []
-    for number, index in enumerate(rng.choice(others, count, replace=False)):
+    question = pick(rng, instructions.PERSONAL)
+    rated = []
+    for index in rng.choice(others, count, replace=False):
         shown = context.dataset.record(int(index))
-        images.append(shown.image)
-        said = score_text(mapped(shown.ratings[rater], shown.scale))
-        turns.append(Turn((Mention(number, _some(levels, "personal")), question), Answer(said, weight=0.0)))
+        rated.append((shown.image, mapped(shown.ratings[rater], shown.scale)))
     target = mapped(record.ratings[rater], record.scale)
     answer = Answer(score_text(target), soft=soft_digits(target, context.spread) if context.spread > 0 else {})
-    turns.append(Turn((Mention(count, context.parts), question), answer, f"personal={target:.3f}"))
-    return (*images, record.image), tuple(turns), target
+    images, turns = in_context(rated, record.image, _some(context.parts, "personal"), question)
+    last = dataclasses.replace(turns[-1], answer=answer, label=f"personal={target:.3f}")
+    return images, (*turns[:-1], last), target
+
+
+def in_context(rated: Sequence[tuple[ImageRef, float]], image: ImageRef, parts: Parts,
+               question: str = instructions.PERSONAL[0]) -> tuple[tuple[ImageRef, ...], tuple[Turn, ...]]:
+    """Images and turns of a conversation that shows rated pictures, score by score, and then asks about another.
+
+    Args:
+      rated: pictures with a person's scores on the scale 1-10; shown by their Q-Former tokens where there are any.
+      parts: of the picture in question.
+    """
+    levels = tuple(part for part in parts if part in config_lib.LEVELS) or parts
+    turns = [Turn((Mention(number, levels), f" {question}"), Answer(score_text(score), weight=0.0))
+             for number, (_, score) in enumerate(rated)]
+    turns.append(Turn((Mention(len(rated), parts), f" {question}"), Answer("")))
+    return (*(shown for shown, _ in rated), image), tuple(turns)
 
 
 def suggestion(record: Record, rng: np.random.Generator, context: Context) -> Content:

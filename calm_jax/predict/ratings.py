@@ -1,0 +1,62 @@
+"""A table of one person's ratings in; the rated pictures and their scores out."""
+
+from __future__ import annotations
+
+import csv
+import math
+import pathlib
+from collections.abc import Sequence
+
+from calm_jax import config as config_lib
+
+
+def read_ratings(table: str, user: str, scale: Sequence[str]) -> list[tuple[str, float]]:
+    """(path, score) of each row of a CSV table `image,score[,user]`.
+
+    Args:
+      user: whose rows; empty where the table is one person's.
+      scale: lowest and highest possible score, as on the command line.
+
+    Raises:
+      ConfigError: no such table, no such columns, rows of several people and no user, a picture that does not exist
+        or is rated twice, a score that is no number or off the scale.
+    """
+    file = pathlib.Path(table)
+    lowest, highest = map(float, scale)
+    try:
+        with file.open(encoding="utf-8-sig", newline="") as stream:
+            reader = csv.DictReader(stream, skipinitialspace=True)
+            rows = list(reader)
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise config_lib.ConfigError(f"the ratings {table} cannot be read: {error}") from None
+    missing = {"image", "score"} - set(reader.fieldnames or ())
+    if missing:
+        raise config_lib.ConfigError(f"the ratings {table} have no column {' and no '.join(sorted(missing))}; the "
+                                     "first line names the columns: image,score or image,score,user")
+    users = sorted({row["user"] or "" for row in rows}) if "user" in reader.fieldnames else []
+    if user and user not in users:
+        raise config_lib.ConfigError(f"the ratings {table} know no user {user!r}{config_lib.nearest(user, users)}")
+    if not user and len(users) > 1:
+        raise config_lib.ConfigError(f"the ratings {table} are of {len(users)} people; name one of them: --user "
+                                     f"{users[0] or users[1]}")
+    rated: dict[str, float] = {}
+    for line, row in enumerate(rows, 2):
+        if user and row["user"] != user:
+            continue
+        place = f"{table}, row {line}"
+        path = str(file.parent / (row["image"] or ""))
+        try:
+            score = float(row["score"] or "")
+        except ValueError:
+            score = math.nan
+        if not lowest <= score <= highest:
+            raise config_lib.ConfigError(f"{place}: the score {row['score']!r} is no number from {lowest:g} to "
+                                         f"{highest:g}; --scale says what the scale is")
+        if not pathlib.Path(path).is_file():
+            raise config_lib.ConfigError(f"{place}: there is no picture {path}; paths are relative to the table")
+        if path in rated:
+            raise config_lib.ConfigError(f"{place}: {row['image']} is rated twice")
+        rated[path] = score
+    if not rated:
+        raise config_lib.ConfigError(f"the ratings {table} have no rows")
+    return list(rated.items())
