@@ -70,7 +70,7 @@ def test_torch_computes_the_same_whichever_version_wrote_and_reads(exported, tmp
     print(check_parity.show(result))
     assert result.holds() and not result.differs
     assert result.logits < 2e-5 and result.scores < 1e-4 and result.kl < 1e-5
-    assert result.answers == result.agree == 7 and len(result.stages) == 5 + 3 + 1 + 3 + 2
+    assert result.answers == result.agree == result.searched == 7 and len(result.stages) == 5 + 3 + 1 + 3 + 2
     assert result.report["transformers"].startswith("4.46.3" if reader == "4.46" else transformers.__version__)
 
 

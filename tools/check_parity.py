@@ -5,8 +5,9 @@
 
 Conversations about none, one and three pictures, alone and in one batch of four, go through JAX here and through torch
 in a process of its own, whose interpreter may have another version of transformers. Compared are the ids, the output
-of every block, the logits (difference, KL divergence), greedy answers, and the scores of the picture files. The exit
-code is 0 when all agree within the tolerance. In float32 each side takes 4 bytes a parameter, one side after the other.
+of every block, the logits (difference, KL divergence), answers (greedy and by beam search), and the scores of the
+picture files. The exit code is 0 when all agree within the tolerance. In float32 each side takes 4 bytes a parameter,
+one side after the other.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from calm_jax.data import pictures
 from calm_jax.data.prompts import Layout
 from calm_jax.data.samples import Answer, ImageRef, Mention, Sample, Turn
 from calm_jax.data.tasks import instructions
+from calm_jax.inference.decoding import Sampling
 from calm_jax.inference.generate import BUCKET, Generator
 from calm_jax.models import layers
 from calm_jax.models.calm import Calm
@@ -44,6 +46,7 @@ from calm_jax.training import restore
 QUESTIONS = ("What is wrong with the light here, and what would you do about it?", "Describe the picture.",
              "Which of them is the best, and why?", "Please comment on sharpness and noise.")
 SCORE_TOLERANCE = 1e-3
+BEAMS = 3
 
 
 @dataclasses.dataclass
@@ -67,6 +70,7 @@ class Result:
       stages: in the order in which they are computed; the last is the logits.
       kl: largest KL divergence of a next-token distribution, nats.
       answers, agree: greedy answers, and how many of them are token by token the same.
+      searched: of as many answers by beam search, how many are the same.
       scores: the largest difference of a score (1-10).
       differs: the first stage whose difference is above `tolerance` times its largest value, or "".
     """
@@ -77,6 +81,7 @@ class Result:
     kl: float
     answers: int
     agree: int
+    searched: int
     scores: float
     tolerance: float
 
@@ -89,7 +94,7 @@ class Result:
         return self.stages[-1].difference
 
     def holds(self) -> bool:
-        return (self.ids and self.logits <= self.tolerance and self.agree == self.answers
+        return (self.ids and self.logits <= self.tolerance and self.agree == self.searched == self.answers
                 and self.scores <= SCORE_TOLERANCE and not any(self.report[name] for name in (
                     "missing_keys", "unexpected_keys", "mismatched_keys")))
 
@@ -113,7 +118,7 @@ def check(source: str, hf: str, *, images: tuple[str, ...] = (), python: str = s
         generator = Generator(cfg, model.parameters, model.tokenizer, dtype=jnp.dtype(dtype))
         del model  # the generator holds its weights in arrays of its own
         cases = _cases(cfg, files)
-        request = {"dtype": dtype, "new_tokens": new_tokens, "score": files, "cases": [
+        request = {"dtype": dtype, "new_tokens": new_tokens, "beams": BEAMS, "score": files, "cases": [
             {"images": [[files[n] for n in row] for row in rows], "parts": parts,
              "text": list(QUESTIONS[:len(rows)])} for rows, parts in cases]}
         (folder / "request.json").write_text(json.dumps(request))
@@ -158,7 +163,7 @@ def _compare(generator: Generator, cases, files, folder, tolerance, new_tokens) 
     run = _Stages(generator.geometry.bind(generator.parameters), generator.dtype)
     pixels = [pictures.read(file) for file in files]
     stages: dict[str, Stage] = {}
-    kl, answers, agree, same = 0.0, 0, 0, True
+    kl, answers, agree, same = 0.0, 0, {"said": 0, "searched": 0}, True
     width = -(-int(theirs["longest"]) // BUCKET) * BUCKET
     for number, (rows, parts) in enumerate(cases):
         samples = [(_sample(row, parts, question), 0) for row, question in zip(rows, QUESTIONS, strict=False)]
@@ -180,13 +185,15 @@ def _compare(generator: Generator, cases, files, folder, tolerance, new_tokens) 
                     stage.add(value[row, :shown], case[name][row * slots:row * slots + shown])
                 if name == "logits":
                     kl = max(kl, _kl(value[row, :length], case[name][row, -length:]))
-        for mine, said in zip(generator.ids(batch, new_tokens), case["said"], strict=True):
-            answers, agree = answers + 1, agree + _agree(mine, said, generator.tokenizer)
+        for name, beams in (("said", 1), ("searched", BEAMS)):
+            mine = generator.ids(batch, new_tokens, Sampling(beams=beams))
+            agree[name] += sum(_agree(*both, generator.tokenizer) for both in zip(mine, case[name], strict=True))
+        answers += len(mine)
     asked = [(_sample([n], config_lib.PARTS, instructions.SCORE[0]), 0) for n in range(len(files))]
     scores = np.asarray([(score.value, score.spread)
                          for score in generator.scores(asked, pixels.__getitem__, batch=len(files))])
-    return Result(json.loads(str(theirs["report"])), same, list(stages.values()), kl, answers, agree,
-                  float(np.abs(scores - theirs["scores"]).max()), tolerance)
+    return Result(json.loads(str(theirs["report"])), same, list(stages.values()), kl, answers, agree["said"],
+                  agree["searched"], float(np.abs(scores - theirs["scores"]).max()), tolerance)
 
 
 def _padded(batch: dict[str, np.ndarray], width: int, slots: int) -> dict[str, np.ndarray]:
@@ -276,6 +283,7 @@ def show(result: Result) -> str:
     lines += [f"ids and visual tokens: {'the same' if result.ids else 'DIFFERENT'}",
               f"largest KL divergence of a next token: {result.kl:.2e} nats",
               f"greedy answers token by token the same: {result.agree} of {result.answers}",
+              f"answers by beam search token by token the same: {result.searched} of {result.answers}",
               f"largest difference of a score: {result.scores:.2e} (scale 1-10)",
               f"first differing layer: {result.differs or 'none'}",
               "the export computes what the checkpoint computes" if result.holds() else "THE TWO DO NOT AGREE"]

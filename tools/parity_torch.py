@@ -31,8 +31,9 @@ def main(folder: str, request: str, out: str) -> None:
             result = model(**inputs)
             found = {"input_ids": inputs["input_ids"], "visual": inputs["visual"],
                      "attention_mask": inputs["attention_mask"], "logits": result.logits, **states}
-            said = model.generate(**inputs, max_new_tokens=wanted["new_tokens"], do_sample=False)
-            found["said"] = said[:, inputs["input_ids"].shape[1]:]
+            for name, beams in (("said", 1), ("searched", wanted["beams"])):
+                said = model.generate(**inputs, max_new_tokens=wanted["new_tokens"], do_sample=False, num_beams=beams)
+                found[name] = said[:, inputs["input_ids"].shape[1]:]
             longest = max(longest, inputs["input_ids"].shape[1])
             np.savez(os.path.join(out, f"{number}.npz"), **{
                 name: (value.float() if value.is_floating_point() else value).numpy()
