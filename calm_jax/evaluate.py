@@ -1,18 +1,22 @@
-"""A trained model and a dataset in; a table on the terminal, answers and figures as JSON out.
+"""A trained model and a dataset in; a table on the terminal, answers, figures and a plot as files out.
 
-    python -m calm_jax.evaluate --workdir DIR --task attributes|scoring|commenting --dataset NAME [--data_dir DIR]
-        [--split validation] [--reader text|expectation|levels] [--records N]
+    python -m calm_jax.evaluate --workdir DIR[,DIR...] --task attributes|scoring|commenting|suggesting|personalised
+        --dataset NAME [--data_dir DIR] [--split validation] [--records N] [--control DIR] ...
 
-DIR is a workdir, the folder of one of its processes, or a checkpoint. Results go to DIR/evaluation unless --out says
-otherwise.
+DIR is a workdir, the folder of one of its processes, or a checkpoint; several stand in one table, with what others have
+published on that dataset. Results go to DIR/evaluation, of several to that of the first, unless --out says otherwise.
+What was measured already is not measured again.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from absl import flags
@@ -20,92 +24,165 @@ from absl import flags
 from calm_jax import command
 from calm_jax import config as config_lib
 from calm_jax.data import builders, scale
-from calm_jax.evaluation import protocols
+from calm_jax.data.samples import Dataset
+from calm_jax.evaluation import charts, peers, personalised, protocols, suggesting
 from calm_jax.inference.generate import Generator
-from calm_jax.training import restore
+from calm_jax.training import checkpoint, restore
 
-TASKS = ("attributes", "scoring", "commenting")
-
-_WORKDIR = flags.DEFINE_string("workdir", None, "workdir, process folder or checkpoint of the model")
-_TASK = flags.DEFINE_enum("task", None, TASKS, "what to measure")
-_DATASET = flags.DEFINE_string("dataset", "demo", "name of the dataset")
-_DATA_DIR = flags.DEFINE_string("data_dir", "", "folder of datasets that tools.prepare_data stored; demo needs none")
-_SPLIT = flags.DEFINE_string("split", "test", "its split: train, validation or test")
-_READER = flags.DEFINE_enum("reader", "text", scale.READERS, "scoring: how a score is read from the model")
-_RECORDS = flags.DEFINE_integer("records", 0, "pictures of the split that are asked about, spread evenly; 0 = all")
-_CONTROL = flags.DEFINE_string("control", None, "attributes: a model trained on shuffled labels, to compare with")
-_OUT = flags.DEFINE_string("out", None, "folder of the results; default: WORKDIR/evaluation")
+TASKS = ("attributes", "scoring", "commenting", "suggesting", "personalised")
 
 
-def evaluate(path: str, task: str, dataset_name: str, split: str, control: str | None = None,
-             data_dir: str = "", reader: str = "text", records: int = 0) -> dict:
-    """The result of one task as JSON values: `model`, `task`, `dataset`, `data_dir`, `split`, `reader`, `table`,
-    `answers`; about `records` pictures of the split, spread evenly, 0 = all of them."""
-    dataset = builders.load(dataset_name, data_dir)
-    indices = dataset.indices(split)
-    if records:
-        indices = indices[np.unique(np.linspace(0, len(indices) - 1, min(records, len(indices))).round().astype(int))]
-    answered = _answers(path, task, dataset, indices, reader)
-    result = {"model": str(path), "task": task, "dataset": dataset_name, "data_dir": data_dir, "split": split,
-              "reader": reader}
-    if task == "attributes":
-        others = _answers(control, task, dataset, indices, reader) if control else ()
-        result["table"] = protocols.attribute_table(answered, others)
-    elif task == "scoring":
-        result["table"] = protocols.score_table(answered)
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What is measured; the flags of the same names say more.
+
+    Attributes:
+      records: pictures of the split, spread evenly; 0 = all.
+      control: checkpoint to compare with, or "".
+      threshold: of the accuracies of scoring, on the scale 1-10.
+      shots, raters, shown: of personalised.
+    """
+
+    task: str
+    dataset: str
+    data_dir: str = ""
+    split: str = "test"
+    reader: str = "text"
+    records: int = 0
+    control: str = ""
+    threshold: float = 5.0
+    shots: tuple[int, ...] = personalised.SHOTS
+    raters: int = 0
+    shown: str = "train"
+    spice: bool | None = None
+
+
+def evaluate(path: str, options: Options) -> dict[str, Any]:
+    """The result of one task as JSON values: the options, `model`, `made` (when it was saved), `table`, `answers`."""
+    dataset = builders.load(options.dataset, options.data_dir)
+    indices = dataset.indices(options.split)
+    if options.records:
+        places = np.linspace(0, len(indices) - 1, min(options.records, len(indices))).round().astype(int)
+        indices = indices[np.unique(places)]
+    ask = functools.partial(_answers, options=options, dataset=dataset, indices=indices)
+    answered = ask(path)
+    control = ask(options.control) if options.control and options.task in ("attributes", "suggesting") else ()
+    if options.task == "attributes":
+        table = protocols.attribute_table(answered, control)
+    elif options.task == "scoring":
+        table = protocols.score_table(answered, options.threshold)
+    elif options.task == "suggesting":
+        table = suggesting.suggestion_table(answered, control)
+    elif options.task == "personalised":
+        table = personalised.personal_table(answered)
     else:
-        result["table"] = {"n": len(answered), "distinct": len({item.text for item in answered})}
-    return result | {"answers": [dataclasses.asdict(item) for item in answered]}
+        table = protocols.comment_table(answered, dataset, options.spice)
+    return _asked(path, options) | {"table": _plain(table), "answers": [
+        _plain(dataclasses.asdict(item)) for item in answered]}
 
 
-def _answers(path, task, dataset, indices, reader):
+def _asked(path: str, options: Options) -> dict[str, Any]:
+    """What a result is an answer to."""
+    saved = checkpoint.find(path)
+    made = (saved.path / checkpoint.META).stat().st_mtime_ns
+    return json.loads(json.dumps({"model": str(path), "step": saved.step, "made": made,
+                                  **dataclasses.asdict(options)}))
+
+
+def _answers(path: str, options: Options, dataset: Dataset, indices: Sequence[int]) -> list:
     model = restore.model(path)
     trained = model.config.processes.get(model.saved.meta["process"])
     if trained is None:
         raise config_lib.ConfigError(f"{model.saved.path} was converted and never trained; train from it first")
-    parts = trained.parts if task != "attributes" else config_lib.LEVELS
+    parts = trained.parts if options.task != "attributes" else config_lib.LEVELS
     generator = Generator(model.config.model, model.parameters, model.tokenizer, parts, model.dtype)
-    if task == "attributes":
+    del model  # the generator holds its weights in arrays of its own
+    if options.task == "attributes":
         return protocols.attributes(generator, dataset, indices, cues=trained.cues, phrasings=trained.phrasings)
-    return protocols.opinions(generator, dataset, indices, {"scoring": "score", "commenting": "comment"}[task], reader)
+    if options.task == "suggesting":
+        return suggesting.suggesting(generator, dataset, indices)
+    if options.task == "personalised":
+        return personalised.personalised(generator, dataset, indices, dataset.indices(options.shown),
+                                         shots=options.shots, raters=options.raters)
+    return protocols.opinions(generator, dataset, indices, {"scoring": "score", "commenting": "comment"}[options.task],
+                              options.reader)
 
 
-def show(result: dict) -> str:
+# ---- tables ------------------------------------------------------------------------------------------------------
+
+
+def show(result: Mapping[str, Any]) -> str:
     """The table of a result as aligned text."""
-    table = result["table"]
-    title = f"{result['task']} on {result['dataset']} ({result['split']})"
-    if result["task"] != "attributes":
-        return "\n".join([title, *(f"  {name:<16}{_figure(value)}" for name, value in table.items())])
-    lines = [title, f"  {'attribute':<14}{'level':<8}{'question':<12}{'n':>5}{'accuracy':>10}{'majority':>10}"
-                    f"{'gain (95 % interval)':>25}{'gain over shuffled labels':>28}"]
-    for row in table:
-        over = f"{row['control_gain']:+.3f} {_figure(row['control_gain_interval'])}" if "control_gain" in row else "-"
-        lines.append(f"  {row['subject']:<14}{row['level']:<8}{row['kind']:<12}{row['n']:>5}{row['accuracy']:>10.3f}"
-                     f"{row['majority']:>10.3f}{row['gain']:>+9.3f} {_figure(row['gain_interval']):<15}{over:>28}")
+    table, task = result["table"], result["task"]
+    title = f"{task} on {result['dataset']} ({result['split']})"
+    if task == "attributes":
+        lines = [f"  {'attribute':<14}{'level':<8}{'question':<12}{'n':>5}{'accuracy':>10}{'majority':>10}"
+                 f"{'gain (95 % interval)':>25}{'gain over control':>28}"]
+        for row in table:
+            lines.append(f"  {row['subject']:<14}{row['level']:<8}{row['kind']:<12}{row['n']:>5}"
+                         f"{row['accuracy']:>10.3f}{row['majority']:>10.3f}{_with(row, 'gain'):>25}"
+                         f"{_with(row, 'control_gain'):>28}")
+    elif task == "suggesting":
+        lines = [f"  {'flaw':<22}{'n':>5}{'right':>8}{'elsewhere':>11}{'gain (95 % interval)':>25}"
+                 f"{'gain over control':>26}{'distinct':>10}"]
+        for row in table:
+            lines.append(f"  {row['flaw']:<22}{row['n']:>5}{row['right']:>8.3f}{row['elsewhere']:>11.3f}"
+                         f"{_with(row, 'gain'):>25}{_with(row, 'control_gain'):>26}{row['distinct']:>10}")
+    elif task == "personalised":
+        lines = [f"  {'shots':>5}  {'arm':<10}{'raters':>7}{'SRCC (95 % interval)':>25}{'PLCC':>8}{'MAE':>7}"
+                 f"{'gain over permuted ratings':>30}"]
+        for row in table:
+            lines.append(f"  {row['shots']:>5}  {row['arm']:<10}{row['raters']:>7}{_with(row, 'srcc'):>25}"
+                         f"{_figure(row['plcc']):>8}{_figure(row['mae']):>7}{_with(row, 'gain'):>30}")
+    else:
+        lines = [f"  {name:<28}{_figure(value)}" for name, value in table.items()]
+    return "\n".join([title, *lines])
+
+
+def compare(results: Sequence[Mapping[str, Any]]) -> str:
+    """Markdown: a row a checkpoint, then what others have published on the same dataset and task."""
+    task, dataset = results[0]["task"], results[0]["dataset"]
+    summaries = {result["model"]: summary(result) for result in results}
+    names = list(dict.fromkeys(name for row in summaries.values() for name in row))
+    lines = [f"| {task} on {dataset} ({results[0]['split']}) | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
+    for model, row in summaries.items():
+        lines.append(f"| {model} | {' | '.join(row.get(name, '') for name in names)} |")
+    for peer, figures in peers.published(task, dataset).items():
+        lines.append(f"| {peer} | {' | '.join(figures.get(name, '') for name in names)} |")
     return "\n".join(lines)
 
 
-def _figure(value) -> str:
+def summary(result: Mapping[str, Any]) -> dict[str, str]:
+    """The figures of a result that fit into a row, with their intervals."""
+    table, task = result["table"], result["task"]
+    if task == "attributes":
+        kinds = {kind: [row for row in table if row["kind"] == kind] for kind in ("grade", "comparison")}
+        return {f"{kind}: mean {name}": _figure(float(np.mean([row[name] for row in rows])))
+                for kind, rows in kinds.items() if rows for name in ("accuracy", "gain")}
+    if task == "suggesting":
+        return {name: _with(table[-1], name) for name in ("right", "elsewhere", "gain", "control_gain")
+                if name in table[-1]}
+    if task == "personalised":
+        return {f"SRCC, {row['shots']} shots": _with(row, "srcc") for row in table if row["arm"] == "own"}
+    return {name.upper() if name in ("plcc", "srcc", "mae") else name: _with(table, name) for name in table
+            if not name.endswith("_interval") and (table[name] is None or isinstance(table[name], (int, float)))}
+
+
+def _with(row: Mapping[str, Any], name: str) -> str:
+    """A figure with its interval; nothing where there is none."""
+    if row.get(name) is None:
+        return "" if name not in row else "undefined"
+    interval = row.get(f"{name}_interval")
+    return _figure(row[name]) + (f" {_figure(interval)}" if interval else "")
+
+
+def _figure(value: Any) -> str:
     if isinstance(value, (tuple, list)):
-        return f"[{value[0]:+.3f}, {value[1]:+.3f}]"
-    return f"{value:.3f}" if isinstance(value, float) else str(value)
+        return "[" + ", ".join(map(_figure, value)) + "]"
+    return "undefined" if value is None else f"{value:.3f}" if isinstance(value, float) else str(value)
 
 
-def main() -> None:
-    for name in ("workdir", "task"):
-        if not flags.FLAGS[name].value:
-            raise config_lib.ConfigError(f"--{name} is missing; see the first lines of calm_jax/evaluate.py")
-    result = evaluate(_WORKDIR.value, _TASK.value, _DATASET.value, _SPLIT.value, _CONTROL.value,
-                      _DATA_DIR.value, _READER.value, _RECORDS.value)
-    out = pathlib.Path(_OUT.value or f"{_WORKDIR.value}/evaluation")
-    out.mkdir(parents=True, exist_ok=True)
-    file = out / f"{_TASK.value}-{_DATASET.value}-{_SPLIT.value}.json"
-    file.write_text(json.dumps(_plain(result), indent=1))
-    print(show(result))
-    print(f"written to {file}")
-
-
-def _plain(value):
+def _plain(value: Any) -> Any:
     """JSON values: NumPy numbers as Python's, nan as null."""
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
@@ -115,5 +192,72 @@ def _plain(value):
     return None if isinstance(value, float) and math.isnan(value) else value
 
 
-if __name__ == "__main__":
+# ---- the program -------------------------------------------------------------------------------------------------
+
+
+def cli() -> None:
+    """The program. Flags are defined here, so that importing this module beside another program is harmless."""
+    flags.DEFINE_list("workdir", [], "workdir, process folder or checkpoint of the model; several with commas between")
+    flags.DEFINE_enum("task", None, TASKS, "what to measure")
+    flags.DEFINE_string("dataset", "demo", "name of the dataset")
+    flags.DEFINE_string("data_dir", "", "folder of datasets that tools.prepare_data stored; demo needs none")
+    flags.DEFINE_string("split", "test", "its split: train, validation or test")
+    flags.DEFINE_enum("reader", "text", scale.READERS, "scoring: how a score is read from the model")
+    flags.DEFINE_integer("records", 0, "pictures of the split that are asked about, spread evenly; 0 = all")
+    flags.DEFINE_string("control", "", "attributes: a model trained on shuffled labels; suggesting: one never trained "
+                        "on suggestions")
+    flags.DEFINE_float("threshold", 5.0, "scoring: on the scale 1-10, above which a picture is good")
+    flags.DEFINE_list("shots", [str(count) for count in personalised.SHOTS], "personalised: rated pictures shown")
+    flags.DEFINE_integer("raters", 0, "personalised: how many people; 0 = all", lower_bound=0)
+    flags.DEFINE_string("shown", "train", "personalised: the split of the rated pictures shown")
+    flags.DEFINE_bool("spice", None, "commenting: compute SPICE, or fail; default: where it can be computed")
+    flags.DEFINE_string("out", None, "folder of the results; default: WORKDIR/evaluation")
     command.run(main)
+
+
+def main() -> None:
+    given = command.require("workdir", "task")
+    try:
+        shots = tuple(sorted({int(count) for count in given.shots}))
+    except ValueError:
+        raise config_lib.ConfigError(f"--shots {','.join(given.shots)} are not all whole numbers") from None
+    if min(shots) < 0:
+        raise config_lib.ConfigError(f"--shots {','.join(given.shots)}: fewer than none cannot be shown")
+    options = Options(given.task, given.dataset, given.data_dir, given.split, given.reader, given.records,
+                      given.control, given.threshold, shots, given.raters, given.shown, given.spice)
+    out = pathlib.Path(given.out or f"{given.workdir[0]}/evaluation")
+    out.mkdir(parents=True, exist_ok=True)
+    stem = f"{options.task}-{options.dataset}-{options.split}"
+    results = []
+    for number, path in enumerate(given.workdir):
+        file = out / (f"{stem}.json" if len(given.workdir) == 1 else f"{stem}-{number + 1}.json")
+        results.append(_once(path, options, file))
+        print(show(results[-1]))
+        chart = charts.write(results[-1], file.with_suffix(".png"))
+        print(f"written to {file}" + (f" and {chart}" if chart else ""))
+    if len(results) > 1 or peers.published(options.task, options.dataset):
+        file = out / f"{stem}.md"
+        file.write_text(compare(results) + "\n")
+        print(f"\n{compare(results)}\nwritten to {file}")
+
+
+def _once(path: str, options: Options, file: pathlib.Path) -> dict[str, Any]:
+    """The result in a file, if it is an answer to just this; else a new one, written whole or not at all."""
+    if file.is_file():
+        try:
+            found = json.loads(file.read_text())
+        except ValueError:
+            found = {}
+        asked = _asked(path, options)
+        if asked == {name: found.get(name) for name in asked} and "table" in found:
+            print(f"known already from {file}")
+            return found
+    result = evaluate(path, options)
+    partial = file.with_name(file.name + ".partial")
+    partial.write_text(json.dumps(result, indent=1))
+    partial.replace(file)
+    return result
+
+
+if __name__ == "__main__":
+    cli()

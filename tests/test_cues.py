@@ -13,10 +13,10 @@ import pytest
 
 from calm_jax import config as config_lib
 from calm_jax.data import attributes, builders, cues, pipeline, tasks
+from calm_jax.data.cues import rules as cue_rules
 from calm_jax.data.cues import stored
 from calm_jax.data.tasks.context import Context
 from calm_jax.data.tokenizer import Tokenizer
-from tools import cue_rules
 
 NAMES = tuple(attributes.ATTRIBUTES)
 EVERY = [(place, text) for place, texts in stored.places(cues.CUES) for text in texts]

@@ -18,8 +18,8 @@ from typing import Any
 
 from calm_jax.data import attributes
 from calm_jax.data import cues as cues_lib
+from calm_jax.data.cues import rules as cue_rules
 from calm_jax.data.cues import stored
-from tools import cue_rules
 
 LETTERS = "ABCDEFGH"
 NEITHER = "N"

@@ -7,6 +7,7 @@ one of the known phrasings of the right grade. Scoring (paper): PLCC and SRCC of
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 from collections.abc import Mapping, Sequence
 
@@ -20,7 +21,7 @@ from calm_jax.data import images, tasks
 from calm_jax.data.samples import Dataset, ImageRef, Mention, Sample, Turn
 from calm_jax.data.scale import read_score
 from calm_jax.data.tasks.context import Context
-from calm_jax.evaluation import metrics
+from calm_jax.evaluation import captions, metrics
 from calm_jax.inference.generate import Generator
 
 SEED = 7919  # of the questions asked; training draws from other streams
@@ -119,9 +120,32 @@ def opinions(generator: Generator, dataset: Dataset, indices: Sequence[int], tas
     answered = []
     for index, sample, (text, said) in zip(indices, samples, texts, strict=True):
         record = dataset.record(int(index))
+        # A score as it is known, not as it would be said: rounding to a tenth costs a thousandth of correlation.
+        true = sample.turns[0].answer.text if sample.target is None else f"{sample.target:.4f}"
         answered.append(Answered(task, task, record.group or record.key, record.key, sample.images,
-                                 str(sample.turns[0].prompt[-1]).strip(), sample.turns[0].answer.text, text, said))
+                                 str(sample.turns[0].prompt[-1]).strip(), true, text, said))
     return answered
+
+
+def comment_table(answered: Sequence[Answered], dataset: Dataset, spice: bool | None = None) -> dict[str, object]:
+    """How many comments there are, how many different ones, and the caption metrics (`captions`) with intervals.
+
+    Args:
+      spice: as `captions.measure`; where it is true, what cannot be computed is an error.
+    """
+    row: dict[str, object] = {"n": len(answered), "distinct": len({item.text for item in answered})}
+    references = [dataset.record(item.images[0].index).comments or (item.true,) for item in answered]
+    try:
+        measured = captions.measure([item.text for item in answered], references, spice=spice)
+    except config_lib.ConfigError as error:
+        if spice:
+            raise
+        return row | {"not computed": str(error)}
+    for name, value in measured.corpus.items():
+        row[name] = value
+        if name in measured.intervals:
+            row[f"{name}_interval"] = measured.intervals[name]
+    return row | ({"SPICE": f"not computed: {measured.missing}"} if measured.missing else {})
 
 
 def attribute_table(answered: Sequence[Answered], control: Sequence[Answered] = ()) -> list[dict]:
@@ -159,15 +183,21 @@ def _place(item: Answered) -> tuple:
     return item.kind, item.subject, item.key, item.images, item.question
 
 
-def score_table(answered: Sequence[Answered]) -> Mapping[str, object]:
-    """PLCC, SRCC and MAE of the scores that could be read, with intervals, and the share that could not."""
+def score_table(answered: Sequence[Answered], threshold: float = 5.0) -> Mapping[str, object]:
+    """PLCC, SRCC, MAE and the two accuracies of the scores that could be read, with intervals, and the share that could
+    not.
+
+    Args:
+      threshold: on the scale 1-10, above which a picture is good (5 in the AVA protocol).
+    """
     parsed = [item for item in answered if item.said]
     said = np.asarray([float(item.said) for item in parsed])
     true = np.asarray([read_score(item.true) for item in parsed])
     groups = [item.group for item in parsed]
     row = {"n": len(answered), "parse_failures": 1 - len(parsed) / max(len(answered), 1)}
-    for name, function in (("plcc", metrics.plcc), ("srcc", metrics.srcc),
-                           ("mae", lambda a, b: float(np.abs(a - b).mean()) if len(a) else float("nan"))):
+    sides = {"accuracy": metrics.accuracy, "balanced_accuracy": metrics.balanced_accuracy}
+    for name, function in {"plcc": metrics.plcc, "srcc": metrics.srcc, "mae": metrics.mae, **{
+            name: functools.partial(function, threshold=threshold) for name, function in sides.items()}}.items():
         row[name] = function(said, true)
         if parsed:
             row[f"{name}_interval"] = metrics.interval(lambda i, f=function: f(said[i], true[i]), groups)

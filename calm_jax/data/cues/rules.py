@@ -1,4 +1,4 @@
-"""A phrase and what it is meant to say in, why it cannot serve out; the tables of words are in cue_rules.toml.
+"""A phrase and what it is meant to say in, why it cannot serve out; the tables of words are in rules.toml.
 
 A phrase is read word by word: every word that an attribute's table knows states some grades, or denies them behind
 `no`, `not`, `without` and the like, and what remains must be the one grade that was meant. That is strict on purpose:
@@ -34,7 +34,7 @@ Says = tuple[tuple[re.Pattern, frozenset[int]], ...]
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """The tables of one attribute, compiled; cue_rules.toml explains them. `compares` holds more (1) and less (0)."""
+    """The tables of one attribute, compiled; rules.toml explains them. `compares` holds more (1) and less (0)."""
 
     about: re.Pattern
     says: Says
@@ -64,7 +64,7 @@ def rules() -> Mapping[str, Rule]:
 
 @functools.cache
 def _tables() -> dict:
-    return tomllib.loads(pathlib.Path(__file__).with_suffix(".toml").read_text())
+    return tomllib.loads(pathlib.Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
 
 
 @functools.cache
@@ -169,6 +169,16 @@ def objection(attribute: str, kind: str, grade: int | None, text: object) -> str
     elif kind != "question" and direction(attribute, text) != kind.removesuffix("_answer"):
         return f"does not clearly ask or tell which has {kind.removesuffix('_answer')}"
     return ""
+
+
+def advises(attribute: str, grade: int, text: str) -> bool:
+    """Whether advice in anybody's words names what undoes a flaw, and not its opposite; its strength is nothing."""
+    rule, text = rules()[attribute], _plain(text)
+    remedy = rule.remedies.get(grade)
+    if remedy is None or not remedy.search(text) or not rule.about.search(text):
+        return False
+    opposite = rule.remedies.get(2 - grade) if rule.remedies.keys() == {0, 2} else None
+    return opposite is None or not opposite.search(remedy.sub(" ", text))
 
 
 def _advice(rule: Rule, grade: int, text: str) -> str:

@@ -1,0 +1,152 @@
+"""A model and people's ratings in; how well it tells a stranger's taste from a few rated pictures, out.
+
+After the FLICKR-AES protocol (paper.md): for each rater some rated pictures are shown (`shots`), and the scores of the
+other pictures are correlated with that rater's own. Raters are those that training never sees (`opinions.held_out`),
+and the pictures in question are those of a held-out split; the rated pictures shown come from another split (ours:
+a rater of OASIS has rated too few pictures of one small split for both).
+
+Beside it stand the mean score of the raters seen in training (the crowd) and the rater's own mean; and a control in
+which the scores shown are dealt to the wrong pictures, which should be worth no more than no pictures at all.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+import tqdm
+
+from calm_jax import config as config_lib
+from calm_jax.data.samples import Dataset, Sample
+from calm_jax.data.scale import mapped
+from calm_jax.data.tasks.opinions import held_out, in_context
+from calm_jax.evaluation import metrics
+from calm_jax.inference.generate import Generator
+
+SEED = 15_485_863
+SHOTS = (0, 2, 5, 10, 20)
+FEWEST = 5  # pictures in question of a rater: fewer give no correlation to speak of
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """What a rater said of a picture, and what was foretold, on the scale 1-10.
+
+    Attributes:
+      shots: rated pictures shown; arm: `own` (their true scores), `permuted`, `crowd` or `mean`.
+    """
+
+    rater: str
+    key: str
+    shots: int
+    arm: str
+    true: float
+    said: float
+
+
+def personalised(generator: Generator, dataset: Dataset, asked: Sequence[int], shown: Sequence[int], *,
+                 shots: Sequence[int] = SHOTS, raters: int = 0, batch: int = 16) -> list[Verdict]:
+    """Asks for the scores of held-out raters.
+
+    Args:
+      asked: records whose scores are foretold.
+      shown: records from which the rated pictures are drawn.
+      raters: how many people at most; 0 = all who have rated enough.
+
+    Raises:
+      ConfigError: nobody has rated enough, or so many shots do not fit the model's positions.
+    """
+    own, crowd = _ratings(dataset, asked)
+    known, _ = _ratings(dataset, shown)
+    people = sorted(rater for rater in own if len(own[rater]) >= FEWEST and len(known.get(rater, {})) >= max(shots))
+    if not people:
+        raise config_lib.ConfigError(f"no held-out rater of {dataset.name} has rated {FEWEST} of the pictures in "
+                                     f"question and {max(shots)} others")
+    count = min(raters or len(people), len(people))
+    people = [people[place] for place in np.linspace(0, len(people) - 1, count).round().astype(int)]
+    found: list[Verdict] = []
+    for rater in tqdm.tqdm(people, desc="personalised", unit="rater"):
+        rng = np.random.default_rng([SEED, *rater.encode()])
+        queries = sorted(own[rater])
+        order = rng.permutation(sorted(known[rater]))[:max(shots)]
+
+        def add(count, arm, said, rater=rater, queries=queries):
+            found.extend(Verdict(rater, dataset.record(index).key, count, arm, own[rater][index], float(value))
+                         for index, value in zip(queries, said, strict=True))
+
+        add(0, "crowd", [crowd[index] for index in queries])
+        for count in shots:
+            rated = [(int(index), known[rater][index]) for index in order[:count]]
+            add(count, "own", _foretold(generator, dataset, rated, queries, batch))
+            if count:
+                dealt = rng.permutation([score for _, score in rated])
+                add(count, "permuted", _foretold(generator, dataset, [
+                    (index, float(score)) for (index, _), score in zip(rated, dealt, strict=True)], queries, batch))
+                add(count, "mean", [np.mean([score for _, score in rated])] * len(queries))
+    return found
+
+
+def _ratings(dataset: Dataset, indices: Sequence[int]) -> tuple[dict[str, dict[int, float]], dict[int, float]]:
+    """Held-out rater -> record -> score, and record -> mean score of the other raters; on the scale 1-10."""
+    own: dict[str, dict[int, float]] = collections.defaultdict(dict)
+    crowd = {}
+    for index in map(int, indices):
+        record = dataset.record(index)
+        others = [score for rater, score in record.ratings.items() if not held_out(rater)]
+        if not others:
+            continue
+        crowd[index] = mapped(float(np.mean(others)), record.scale)
+        for rater, score in record.ratings.items():
+            if held_out(rater):
+                own[rater][index] = mapped(score, record.scale)
+    return own, crowd
+
+
+def _foretold(generator: Generator, dataset: Dataset, rated: Sequence[tuple[int, float]], queries: Sequence[int],
+              batch: int) -> list[float]:
+    support = [(dataset.record(index).image, score) for index, score in rated]
+    samples = [Sample(*in_context(support, dataset.record(index).image, generator.layout.parts)) for index in queries]
+    memory = None
+    if support:
+        if not generator.fits(samples[0]):
+            raise config_lib.ConfigError(f"{len(support)} rated pictures do not fit the model's {generator.longest} "
+                                         "positions; give fewer --shots")
+        memory = generator.remember(samples[0], len(support), dataset.pixels)
+    questions = [(sample, len(support)) for sample in samples]
+    return [score.value for score in generator.scores(questions, dataset.pixels, batch=batch, memory=memory)]
+
+
+def personal_table(found: Sequence[Verdict]) -> list[dict]:
+    """A row an arm and number of shots: mean over raters of SRCC, PLCC and MAE, with intervals over raters; and the
+    gain in SRCC of true scores over permuted ones. Raters of whom a correlation is not defined do not count in it."""
+    groups: dict[tuple[str, int], dict[str, list[Verdict]]] = {}
+    for item in found:
+        groups.setdefault((item.arm, item.shots), {}).setdefault(item.rater, []).append(item)
+    rows, correlations = [], {}
+    for (arm, count), people in sorted(groups.items(), key=lambda group: (group[0][1], group[0][0])):
+        said, true = ([[getattr(item, name) for item in items] for items in people.values()]
+                      for name in ("said", "true"))
+        values = {"srcc": [metrics.srcc(*pair) for pair in zip(said, true, strict=True)],
+                  "plcc": [metrics.plcc(*pair) for pair in zip(said, true, strict=True)],
+                  "mae": [float(np.abs(np.subtract(*pair)).mean()) for pair in zip(said, true, strict=True)]}
+        correlations[arm, count] = dict(zip(people, values["srcc"], strict=True))
+        row = {"shots": count, "arm": arm, "raters": len(people), "n": sum(map(len, said))}
+        for name, each in values.items():
+            row |= _mean(name, np.asarray(each))
+        rows.append(row)
+    for row in rows:
+        other = correlations.get(("permuted", row["shots"]))
+        if row["arm"] == "own" and other:
+            mine = correlations["own", row["shots"]]
+            row |= _mean("gain", np.asarray([mine[rater] - other[rater] for rater in mine]))
+    return rows
+
+
+def _mean(name: str, each: np.ndarray) -> dict:
+    each = each[np.isfinite(each)]
+    if not len(each):
+        return {name: float("nan")}
+    groups = [str(number) for number in range(len(each))]
+    return {name: float(each.mean()), f"{name}_interval": metrics.mean_interval(each, groups)}
