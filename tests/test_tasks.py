@@ -50,7 +50,7 @@ def test_unknown_tasks_and_useless_parts_are_refused(demo):
         tasks.make("comparisons", demo, 0, rng, Context(("thematic",)))
 
 
-@pytest.mark.parametrize("task", ["attributes", "comparisons", "caption", "comment", "score", "suggestion"])
+@pytest.mark.parametrize("task", ["attributes", "comparisons", "caption", "comment", "score", "level", "suggestion"])
 def test_a_sample_is_a_function_of_the_seed(demo, task):
     one, two, other = (tasks.make(task, demo, 3, np.random.default_rng(seed), CONTEXT) for seed in (1, 1, 2))
     assert one == two and one != other
@@ -134,6 +134,15 @@ def test_only_given_parts_are_asked(demo, task, parts):
 def test_parts_are_mentioned_in_order(demo, task, parts, shown):
     sample = tasks.make(task, demo, 0, np.random.default_rng(0), Context(parts))
     assert mentions(sample) == [Mention(0, shown)]
+
+
+@pytest.mark.parametrize(("score", "word"), [(1.0, "Bad."), (2.1, "Bad."), (2.2, "Poor."), (5.5, "Fair."),
+                                             (7.0, "Good."), (8.8, "Good."), (8.9, "Excellent."), (10.0, "Excellent.")])
+def test_a_level_is_the_nearest_of_five_words(demo, score, word):
+    record = dataclasses.replace(demo.record(0), score=score, scale=(1.0, 10.0))
+    (turn,) = opinions.level(record, np.random.default_rng(0), CONTEXT)[1]
+    assert turn.answer.text == word == scale_lib.level_text(score) and turn.subject == "level"
+    assert all(name.lower() in turn.prompt[-1] for name in scale_lib.LEVELS) or "from bad to" in turn.prompt[-1]
 
 
 def test_known_facts_become_answers(demo):
@@ -297,7 +306,7 @@ def test_measured_questions_need_deciles_and_pairs_lie_apart(demo):
         tasks.make("measured_pair", single(*records), 4, np.random.default_rng(0), CONTEXT)
 
 
-@pytest.mark.parametrize("task", ["caption", "comment", "score", "personal", "question", "measured"])
+@pytest.mark.parametrize("task", ["caption", "comment", "score", "level", "personal", "question", "measured"])
 def test_a_record_without_the_fact_is_a_bad_record(demo, task):
     class Bare:
         name = "bare"

@@ -109,7 +109,8 @@ def opinions(generator: Generator, dataset: Dataset, indices: Sequence[int], tas
     Args:
       reader: of scores, one of `scale.READERS`.
     """
-    samples = [tasks.make(task, dataset, int(index), np.random.default_rng([SEED, int(index)]),
+    made = "level" if (task, reader) == ("score", "levels") else task
+    samples = [tasks.make(made, dataset, int(index), np.random.default_rng([SEED, int(index)]),
                           Context(generator.layout.parts)) for index in indices]
     if task == "score":
         found = generator.scores([(sample, 0) for sample in samples], dataset.pixels, reader=reader)

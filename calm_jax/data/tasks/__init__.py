@@ -20,6 +20,7 @@ TASKS: Mapping[str, Callable[..., Content]] = types.MappingProxyType({
     "caption": opinions.caption,
     "comment": opinions.comment,
     "score": opinions.score,
+    "level": opinions.level,
     "personal": opinions.personal,
     "suggestion": opinions.suggestion,
     "question": opinions.question,

@@ -46,6 +46,17 @@ SCORE = (
     "Which score does this picture deserve?",
     "Assess the photograph with a number from 1 to 10.",
 )
+LEVEL = (
+    "Is this photograph excellent, good, fair, poor or bad?",
+    "How good is the picture: excellent, good, fair, poor or bad?",
+    "Judge the aesthetics in a word: excellent, good, fair, poor or bad.",
+    "Which word fits this picture best, excellent, good, fair, poor or bad?",
+    "Rate the photograph as excellent, good, fair, poor or bad.",
+    "Please rate the image in words, from bad over poor, fair and good to excellent.",
+    "What is the aesthetic level of the picture, from bad to excellent?",
+    "In one word, bad, poor, fair, good or excellent: how is the photograph?",
+    "Say whether the picture is bad, poor, fair, good or excellent.",
+)
 SUGGEST = (
     "What would improve this photograph?",
     "How could the picture be made better?",

@@ -16,7 +16,7 @@ import numpy as np
 from calm_jax import config as config_lib
 from calm_jax.data import attributes
 from calm_jax.data.samples import Answer, BadRecord, Edit, ImageRef, Mention, Record, Turn
-from calm_jax.data.scale import HIGHEST, LOWEST, mapped, score_text, soft_digits
+from calm_jax.data.scale import HIGHEST, LOWEST, level_text, mapped, score_text, soft_digits
 from calm_jax.data.tasks import composed, instructions
 from calm_jax.data.tasks.context import Content, Context, Parts, pick, seed
 
@@ -62,6 +62,15 @@ def score(record: Record, rng: np.random.Generator, context: Context) -> Content
     prompt = (Mention(0, _some(context.parts, "score")), f" {pick(rng, instructions.SCORE)}")
     answer = Answer(score_text(target), soft=_soft(record, target, context))
     return (record.image,), (Turn(prompt, answer, f"score={target:.3f}"),), target
+
+
+def level(record: Record, rng: np.random.Generator, context: Context) -> Content:
+    """The mean score as one of five words, which the reader `levels` weighs against each other (ours)."""
+    if record.score is None:
+        raise BadRecord(f"record {record.key} has no score, which the task level needs")
+    target = mapped(record.score, record.scale)
+    prompt = (Mention(0, _some(context.parts, "level")), f" {pick(rng, instructions.LEVEL)}")
+    return (record.image,), (Turn(prompt, Answer(level_text(target)), f"level={target:.3f}"),), target
 
 
 def _soft(record: Record, target: float, context: Context) -> Mapping[int, Mapping[str, float]]:
