@@ -83,7 +83,7 @@ class Uncached:
         """Greedy, or drawn by `decoding.choose`."""
         said = []
         while len(said) < limit and eos not in said:
-            logits = self(np.asarray([said], np.int32))
+            logits = decoding.unended(self(np.asarray([said], np.int32)), len(said), sampling.shortest, eos)
             said.append(int(logits[0].argmax()) if sampling.temperature == 0 else int(decoding.choose(
                 logits, jnp.asarray(self.arrays["digests"]), len(said), sampling.temperature, sampling.top_p,
                 np.uint32(sampling.seed))[0]))
@@ -94,7 +94,8 @@ class Uncached:
         running, finished = [((), 0.0)], []
         for length in range(1, limit + 1):
             said = np.asarray([ids for ids, _ in running], np.int32).reshape(len(running), -1)
-            found = np.asarray(jax.nn.log_softmax(self(said)), np.float64)
+            found = jax.nn.log_softmax(self(said))
+            found = np.asarray(decoding.unended(found, length - 1, sampling.shortest, eos), np.float64)
             most, penalty = 2 * sampling.beams, length ** sampling.length_penalty
             candidates = sorted((((*ids, token), score + found[beam, token])
                                  for beam, (ids, score) in enumerate(running)
@@ -110,7 +111,8 @@ class Uncached:
 
 
 SAMPLINGS = {"greedy": Sampling(), "drawn": Sampling(temperature=1.0, seed=5), "tempered": Sampling(temperature=0.6),
-             "nucleus": Sampling(temperature=1.3, top_p=0.7, seed=2 ** 32 - 1), "three beams": Sampling(beams=3),
+             "nucleus": Sampling(temperature=1.3, top_p=0.7, seed=2 ** 32 - 1), "long": Sampling(shortest=9),
+             "three beams": Sampling(beams=3), "long beams": Sampling(beams=2, shortest=7),
              "beams that like length": Sampling(beams=4, length_penalty=2.0),
              "beams that do not": Sampling(beams=2, length_penalty=-1.0)}
 
@@ -195,7 +197,7 @@ def test_what_is_drawn_follows_the_distribution():
 
 @pytest.mark.parametrize(("wrong", "sentence"), [
     ({"temperature": -1}, "temperature=-1 is negative"), ({"top_p": 0}, "top_p=0 is not above 0"),
-    ({"seed": -1}, "seed=-1 is not from 0"),
+    ({"shortest": -2}, "shortest=-2 is negative"), ({"seed": -1}, "seed=-1 is not from 0"),
     ({"beams": 0}, "beams=0 is not positive"), ({"beams": 2, "temperature": 1}, "beam search draws nothing")])
 def test_impossible_sampling_is_refused(wrong, sentence):
     with pytest.raises(config_lib.ConfigError, match=sentence):

@@ -1,6 +1,7 @@
 """A config in; how long a step takes, beside the same geometry in torch in the same run, out.
 
     python -m tools.bench train --config configs/finetune.py:small [--against torch] [--rows 2] [--rounds 5]
+    python -m tools.bench inference --config configs/finetune.py:small [--against torch]    (tools/bench_inference.py)
     python -m tools.bench data --config configs/pretrain.py:7b [--against torch]        (see tools/bench_data.py)
     python -m tools.bench conversion --config configs/pretrain.py:7b [--scratch DIR]   (see tools/bench_conversion.py)
 
@@ -31,14 +32,15 @@ from absl import flags
 
 from calm_jax import command
 from calm_jax import config as config_lib
-from tools import bench_conversion, bench_data
+from tools import bench_conversion, bench_data, bench_inference
 
 _CONFIG = command.define_config()
 _AGAINST = flags.DEFINE_enum("against", None, ["torch"], "what to compare with")
 _ROWS = flags.DEFINE_integer("rows", 2, "rows a step")
 _ROUNDS = flags.DEFINE_integer("rounds", 5, "measured steps of each contender, after one to warm up")
 _PROCESS = flags.DEFINE_string("process", None, "process of the config; default: its first")
-_SCRATCH = flags.DEFINE_string("scratch", None, "conversion: where there is room for three times the model")
+_SCRATCH = flags.DEFINE_string("scratch", None, "conversion, inference, data: where there is room; "
+                              "conversion wants three times the model")
 _OUT = flags.DEFINE_string("out", None, "also write the result as JSON here")
 _CONTENDER = flags.DEFINE_string("contender", None, "internal: run this contender on --batch and obey standard input")
 _BATCH = flags.DEFINE_string("batch", None, "internal: the batch as .npz")
@@ -236,15 +238,19 @@ def show(result: dict) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    what = [argument for argument in flags.FLAGS(sys.argv)[1:]]
-    if what not in (["train"], ["data"], ["conversion"]):
-        raise config_lib.ConfigError("say what to measure: train, data or conversion, not "
+def main(what: list[str]) -> None:
+    if what not in (["train"], ["inference"], ["data"], ["conversion"]):
+        raise config_lib.ConfigError("say what to measure: train, inference, data or conversion, not "
                                      f"{' '.join(what) or 'nothing'}")
     config = command.config(_CONFIG)
     if what == ["conversion"]:
         with tempfile.TemporaryDirectory(dir=_SCRATCH.value) as folder:
             report(bench_conversion.measure(config.model, pathlib.Path(folder) / "conversion"), bench_conversion.show)
+        return
+    if what == ["inference"]:
+        with tempfile.TemporaryDirectory(dir=_SCRATCH.value) as folder:
+            report(bench_inference.measure(config, pathlib.Path(folder), against=bool(_AGAINST.value),
+                                           rounds=_ROUNDS.value), bench_inference.show)
         return
     name = _PROCESS.value or config.run[0]
     if name not in config.processes:
@@ -270,4 +276,4 @@ def report(result: dict, show: Callable[[dict], str]) -> None:
 
 
 if __name__ == "__main__":
-    command.run(main)
+    command.run(main, words=True)

@@ -35,6 +35,7 @@ class Sampling:
       temperature: 0 = the most probable token (greedy); else logits are divided by it and a token is drawn.
       top_p: drawn from the fewest most probable tokens that hold this share of the probability.
       beams: > 1 = beam search as Hugging Face's `generate` does it (no early stopping); needs temperature 0.
+      shortest: fewest tokens of an answer: before, it cannot end.
       length_penalty: a beam's log-probability is divided by its length to this power, as Hugging Face does.
       seed: of what is drawn. An answer depends on the seed and on its own prompt, not on its neighbours.
     """
@@ -42,6 +43,7 @@ class Sampling:
     temperature: float = 0.0
     top_p: float = 1.0
     beams: int = 1
+    shortest: int = 0
     length_penalty: float = 1.0
     seed: int = 0
 
@@ -52,6 +54,8 @@ class Sampling:
             raise config_lib.ConfigError(f"top_p={self.top_p} is not above 0 and at most 1")
         if self.beams < 1:
             raise config_lib.ConfigError(f"beams={self.beams} is not positive; 1 is no beam search")
+        if self.shortest < 0:
+            raise config_lib.ConfigError(f"shortest={self.shortest} is negative; 0 lets an answer end at once")
         if not 0 <= self.seed < 2 ** 32:
             raise config_lib.ConfigError(f"seed={self.seed} is not from 0 to 2**32 - 1")
         if self.beams > 1 and self.temperature > 0:
@@ -91,8 +95,8 @@ def own_prompt(batch: dict[str, Array]) -> tuple[Bool[Array, "B 1 S"], Int[Array
 
 
 def sample(geometry: Geometry, parameters: Parameters, batch: dict[str, Array], temperature: Float[Array, ""],
-           top_p: Float[Array, ""], seed: UInt32[Array, ""], *, parts: tuple[str, ...], limit: int, eos: int,
-           dtype: Any, drawn: bool) -> Int[Array, "B L"]:
+           top_p: Float[Array, ""], seed: UInt32[Array, ""], shortest: Int[Array, ""], *, parts: tuple[str, ...],
+           limit: int, eos: int, dtype: Any, drawn: bool) -> Int[Array, "B L"]:
     """One token after the other: the most probable, or (`drawn`) one by `choose`.
 
     Args:
@@ -107,7 +111,7 @@ def sample(geometry: Geometry, parameters: Parameters, batch: dict[str, Array], 
     rows, _, width = prompt.shape
 
     def following(hidden, count):
-        logits = model.llama.logits(hidden)[:, 0]
+        logits = unended(model.llama.logits(hidden)[:, 0], count, shortest, eos)
         if not drawn:
             return logits.argmax(-1).astype(jnp.int32)
         return choose(logits, batch["digests"], count, temperature, top_p, seed)
@@ -129,6 +133,12 @@ def sample(geometry: Geometry, parameters: Parameters, batch: dict[str, Array], 
     first = following(last, 0)
     answers = jnp.full((first.shape[0], limit), eos, jnp.int32).at[:, 0].set(first)
     return jax.lax.while_loop(unfinished, extend, (1, answers, cache, first == eos))[1]
+
+
+def unended(logits: Float[Array, "... V"], count: Int[Array, ""] | int, shortest: Int[Array, ""], eos: int
+            ) -> Float[Array, "... V"]:
+    """The logits of token number `count`, or log-probabilities, which cannot be the end before the shortest length."""
+    return logits.at[..., eos].set(jnp.where(count < shortest, -jnp.inf, logits[..., eos]))
 
 
 def choose(logits: Float[Array, "B V"], digests: UInt32[Array, "B"], count: Int[Array, ""] | int,
@@ -169,8 +179,9 @@ class Beams(NamedTuple):
     full: Bool[Array, ""]
 
 
-def search(geometry: Geometry, parameters: Parameters, batch: dict[str, Array], length_penalty: Float[Array, ""], *,
-           parts: tuple[str, ...], limit: int, beams: int, eos: int, dtype: Any) -> Int[Array, "B L"]:
+def search(geometry: Geometry, parameters: Parameters, batch: dict[str, Array], length_penalty: Float[Array, ""],
+           shortest: Int[Array, ""], *, parts: tuple[str, ...], limit: int, beams: int, eos: int,
+           dtype: Any) -> Int[Array, "B L"]:
     """The best answer by beam search, as Hugging Face's `generate(num_beams=K, early_stopping=False)` finds it.
 
     Returns:
@@ -190,7 +201,8 @@ def search(geometry: Geometry, parameters: Parameters, batch: dict[str, Array], 
         at = jnp.broadcast_to((lengths + state.count - 1)[:, None], (rows, beams))
         hidden, cache = model.llama.extend(model.llama.embed(newest, dtype), at, sees, cache,
                                            width + (state.count - 1) * beams)
-        return state._replace(owns=owns), jax.nn.log_softmax(model.llama.logits(hidden)), cache
+        logits = jax.nn.log_softmax(model.llama.logits(hidden))
+        return state._replace(owns=owns), unended(logits, state.count, shortest, eos), cache
 
     def step(carry):
         state, logits, cache = forward(*carry)
@@ -201,7 +213,7 @@ def search(geometry: Geometry, parameters: Parameters, batch: dict[str, Array], 
         jnp.where(jnp.arange(beams) == 0, 0.0, UNLIKELY) + jnp.zeros((rows, 1)),  # else all beams begin alike
         jnp.zeros((rows, beams, limit * beams), bool), jnp.full((rows, beams, limit), eos, jnp.int32),
         jnp.full((rows, beams), UNLIKELY), jnp.zeros((rows, beams), bool), jnp.ones(rows, bool), jnp.bool_(False))
-    first = jax.nn.log_softmax(model.llama.logits(last))
+    first = unended(jax.nn.log_softmax(model.llama.logits(last)), 0, shortest, eos)
     state = advance(start, jnp.broadcast_to(first, (rows, beams, first.shape[-1])), length_penalty, eos)
     state, _ = jax.lax.while_loop(lambda carry: carry[0].improvable.any() & ~carry[0].full, step, (state, cache))
     return state.finished[:, 0]

@@ -115,10 +115,10 @@ class Generator:
         shared, inputs = {"limit": limit, "eos": self.tokenizer.eos}, (self.parameters, self._put(arrays, memory))
         if sampling.beams > 1:
             program = self._program(decoding.search, beams=sampling.beams, **shared)
-            return np.asarray(program(*inputs, np.float32(sampling.length_penalty)))
+            return np.asarray(program(*inputs, np.float32(sampling.length_penalty), np.int32(sampling.shortest)))
         program = self._program(decoding.sample, drawn=sampling.temperature > 0, **shared)
         return np.asarray(program(*inputs, np.float32(sampling.temperature), np.float32(sampling.top_p),
-                                  np.uint32(sampling.seed)))
+                                  np.uint32(sampling.seed), np.int32(sampling.shortest)))
 
     def arrays(self, questions: Sequence[Question], pixels: Pixels, limit: int,
                memory: Memory | None = None) -> dict[str, np.ndarray]:
