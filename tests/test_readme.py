@@ -11,12 +11,13 @@ import typing
 import pytest
 
 from calm_jax import config as config_lib
+from calm_jax.predict.program import VERBS
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "launch/README.md", *sorted((ROOT / "docs").glob("*.md"))]
 MODULES = ("calm_jax.train", "calm_jax.evaluate", "calm_jax.config", "tools.demo", "tools.bench", "tools.prepare_data",
            "tools.convert_from_hf", "tools.export_to_hf", "tools.check_parity", "tools.show_samples",
-           "tools.train_tokenizer", "tools.make_cues")
+           "tools.train_tokenizer", "tools.make_cues", "tools.first_look")
 
 
 def commands() -> list[tuple[str, str]]:
@@ -26,7 +27,7 @@ def commands() -> list[tuple[str, str]]:
         for language, block in re.findall(r"```(\w*)\n(.*?)```", page.read_text(), re.DOTALL):
             for line in block.splitlines() if language in ("", "bash", "sh") else ():
                 text = line.split("  #")[0].strip()
-                if text.startswith(("make ", "python -m ", "pip install", "bash ")):
+                if text.startswith(("make ", "python -m ", "pip install", "bash ", "calm ")):
                     found.append((page.name, text))
     return found
 
@@ -34,7 +35,7 @@ def commands() -> list[tuple[str, str]]:
 def test_there_are_commands():
     text = "\n".join(command for _, command in commands())
     for needed in ("make demo", "make test", "python -m calm_jax.train --config configs/finetune.py",
-                   "python -m calm_jax.evaluate", "python -m tools.bench train"):
+                   "python -m calm_jax.evaluate", "python -m tools.bench train", "calm score", "calm personalise"):
         assert needed in text
 
 
@@ -52,7 +53,11 @@ def test_a_shown_command_exists(page, command):
     elif words[0] == "bash":
         assert (ROOT / words[1]).is_file()
     else:
-        assert words[2] in MODULES, f"{page}: add {words[2]} to MODULES here, or correct the page"
+        if words[0] == "calm":
+            assert words[1] in VERBS, f"{page}: calm has no verb {words[1]}"
+            words = ["python", "-m", "calm_jax.predict.program", *words[2:]]
+        else:
+            assert words[2] in MODULES, f"{page}: add {words[2]} to MODULES here, or correct the page"
         source = (ROOT / (words[2].replace(".", "/") + ".py")).read_text() + (ROOT / "calm_jax/command.py").read_text()
         for word in words[3:]:
             if word.startswith("--config."):
