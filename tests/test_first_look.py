@@ -109,9 +109,11 @@ def fake(tmp_path):
 
 def test_the_table_and_the_plot(tmp_path):
     results = fake(tmp_path)
-    text = first_look.table(results, {"taught": 60.0, "b-all": 120.0, "a-all": 30.0})
+    trees = {"trees-all": {"plcc": 0.5, "plcc_interval": [0.4, 0.6], "srcc": 0.3, "srcc_interval": [0.2, 0.4]}}
+    text = first_look.table(results, {"taught": 60.0, "b-all": 120.0, "a-all": 30.0}, trees)
     rows = {line.split(" | ")[0].strip("| "): line for line in text.splitlines()}
     assert rows["a-all"].endswith("| 12.5% | 0.5 |") and rows["b-all"].endswith("| 3.0 |")
+    assert rows["trees-all"].endswith("| 0.500 [0.400, 0.600] | 0.300 [0.200, 0.400] | | | | |")
     assert "0.100 [0.050, 0.150]" in rows["b-all"] and rows["a-tenth"].count("constant") == 2
     assert "| low | 40 | 0.50 | 0.90 | 0.70 | 0.50 | +0.40 [+0.30, +0.50] |" in rows["noise (grade)"]
     path: pathlib.Path = tmp_path / "page.png"

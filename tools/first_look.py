@@ -11,6 +11,7 @@ same size, in the geometry of configs/first_look.py, from random numbers (all of
     c  as b, with shuffled pseudo-labels        with all scores
     d  as b, with the encoder frozen at random  with all scores
 
+Boosted trees on the measured tenths stand beside them: what the scores owe to simple statistics.
 Self-supervision sees all training pictures and no score. The same command goes on where the last one stopped; arms
 that need nothing of each other run side by side. Ends with WORKDIR/first_look.md and WORKDIR/first_look.png.
 """
@@ -25,6 +26,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import tqdm
 from absl import flags
 
@@ -164,8 +166,38 @@ def _progress(step: commands.Step) -> str:
     return f"step {json.loads(whole.splitlines()[-1])['step']}" if whole else ""
 
 
-def table(results: Mapping[str, dict], spent: Mapping[str, float]) -> str:
-    """Markdown: a row an arm; and one an attribute."""
+def trees(data_dir: str) -> dict[str, dict]:
+    """What the stored tenths of the measurements alone tell of the scores, by boosted trees, with all scores and with
+    the tenth of them that the arms have: name -> a row as `protocols.score_table` makes them. No picture is seen."""
+    from sklearn.ensemble import HistGradientBoostingRegressor
+
+    from calm_jax.data import builders, pipeline
+    from calm_jax.data.scale import mapped
+    from calm_jax.evaluation import metrics
+    data = builders.load(dataset(), data_dir)
+
+    train = data.indices("train")
+    names = sorted({name for index in train for name in data.record(int(index)).deciles})
+
+    def read(indices):
+        records = [data.record(int(index)) for index in indices]
+        return (np.asarray([[record.deciles.get(name, np.nan) for name in names] for record in records], float),
+                np.asarray([mapped(record.score, record.scale) for record in records]))
+
+    asked, true = read(data.indices(SPLIT))
+    found = {}
+    for name, share in (("trees-all", 1.0), ("trees-tenth", 0.1)):
+        known, scores = read(pipeline.shared(train, share, config_lib.Config().seed))
+        model = HistGradientBoostingRegressor(max_iter=200, learning_rate=0.05, random_state=0)
+        said, groups = model.fit(known, scores).predict(asked), [str(number) for number in range(len(true))]
+        found[name] = {key: value for figure in (metrics.plcc, metrics.srcc) for key, value in (
+            (figure.__name__, figure(said, true)),
+            (f"{figure.__name__}_interval", metrics.interval(lambda i, f=figure, s=said: f(s[i], true[i]), groups)))}
+    return found
+
+
+def table(results: Mapping[str, dict], spent: Mapping[str, float], baselines: Mapping[str, dict]) -> str:
+    """Markdown: a row an arm, and one a baseline; and one an attribute."""
     lines = ["| arm | | PLCC | SRCC | PLCC, as said | SRCC, as said | not parsed | minutes |",
              "|---|---|---|---|---|---|---|---|"]
     for arm, (title, _, init, _) in ARMS.items():
@@ -173,6 +205,9 @@ def table(results: Mapping[str, dict], spent: Mapping[str, float]) -> str:
         cells = [_figure(results[f"{arm}-{reader}"]["table"], name) for reader in READERS for name in ("plcc", "srcc")]
         failures = results[f"{arm}-text"]["table"]["parse_failures"]
         lines.append(f"| {arm} | {title} | {' | '.join(cells)} | {failures:.1%} | {minutes:.1f} |")
+    for name, row in baselines.items():
+        lines.append(f"| {name} | boosted trees on the measured tenths, no picture | {_figure(row, 'plcc')} | "
+                     f"{_figure(row, 'srcc')} | | | | |")
     rows = {name: {(row["kind"], row["subject"]): row for row in results[f"{name}-attributes"]["table"]}
             for name in FIRST}
     lines += ["", "| question | level | n | majority | taught | shuffled | frozen | gain of taught over the majority |",
@@ -251,7 +286,7 @@ def main() -> int:
     if code := run(steps, workdir, given.beside):
         return code
     results = {name: json.loads(step.result.read_text()) for name, (step, _) in steps.items() if step.sources}
-    text = table(results, json.loads((workdir / "seconds.json").read_text()))
+    text = table(results, json.loads((workdir / "seconds.json").read_text()), trees(given.data_dir))
     (workdir / "first_look.md").write_text(text)
     draw(workdir, results, workdir / "first_look.png")
     print(f"{text}\nwritten to {workdir / 'first_look.md'} and {workdir / 'first_look.png'}")

@@ -35,7 +35,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import grain
 import numpy as np
 from absl import flags
-from jaxtyping import UInt8
+from jaxtyping import Int, UInt8
 
 from calm_jax import config as config_lib
 from calm_jax.data import cues, images, tasks
@@ -81,6 +81,14 @@ class Source:
     context: Context
 
 
+def shared(indices: Int[np.ndarray, "n"], share: float, seed: int) -> Int[np.ndarray, "m"]:
+    """The records that `Process.train_share` leaves; those of a smaller share are among those of every larger one."""
+    if share == 1:
+        return indices
+    drawn = np.random.default_rng([seed, 4]).permutation(indices)
+    return np.sort(drawn[:max(1, round(share * len(indices)))])
+
+
 class Rows:
     """The numbered rows of one process over one split. Thread-safe; cheap to copy into worker processes.
 
@@ -107,9 +115,8 @@ class Rows:
         indices = dataset.indices(self.split)
         if not len(indices):
             raise config_lib.ConfigError(f"the dataset {dataset.name!r} has no pictures in its {self.split} split")
-        if self.split == "train" and self.process.train_share < 1:  # a smaller share is a part of every larger one
-            drawn = np.random.default_rng([self.seed, 4]).permutation(indices)
-            indices = np.sort(drawn[:max(1, round(self.process.train_share * len(indices)))])
+        if self.split == "train":
+            indices = shared(indices, self.process.train_share, self.seed)
         wanted = {task: weight for (other, task), weight in self.process.mixture.items() if other == name}
         rated: dict[str, list[int]] = {}
         if "personal" in wanted:

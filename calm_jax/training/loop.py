@@ -221,9 +221,10 @@ class Meter:
             seconds = max(time.monotonic() - begin, 1e-9)
             rates = {"examples_per_s": self._window[1] / seconds, "tokens_per_s": self._window[2] / seconds}
             self._window = [time.monotonic(), 0.0, 0.0]
-            self.log.write(number, "train", values | rates)
+            fill = values["tokens"] / (self.process.batch * self.process.row.tokens)  # the rest of the rows is padding
+            self.log.write(number, "train", values | rates | {"fill": fill})
             self.log.show({"loss": f"{values['loss']:.3f}", "examples/s": f"{rates['examples_per_s']:.1f}",
-                           "tokens/s": f"{rates['tokens_per_s']:.0f}"})
+                           "tokens/s": f"{rates['tokens_per_s']:.0f}", "fill": f"{fill:.0%}"})
 
 
 class StopSignal:
