@@ -213,6 +213,8 @@ def table(results: Mapping[str, dict], spent: Mapping[str, float], baselines: Ma
     lines += ["", "| question | level | n | majority | taught | shuffled | frozen | gain of taught over the majority |",
               "|---|---|---|---|---|---|---|---|"]
     for key, row in rows["taught"].items():
+        if row["kind"] != "grade":  # comparisons are no part of this self-supervision
+            continue
         others = [f"{rows[name][key]['accuracy']:.2f}" for name in FIRST]
         low, high = row["gain_interval"]
         lines.append(f"| {row['subject']} ({row['kind']}) | {row['level']} | {row['n']} | {row['majority']:.2f} | "
