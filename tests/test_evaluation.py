@@ -256,7 +256,7 @@ def test_several_checkpoints_in_one_table_measured_once(tmp_path):
 
 def test_suggestions_and_comments_are_measured(tmp_path):
     model = miniature.saved(tmp_path / "one", config_lib.PARTS)
-    done = run("--workdir", model, "--task", "suggesting", "--records", 4, "--control", model)
+    done = run("--workdir", model, "--task", "suggesting", "--records", 2, "--control", model)
     assert done.returncode == 0, done.stderr
     assert "elsewhere" in done.stdout and "gain over control" in done.stdout
     assert (tmp_path / "one" / "evaluation" / "suggesting-demo-test.png").is_file()
