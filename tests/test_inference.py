@@ -177,6 +177,19 @@ def test_a_remembered_beginning_changes_nothing(talkative, demo, sampling):
         assert len({round(value, 4) for value, _ in mine}) == 5
 
 
+def test_every_picture_is_read_once(generator, demo):
+    """Also of a batch that is not full."""
+    looked: list[int] = []
+
+    def pixels(index):
+        looked.append(index)
+        return demo.pixels(index)
+
+    mention = (Mention(0), "Which score?")
+    asked = [(Sample((ImageRef(index),), (Turn(mention, Answer("")),)), 0) for index in range(11)]
+    assert len(list(generator.scores(asked, pixels, batch=4))) == 11 and sorted(looked) == list(range(11))
+
+
 def test_what_is_drawn_follows_the_distribution():
     """Of 4,000 answers: their shares, those outside the nucleus, and other seeds."""
     logits = jnp.log(jnp.asarray([[0.5, 0.3, 0.15, 0.05]]))

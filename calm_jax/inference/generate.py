@@ -170,8 +170,7 @@ class Generator:
         with concurrent.futures.ThreadPoolExecutor(1) as pool:
             try:
                 for chunk in _chunks(questions, size):
-                    filled = chunk + [chunk[-1]] * (size - len(chunk))
-                    pending.append((pool.submit(self.arrays, filled, pixels, limit, memory), len(chunk)))
+                    pending.append((pool.submit(self._filled, chunk, size, pixels, limit, memory), len(chunk)))
                     if len(pending) > AHEAD:
                         made, wanted = pending.popleft()
                         yield made.result(), wanted
@@ -181,6 +180,12 @@ class Generator:
             finally:
                 for made, _ in pending:
                     made.cancel()
+
+    def _filled(self, chunk, size, pixels, limit, memory) -> dict[str, np.ndarray]:
+        """Arrays of a batch; rows that are wanting are copies of its last, whose picture is not read again."""
+        arrays = self.arrays(chunk, pixels, limit, memory)
+        return {name: np.concatenate([value, np.repeat(value[-1:], size - len(chunk), 0)])
+                for name, value in arrays.items()} if len(chunk) < size else arrays
 
     def _put(self, arrays, memory):
         if self.mesh is not None:
