@@ -69,7 +69,7 @@ class Model:
             raise config_lib.ConfigError(f"batch={batch} is not positive")
         restored = restore.model(checkpoint)
         process = restored.config.processes.get(restored.saved.meta["process"])
-        self.path, self.step, self.batch = restored.saved.path, restored.saved.meta["step"], batch
+        self.path, self.identity, self.batch = restored.saved.path, restored.saved.identity, batch
         self.parts = process.parts if process else config_lib.PARTS
         self.phrases = bank(process.cues, process.phrasings) if process else bank()
         model, parameters, tokenizer, dtype = (restored.config.model, restored.parameters, restored.tokenizer,

@@ -58,7 +58,7 @@ class Options:
 
 
 def evaluate(path: str, options: Options) -> dict[str, Any]:
-    """The result of one task as JSON values: the options, `model`, `made` (when it was saved), `table`, `answers`."""
+    """The result of one task as JSON values: the options, `model`, its checkpoint's identity, `table`, `answers`."""
     dataset = builders.load(options.dataset, options.data_dir)
     indices = dataset.indices(options.split)
     if options.records:
@@ -83,9 +83,8 @@ def evaluate(path: str, options: Options) -> dict[str, Any]:
 
 def _asked(path: str, options: Options) -> dict[str, Any]:
     """What a result is an answer to."""
-    saved = checkpoint.find(path)
-    made = (saved.path / checkpoint.META).stat().st_mtime_ns
-    return json.loads(json.dumps({"model": str(path), "step": saved.step, "made": made,
+    beside = checkpoint.find(options.control).identity if options.control else None
+    return json.loads(json.dumps({"model": str(path), **checkpoint.find(path).identity, "beside": beside,
                                   **dataclasses.asdict(options)}))
 
 

@@ -285,6 +285,12 @@ def test_formats_choosing_and_copying(album, checkpoint, model, tmp_path):
         found = [json.loads(line) for line in out.read_text().splitlines()]
         assert [row["path"] for row in found] == expected and "stamp" not in found[0]
     assert sorted(path.name for path in best.iterdir()) == sorted(pathlib.Path(path).name for path in ranked[:5])
+    again = pathlib.Path(checkpoint) / "00000003" / "meta.json"
+    before = again.stat()
+    os.utime(again, ns=(before.st_atime_ns, before.st_mtime_ns + 1))  # another model in its place
+    done = calm("score", album, *common)
+    os.utime(again, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert done.returncode == 2 and "holds answers to something else (made: " in done.stderr
     other = calm("score", album, "--checkpoint", checkpoint, "--out", out)
     assert other.returncode == 2 and "scale: [0.0, 100.0] there, [1.0, 10.0] here" in other.stderr
 

@@ -169,7 +169,10 @@ def _progress(step: commands.Step) -> str:
 def trees(data_dir: str) -> dict[str, dict]:
     """What the stored tenths of the measurements alone tell of the scores, by boosted trees, with all scores and with
     the tenth of them that the arms have: name -> a row as `protocols.score_table` makes them. No picture is seen."""
-    from sklearn.ensemble import HistGradientBoostingRegressor
+    try:
+        from sklearn.ensemble import HistGradientBoostingRegressor
+    except ImportError:
+        raise config_lib.ConfigError("boosted trees need scikit-learn; run: pip install calm_jax[demo]") from None
 
     from calm_jax.data import builders, pipeline
     from calm_jax.data.scale import mapped

@@ -67,6 +67,7 @@ class Generator:
         self.geometry = Geometry.of(model, unrolled=True)
         places = [leaf.sharding for leaf in self.parameters.values() if isinstance(leaf.sharding, NamedSharding)]
         self.mesh = places[0].mesh if places and places[0].mesh.size > 1 else None
+        self._trees = {reader: scorer.Tree.of(tokenizer, said) for reader, said in scorer.SAID.items()}
         self._programs: dict[Any, Callable] = {}
         self._readers = concurrent.futures.ThreadPoolExecutor(os.cpu_count(), "pictures")
 
@@ -95,7 +96,7 @@ class Generator:
                 value = scale.read_score(text)
                 yield Score(float("nan") if value is None else value, text=text)
             return
-        program = self._program(scorer.expectation, tree=self._tree(reader))
+        program = self._program(scorer.expectation, tree=self._trees[reader])
         for arrays, wanted in self._batches(questions, pixels, 0, batch, memory):
             mean, spread = jax.device_get(program(self.parameters, self._put(arrays, memory)))
             yield from (Score(*pair) for pair in zip(mean[:wanted].tolist(), spread[:wanted].tolist(), strict=True))
@@ -191,11 +192,6 @@ class Generator:
         if self.mesh is not None:
             arrays = jax.device_put(arrays, NamedSharding(self.mesh, PartitionSpec(("data", "fsdp"))))
         return arrays if memory is None else arrays | {"before": memory.before}
-
-    def _tree(self, reader: str) -> scorer.Tree:
-        if reader not in self._programs:
-            self._programs[reader] = scorer.Tree.of(self.tokenizer, scorer.SAID[reader])
-        return self._programs[reader]
 
     def _program(self, function: Callable, **options) -> Callable:
         """`function` of this model with these options, compiled; the same one for the same options."""

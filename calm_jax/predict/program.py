@@ -133,18 +133,17 @@ def main(words: Sequence[str]) -> int:
 
     from calm_jax.api import Model  # JAX starts here: wrong use is answered before
     from calm_jax.inference.decoding import Sampling
-    verb, asked = VERBS[name], {"verb": name}
+    verb = VERBS[name]
     rated = read_ratings(values["ratings"], values["user"], values["scale"]) if values["ratings"] else []
     given = values | {"scale": tuple(map(float, values["scale"])), "sampling": Sampling(
         values["temperature"], values["top-p"], values["beams"], seed=values["seed"]), "rated": rated}
     model = Model(values["checkpoint"], batch=values["batch"])
-    asked |= {"checkpoint": str(model.path.resolve()), "step": model.step}
+    asked = {"verb": name, **model.identity}
     for option in verb.options:
         value = given[option]
         asked |= dataclasses.asdict(value) if dataclasses.is_dataclass(value) else {option: value}
     out = pathlib.Path(values["out"]) if values["out"] else None
     journal = Journal(out.with_name(out.name + ".journal") if out else None, asked)
-    code = 0
     try:
         with _interruptible():
             _look(model, verb, given, journal, paths, out if values["format"] == "html" else None)
@@ -172,10 +171,9 @@ def main(words: Sequence[str]) -> int:
         print(f"{len(bad):,} of {len(rows):,} pictures could not be read:", file=sys.stderr)
         for row in bad:
             print(f"  {row['error']}", file=sys.stderr)
-        code = 1 if len(bad) == len(rows) else 0
     if out:
         print(f"written to {out}", file=sys.stderr)
-    return code
+    return 1 if len(bad) == len(rows) else 0
 
 
 def _check(name: str, values: dict[str, Any]) -> None:

@@ -60,6 +60,12 @@ class Saved:
     def step(self) -> int:
         return self.meta["step"]
 
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What tells it from any other, also from one that a later training put in its place: JSON values."""
+        made = (self.path / META).stat().st_mtime_ns
+        return {"checkpoint": str(self.path.resolve()), "step": self.step, "made": made}
+
 
 class Checkpoints:
     """The checkpoints of one training process in one folder: saved in the background, pruned by policy."""
