@@ -136,8 +136,8 @@ class Model:
             raise config_lib.ConfigError(f"there is no reader {reader!r}{config_lib.nearest(reader, READERS)}")
         if not scale[0] < scale[1]:
             raise config_lib.ConfigError(f"the scale {scale} does not go upwards")
-        question = (instructions.LEVEL if reader == "levels" else instructions.SCORE)[0]
-        for score in self.generator.scores(self._about(count, question), pixels, reader=reader, batch=self.batch):
+        asked = self._about(count, instructions.for_reader(reader))
+        for score in self.generator.scores(asked, pixels, reader=reader, batch=self.batch):
             yield score if scale == SCALE else score.on(scale)
 
     def personal(self, rated: Sequence[tuple[Picture, float]], count: int, pixels: Pixels, *,

@@ -95,12 +95,18 @@ class Lora:
 
 
 @dataclasses.dataclass(frozen=True)
+class ScoreHead:
+    width: int = field(0, "hidden channels of the regression head; 0 = no head", "ours")
+
+
+@dataclasses.dataclass(frozen=True)
 class Model:
     vit: Vit = field(Vit(), "visual encoder", "paper: a visual encoder; ours: CLIP")
     depths: Depths = field(Depths(), "where each part reads the encoder", "ours")
     qformer: QFormer = field(QFormer(), "each of the three Q-Formers", "paper: three Q-Formers; BLIP-2")
     llama: Llama = field(Llama(), "language model", "paper: models like Vicuna-7B")
     lora: Lora = field(Lora(), "low-rank updates", "ours")
+    score_head: ScoreHead = field(ScoreHead(), "regression head where an answer begins, for the reader `head`", "ours")
     dtype: str = field("auto", "computation; auto: bfloat16 on accelerators, float32 on CPU", "ours",
                        choices=("auto", "float32", "bfloat16"), runtime=True)
     frozen_dtype: str = field("auto", "storage of frozen parameters; auto as above", "ours",
@@ -163,6 +169,8 @@ class Process:
                                 "on the scale 1-10; 0 = none", "ours")
     rater_spread: bool = field(False, "where a picture's raters are known, take their standard deviation instead",
                                "ours")
+    score_head: float = field(0.0, "weight of the regression head's loss, a mean over the conversations with a score, "
+                              "beside that of the words; 0 = it learns nothing", "ours")
     compose: bool = field(False, "captions and comments are composed of what is known and measured where nobody wrote "
                           "any", "ours")
     cues: str = field("", "file of further phrases about attributes, from tools.make_cues; '' = only the written",
@@ -273,6 +281,9 @@ class Config:
             tokens = self.processes[name].row.tokens
             if tokens > llama.positions:
                 wrong.append(f"processes.{name}.row.tokens={tokens} exceeds model.llama.positions={llama.positions}")
+            if self.processes[name].score_head and not self.model.score_head.width:
+                wrong.append(f"processes.{name}.score_head={self.processes[name].score_head} teaches a regression "
+                             "head, and the model has none; set model.score_head.width, such as 256")
         if wrong:
             raise ConfigError("; ".join(wrong))
 

@@ -3,8 +3,9 @@
     python -m tools.first_look --data_dir DATA              # all arms, their evaluation and the page
 
 The variants are what an arm is made of: `self_supervised` and `then_scores` spend half of the budget each, one after
-the other; `scores` spends all of it. Everything starts from random numbers; nothing here is the paper's recipe, which
-starts from CLIP and Vicuna.
+the other; `scores` spends all of it. `all_tasks` goes on from `self_supervised` to scores, attributes and suggestions,
+and then to personal scores of OASIS beside them; `no_suggestions` is the same without suggestions. Everything starts
+from random numbers; nothing here is the paper's recipe, which starts from CLIP and Vicuna.
 
 Steps are small and many: at the same number of pictures, three rows a step learn where twelve collapse to the mean
 score (300 steps of 12 rows at one rate: PLCC .02; 800 steps of 3 rows as below: .23). As in pretrain.py, the language
@@ -22,15 +23,18 @@ MODEL = c.Model(
     vit=c.Vit(image_size=128, patch=16, width=128, depth=4, heads=4, mlp_width=512, stem="conv"),
     depths=c.Depths(thematic=1.0),
     qformer=c.QFormer(width=128, depth=2, heads=4, mlp_width=512, cross_every=1, queries=8),
-    llama=c.Llama(vocab=2048, width=128, depth=2, heads=4, kv_heads=4, mlp_width=344, positions=512),
+    llama=c.Llama(vocab=2048, width=128, depth=2, heads=4, kv_heads=4, mlp_width=344, positions=2048),
     remat="none")
 SHARES = {"scores": {"scores": 1.0}, "then_scores": {"scores": 0.5},  # variant -> of STEPS, by process
-          "self_supervised": {"language": 0.1, "self_supervised": 0.4}}
+          "self_supervised": {"language": 0.1, "self_supervised": 0.4},
+          "all_tasks": {"tasks": 0.75, "personal": 0.25}, "no_suggestions": {"tasks": 0.75, "personal": 0.25}}
+TASKS = {"tasks": {"score": 0.5, "attributes": 0.2, "suggestion": 0.3},
+         "personal": {"oasis:personal": 0.5, "score": 0.2, "attributes": 0.1, "suggestion": 0.2}}
 VARIANTS = tuple(SHARES)
 
 
 def get_config(variant: str = "scores"):
-    """The config of a variant: scores, self_supervised or then_scores."""
+    """The config of a variant: scores, then_scores, self_supervised, all_tasks or no_suggestions."""
     variant = variant or VARIANTS[0]
     if variant not in SHARES:
         raise c.ConfigError(f"there is no variant {variant!r}{c.nearest(variant, VARIANTS)}")
@@ -42,6 +46,14 @@ def get_config(variant: str = "scores"):
         if name == "scores":
             processes[name] = c.Process(tasks={"score": 1.0}, score_spread=0.7,
                                         row=c.Row(tokens=424, images=3, answers=96, candidates=8), **process)
+            continue
+        if name in TASKS:
+            tasks = {task: weight for task, weight in TASKS[name].items()
+                     if variant == "all_tasks" or task != "suggestion"}
+            # A personal question takes one row, up to ten rated pictures and the one in question.
+            row = (c.Row(tokens=640, images=11, answers=96, candidates=8) if name == "personal" else
+                   c.Row(tokens=424, images=3, answers=96, candidates=8))
+            processes[name] = c.Process(tasks=tasks, score_spread=0.7, phrasings=1, support=(2, 10), row=row, **process)
             continue
         if name == "language":
             process |= {"train": ("llama/.*",), "freeze": ("vit/.*", "mfam/.*"),

@@ -51,6 +51,9 @@ def batch(model: config_lib.Model, of: config_lib.Process, seed: int = 0) -> dic
         "places": np.zeros((rows, row.answers), np.int32),
         "labels": rng.integers(3, model.llama.vocab, (rows, row.answers, row.candidates), np.int32),
         "weights": np.zeros((rows, row.answers, row.candidates), np.float32),
+        "asked": rng.integers(0, row.tokens, (rows, row.images), np.int32),
+        "targets": np.where(rng.random((rows, row.images)) < 0.6, rng.uniform(1, 10, (rows, row.images)), 0
+                            ).astype(np.float32),
         "bad": np.zeros(rows, np.int32),
     }
     for r in range(rows):

@@ -46,8 +46,8 @@ def test_every_config_fits_its_model(file, variant):
         process = config.processes[name]
         learns = filters.trainable(shapes, process)
         assert learns.keys() == shapes.keys() and filters.table(shapes, learns)
-        assert process.dataset in builders.names()
-        assert set(process.tasks) <= set(tasks.TASKS)
+        assert set(process.datasets) <= set(builders.names())
+        assert {task for _, task in process.mixture} <= set(tasks.TASKS)
         assert Layout.of(config.model, process.parts).size < process.row.tokens  # a picture fits into a row
         assert process.eval_every <= process.steps
 

@@ -43,6 +43,7 @@ CODE = textwrap.dedent("""
     size, place = config.model.vit.image_size, sharding.rows(mesh)
     shapes = {"images": ((row.images, size, size, 3), jnp.uint8), "places": ((row.answers,), jnp.int32),
               "labels": ((row.answers, row.candidates), jnp.int32), "bad": ((), jnp.int32),
+              "asked": ((row.images,), jnp.int32), "targets": ((row.images,), jnp.float32),
               "weights": ((row.answers, row.candidates), jnp.float32),
               **{n: ((row.tokens,), jnp.int32) for n in ("tokens", "visual", "segments", "positions")}}
     batch = {n: jax.ShapeDtypeStruct((process.batch, *s), d, sharding=place) for n, (s, d) in shapes.items()}

@@ -16,7 +16,8 @@ MODEL = dataclasses.replace(config_lib.model("tiny"), vit=dataclasses.replace(co
                                                                              image_size=32))
 ROW = config_lib.Row(tokens=384, images=3, answers=160, candidates=2)
 PROCESS = config_lib.Process(tasks={"attributes": 2.0, "comment": 1.0}, row=ROW, batch=4)
-PER_STEP = ("images", "tokens", "visual", "segments", "positions", "places", "labels", "weights", "bad", "cursor")
+PER_STEP = ("images", "tokens", "visual", "segments", "positions", "places", "labels", "weights", "asked",
+            "targets", "bad", "cursor")
 
 
 @pytest.fixture(scope="module")

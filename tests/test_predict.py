@@ -41,7 +41,7 @@ def picture(number: int, width: int = 48, height: int = 40) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    return miniature.saved(tmp_path_factory.mktemp("run"), config_lib.PARTS)
+    return miniature.saved(tmp_path_factory.mktemp("run"), config_lib.PARTS, score_head=config_lib.ScoreHead(8))
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +78,7 @@ def calm(*words, **options) -> subprocess.CompletedProcess:
 # ---- the model as an object --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("reader", ["expectation", "levels"])
+@pytest.mark.parametrize("reader", ["expectation", "levels", "head"])
 def test_a_score_depends_on_its_picture_alone(model, album, reader):
     paths = [path for path in gather([str(album)], io.StringIO()) if pathlib.Path(path).name not in BAD]
     assert len(paths) == 12
@@ -127,6 +127,8 @@ def test_a_model_refuses_what_it_cannot_do(model, album, tmp_path):
     blind = calm_jax.load(miniature.saved(tmp_path / "thematic", ("thematic",)))
     with pytest.raises(config_lib.ConfigError, match="none of which answers for an attribute"):
         blind.attributes(picture(0))
+    with pytest.raises(config_lib.ConfigError, match="needs a regression head, which this model does not have"):
+        blind.score(picture(0), reader="head")
 
 
 def test_a_personal_score_is_the_mean_over_contexts(model, tmp_path):

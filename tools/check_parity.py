@@ -71,7 +71,7 @@ class Result:
       kl: largest KL divergence of a next-token distribution, nats.
       answers, agree: greedy answers, and how many of them are token by token the same.
       searched: of as many answers by beam search, how many are the same.
-      scores: the largest difference of a score (1-10).
+      scores: the largest difference of a score or its spread (1-10), by any reader that both have.
       differs: the first stage whose difference is above `tolerance` times its largest value, or "".
     """
 
@@ -118,12 +118,13 @@ def check(source: str, hf: str, *, images: tuple[str, ...] = (), python: str = s
         generator = Generator(cfg, model.parameters, model.tokenizer, dtype=jnp.dtype(dtype))
         del model  # the generator holds its weights in arrays of its own
         cases = _cases(cfg, files)
-        request = {"dtype": dtype, "new_tokens": new_tokens, "beams": BEAMS, "score": files, "cases": [
+        request = {"dtype": dtype, "new_tokens": new_tokens, "beams": BEAMS, "score": files,
+                   "readers": _readers(cfg), "cases": [
             {"images": [[files[n] for n in row] for row in rows], "parts": parts,
              "text": list(QUESTIONS[:len(rows)])} for rows, parts in cases]}
         (folder / "request.json").write_text(json.dumps(request))
         _torch(python, hf, folder)
-        return _compare(generator, cases, files, folder, tolerance, new_tokens)
+        return _compare(generator, cases, files, _readers(cfg), folder, tolerance, new_tokens)
 
 
 def made(folder: pathlib.Path) -> list[str]:
@@ -136,6 +137,11 @@ def made(folder: pathlib.Path) -> list[str]:
         Image.fromarray(np.clip(127 + 60 * waves + grain, 0, 255).astype(np.uint8)).save(folder / f"{number}.jpg")
         files.append(str(folder / f"{number}.jpg"))
     return files
+
+
+def _readers(model: config_lib.Model) -> list[str]:
+    """Those that the exported `score` has too."""
+    return ["expectation", "levels", *(["head"] if model.score_head.width else [])]
 
 
 def _cases(model: config_lib.Model, files: list[str]) -> list[tuple[list[list[int]], tuple[str, ...]]]:
@@ -157,7 +163,7 @@ def _torch(python: str, hf: str, folder: pathlib.Path) -> None:
         raise config_lib.ConfigError(f"the torch side failed under {python}:\n{done.stderr[-3000:]}")
 
 
-def _compare(generator: Generator, cases, files, folder, tolerance, new_tokens) -> Result:
+def _compare(generator: Generator, cases, files, readers, folder, tolerance, new_tokens) -> Result:
     """`folder` holds what the torch side wrote."""
     theirs = np.load(folder / "rest.npz")
     run = _Stages(generator.geometry.bind(generator.parameters), generator.dtype)
@@ -189,9 +195,9 @@ def _compare(generator: Generator, cases, files, folder, tolerance, new_tokens) 
             mine = generator.ids(batch, new_tokens, Sampling(beams=beams))
             agree[name] += sum(_agree(*both, generator.tokenizer) for both in zip(mine, case[name], strict=True))
         answers += len(mine)
-    asked = [(_sample([n], config_lib.PARTS, instructions.SCORE[0]), 0) for n in range(len(files))]
-    scores = np.asarray([(score.value, score.spread)
-                         for score in generator.scores(asked, pixels.__getitem__, batch=len(files))])
+    scores = np.asarray([[(score.value, score.spread) for score in generator.scores(
+        [(_sample([n], config_lib.PARTS, instructions.for_reader(reader)), 0) for n in range(len(files))],
+        pixels.__getitem__, reader=reader, batch=len(files))] for reader in readers])
     return Result(json.loads(str(theirs["report"])), same, list(stages.values()), kl, answers, agree["said"],
                   agree["searched"], float(np.abs(scores - theirs["scores"]).max()), tolerance)
 

@@ -166,12 +166,14 @@ def whole(saved: checkpoint.Saved, model: config_lib.Model, leaves: Leaves, toke
         "vit": vit, "qformer": dataclasses.asdict(model.qformer), "llama": llama,
         "taps": {part: model.depths.block(part, model.vit.depth) for part in config_lib.PARTS},
         "lora": {"rank": model.lora.rank, "alpha": model.lora.alpha, "targets": targets},
+        "score_head": dataclasses.asdict(model.score_head),
         **_special(tokenizer), **_dtype(content)}
     processor = {
         "auto_map": {"AutoProcessor": CLASSES["AutoProcessor"]}, "processor_class": "CalmProcessor",
         "image_size": model.vit.image_size, "mean": vit_lib.MEAN, "std": vit_lib.STD, "system": prompts.SYSTEM,
         "tokens": {part: model.visual_tokens(part) for part in config_lib.PARTS},
-        "instructions": {"score": instructions.SCORE[0], "comment": instructions.COMMENT[0]}}
+        "instructions": {"score": instructions.SCORE[0], "level": instructions.LEVEL[0],
+                         "comment": instructions.COMMENT[0]}}
     here = pathlib.Path(huggingface.__file__).parent
     files = {f"{name}_calm.py": here / f"{name}_calm.py" for name in ("configuration", "modeling", "processing")}
     files |= {"pictures.py": pathlib.Path(pictures.__file__), "tokenizer.model": tokenizer.path}

@@ -45,7 +45,10 @@ def card(saved: checkpoint.Saved, model: config_lib.Model, content: Sequence[tor
         "## Scores", "",
         f"From {scale.LOWEST:g} to {scale.HIGHEST:g}, higher is better; the scale of each data set was mapped to it "
         "linearly. `score` gives the mean of",
-        f"all {len(scale.DECIMALS)} decimals under the model's probabilities of saying them.", "", scored, "",
+        f"all {len(scale.DECIMALS)} decimals under the model's probabilities of saying them, "
+        "`score(images, reader=\"levels\")` that of",
+        "five words from bad to excellent" + (
+            ", and `reader=\"head\"` asks the regression head." if model.score_head.width else "."), "", scored, "",
         "## Training", "",
         *_table(("process", "steps", "rows a step", "data", "tasks"),
                 [(entry["process"], entry["steps"], entry["batch"], entry["dataset"], ", ".join(entry["tasks"]))

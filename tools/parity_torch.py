@@ -38,7 +38,7 @@ def main(folder: str, request: str, out: str) -> None:
             np.savez(os.path.join(out, f"{number}.npz"), **{
                 name: (value.float() if value.is_floating_point() else value).numpy()
                 for name, value in found.items()})
-    scores = model.score(wanted["score"], with_spread=True) if wanted["score"] else []
+    scores = [model.score(wanted["score"], with_spread=True, reader=reader) for reader in wanted["readers"]]
     comments = model.comment(wanted["score"], max_new_tokens=8) if wanted["score"] else []
     report = json.dumps({
         "transformers": transformers.__version__, "torch": torch.__version__, "comments": comments,

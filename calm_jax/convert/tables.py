@@ -271,12 +271,18 @@ def llama() -> Table:
     )
 
 
+def score_head(cfg: config_lib.ScoreHead) -> Table:
+    """`models.score_head.ScoreHead`, where a model has one, and its counterpart of the same names in the export."""
+    return Table(rows=(*_linear("hidden", "hidden"), *_linear("out", "out")) if cfg.width else ())
+
+
 def calm(cfg: config_lib.Model) -> Table:
     """`models.calm.Calm` and its parts under `vision_tower.`, `mfam.` and `language_model.` in one torch model."""
     tower = vit(cfg.vit)
     return Table(
         rows=(*tower.within("vit/", "vision_tower."), *mfam(cfg.qformer).within("mfam/", "mfam."),
-              *llama().within("llama/", "language_model.")),
+              *llama().within("llama/", "language_model."),
+              *score_head(cfg.score_head).within("score_head/", "score_head.")),
         renames=((r"^vision_tower\.vision_model\.", "vision_tower."),),
         ignored=tuple(Ignored(rf"vision_tower\.({rule.pattern})", rule.reason) for rule in tower.ignored))
 

@@ -19,6 +19,8 @@ A batch is a dict of arrays with a leading row axis B:
   places     int32 [B, K]            positions whose next token is supervised
   labels     int32 [B, K, C]         candidate next tokens, the likeliest first
   weights    float32 [B, K, C]       target probability times answer weight; all zero = unused
+  asked      int32 [B, I]            position where the answer with a numeric target begins, for the regression head
+  targets    float32 [B, I]          those targets on the scale 1-10; 0 = none. Conversations own pictures, hence I
   bad        int32 [B]               conversations of the row that were masked, or refused while it was filled
   cursor     int64 [B, 1 + D]        number of the row's block, and examples taken before it from each of D datasets
 """
@@ -269,6 +271,8 @@ class Rows:
             "places": np.zeros(row.answers, np.int32),
             "labels": np.zeros((row.answers, row.candidates), np.int32),
             "weights": np.zeros((row.answers, row.candidates), np.float32),
+            "asked": np.zeros(row.images, np.int32),
+            "targets": np.zeros(row.images, np.float32),
             "bad": np.zeros((), np.int32),
         }
         token, image, place = 0, 0, 0
@@ -294,6 +298,9 @@ class Rows:
                 # An edit that changed nothing visible would make its label false: those turns are not learned from.
                 asked = np.asarray([turn.subject not in doubtful for turn in sample.turns])
                 out["weights"][answers] = encoded.weights * asked[encoded.turns, None]
+                if sample.target is not None:  # of the last turn
+                    begins = encoded.places[encoded.turns == len(sample.turns) - 1][0]
+                    out["asked"][image], out["targets"][image] = begins + token, sample.target
             except BadRecord as error:  # the conversation keeps its place and counts for nothing: no row shifts
                 self._count_bad(example, error)
                 out["bad"] += 1

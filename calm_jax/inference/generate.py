@@ -90,16 +90,31 @@ class Generator:
 
     def scores(self, questions: Iterable[Question], pixels: Pixels, *, reader: str = "expectation",
                batch: int = 16, memory: Memory | None = None) -> Iterator[Score]:
-        """The score that answers each question, as one of `scale.READERS` finds it; else as `answers`."""
+        """The score that answers each question, as one of `scale.READERS` finds it; else as `answers`.
+
+        Raises:
+          ConfigError: as `answers`; or the reader is `head` and the model has none.
+        """
         if reader == "text":
             for text in self.answers(questions, pixels, limit=SCORE_TOKENS, batch=batch, memory=memory):
                 value = scale.read_score(text)
                 yield Score(float("nan") if value is None else value, text=text)
             return
-        program = self._program(scorer.expectation, tree=self._trees[reader])
+        program = self._reader(reader)
         for arrays, wanted in self._batches(questions, pixels, 0, batch, memory):
             mean, spread = jax.device_get(program(self.parameters, self._put(arrays, memory)))
             yield from (Score(*pair) for pair in zip(mean[:wanted].tolist(), spread[:wanted].tolist(), strict=True))
+
+    def _reader(self, name: str) -> Callable:
+        """The program of a reader that lets the model say nothing."""
+        if name != "head":
+            return self._program(scorer.expectation, tree=self._trees[name])
+        if not any(path.startswith("score_head/") for path in self.parameters):
+            raise config_lib.ConfigError(
+                "the reader head needs a regression head, which this model does not have; train one "
+                "(configs/finetune.py:SIZE+head), or take another reader: "
+                f"{', '.join(reader for reader in scale.READERS if reader != name)}")
+        return self._program(scorer.regression)
 
     def remember(self, sample: Sample, turns: int, pixels: Pixels) -> Memory:
         """The first turns of a conversation, with the images that they show, computed once and for all."""

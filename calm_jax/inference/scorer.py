@@ -1,9 +1,9 @@
 """How likely a model would say each possible score in; a score on the conversation's scale from 1 to 10 out.
 
-Readers of a score: `text` (the decimal that the model says, as in the paper) needs nothing but generation. The two here
-are ours: `expectation` is the mean of all decimals from 1.0 to 10.0 under the model's own probabilities of writing
+Readers of a score: `text` (the decimal that the model says, as in the paper) needs nothing but generation. The three
+here are ours: `expectation` is the mean of all decimals from 1.0 to 10.0 under the model's own probabilities of writing
 them, `levels` that of the five words from bad to excellent. Both are exact, take one pass behind the prompt, and are
-finer than what a model can say.
+finer than what a model can say. `head` asks the regression head of a model that has one.
 """
 
 from __future__ import annotations
@@ -115,3 +115,11 @@ def expectation(geometry: Geometry, parameters: Parameters, batch: dict[str, Arr
     weights = jax.nn.softmax(chances)
     mean = weights @ tree.values
     return mean, jnp.sqrt((weights * jnp.square(tree.values - mean[:, None])).sum(-1))
+
+
+def regression(geometry: Geometry, parameters: Parameters, batch: dict[str, Array], *, parts: tuple[str, ...],
+               dtype: Any) -> tuple[Float[Array, "B"], Float[Array, "B"]]:
+    """Score and standard deviation by the model's regression head; prompts as in `expectation`."""
+    model, last, _ = decoding.prompted(geometry, parameters, batch, parts=parts, room=0, dtype=dtype)
+    score, spread = model.score_head(last[:, 0])
+    return jnp.clip(score, scale.LOWEST, scale.HIGHEST), spread

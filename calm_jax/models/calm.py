@@ -14,6 +14,7 @@ from calm_jax import config as config_lib
 from calm_jax.models import lora
 from calm_jax.models.llama import Llama
 from calm_jax.models.mfam import Mfam
+from calm_jax.models.score_head import ScoreHead
 from calm_jax.models.vit import Vit, normalise
 
 
@@ -28,6 +29,8 @@ class Calm(nnx.Module):
         self.llama = Llama(cfg.llama, rngs)
         if cfg.lora.rank:
             lora.add(self, cfg.lora, rngs)
+        # Last, so that the other parameters are drawn alike with it and without.
+        self.score_head = ScoreHead(cfg.llama.width, cfg.score_head, rngs) if cfg.score_head.width else None
 
     def encode(self, images: UInt8[Array, "B I H W 3"], parts: tuple[str, ...], *, dtype: Any,
                freeze_vit: bool = False) -> Float[Array, "B M D"]:

@@ -143,8 +143,11 @@ def run_process(run: Run, name: str, datasets: Mapping[str, Dataset]) -> None:
             sums = eval_step(state.trained, frozen, sharding.put(batch, mesh))
             totals = sums if not totals else jax.tree.map(jnp.add, totals, sums)
         totals = jax.device_get(totals)
-        return {"loss": float(totals["loss"] / max(totals["weight"], 1e-6)),
-                "accuracy": float(totals["right"] / max(totals["answers"], 1))}
+        values = {"loss": float(totals["loss"] / max(totals["weight"], 1e-6)),
+                  "accuracy": float(totals["right"] / max(totals["answers"], 1))}
+        if "score_error" in totals:
+            values["score_error"] = float(totals["score_error"] / max(totals["scores"], 1))
+        return values
 
     try:
         with StopSignal() as stop:

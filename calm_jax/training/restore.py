@@ -114,6 +114,8 @@ def load(saved: checkpoint.Saved | None, geometry: Geometry, config: config_lib.
         return jax.jit(make, out_shardings={path: leaf.sharding for path, leaf in kept.items()})(key)
     theirs = config_lib.from_config_dict(saved.meta["config"])
     ours = dataclasses.replace(config.model, lora=theirs.model.lora)
+    if not (config.model.score_head.width and theirs.model.score_head.width):  # what the base lacks begins at random
+        ours = dataclasses.replace(ours, score_head=theirs.model.score_head)
     if not saved.meta["process"]:  # converted, never trained: no weight depends on these yet
         ours = dataclasses.replace(ours, depths=theirs.model.depths)
     lines: list[str] = []

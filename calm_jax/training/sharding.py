@@ -21,7 +21,8 @@ ROWS = PartitionSpec(("data", "fsdp"))  # rows of a batch: split over both, whol
 # Column-parallel matrices split their outputs over `tensor`, row-parallel ones their inputs, so that a block
 # communicates once after attention and once after the MLP.
 TABLE: dict[str, tuple[tuple[str, ...], tuple[str | None, ...]]] = {
-    "column": ((r".*/(q|k|v|gate|up)/kernel", r"llama/head/kernel"), ("fsdp", "tensor")),
+    "column": ((r".*/(q|k|v|gate|up)/kernel", r"llama/head/kernel", r"score_head/hidden/kernel"),
+               ("fsdp", "tensor")),
     "row": ((r".*/(o|down)/kernel", r"mfam/qformers/project/kernel", r"mfam/thematic/kernel",
              r"vit/stem/embed/kernel"), ("tensor", "fsdp")),
     "vocabulary": ((r"llama/embedding",), ("tensor", "fsdp")),
@@ -29,7 +30,8 @@ TABLE: dict[str, tuple[tuple[str, ...], tuple[str | None, ...]]] = {
     "lora out": ((r".*/lora/b",), (None, "fsdp")),
     "positions": ((r"vit/positions",), (None, "fsdp")),
     "convolution": ((r"vit/stem/kernels/\d+",), (None, None, None, "fsdp")),
-    "small": ((r".*/bias", r".*/scale", r"vit/cls", r"vit/stem/biases/\d+", r"mfam/qformers/queries"), ()),
+    "small": ((r".*/bias", r".*/scale", r"vit/cls", r"vit/stem/biases/\d+", r"mfam/qformers/queries",
+               r"score_head/out/kernel"), ()),
 }
 
 

@@ -52,29 +52,38 @@ class Step:
     dropout: bool
     mesh: jax.sharding.Mesh | None = None
 
-    def loss(self, trained: Parameters, frozen: Parameters, batch: Mapping[str, Array], total: Float[Array, ""],
-             key: Key[Array, ""] | None) -> tuple[Float[Array, ""], Float[Array, ""]]:
-        """(cross-entropy summed over the batch's supervised tokens divided by `total`, tokens predicted right).
+    def loss(self, trained: Parameters, frozen: Parameters, batch: Mapping[str, Array],
+             totals: Mapping[str, Array], key: Key[Array, ""] | None
+             ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+        """(the loss of these rows, sums over them), both as parts of a batch with these `totals`.
 
-        Logits exist at supervised positions only, [B, K, V]; soft targets are spread over C candidates.
+        Logits exist at supervised positions only, [B, K, V]; soft targets are spread over C candidates. The sums are
+        tokens predicted `right`, and with a regression head that learns its absolute `score_error` in points.
         """
         model = self.geometry.bind({**trained, **frozen})
         with contextlib.nullcontext() if self.mesh is None else jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
             hidden = model(batch, self.process.parts, dtype=self.dtype, freeze_vit=self.freeze_vit, key=key)
             logits = model.answer_logits(hidden, batch["places"])
+            head, error = (model.score_head.loss(hidden, batch["asked"], batch["targets"])
+                           if self.process.score_head else (None, None))
         log_likelihood = (jnp.take_along_axis(logits, batch["labels"], axis=-1)
                           - jax.nn.logsumexp(logits, axis=-1, keepdims=True))
         right = (logits.argmax(-1) == batch["labels"][..., 0]) & (batch["weights"][..., 0] > 0)
-        return -(batch["weights"] * log_likelihood).sum() / total, right.sum().astype(jnp.float32)
+        loss = -(batch["weights"] * log_likelihood).sum() / totals["words"]
+        sums = {"right": right.sum().astype(jnp.float32)}
+        if self.process.score_head:
+            loss += self.process.score_head * head / totals["scores"]
+            sums["score_error"] = error
+        return loss, sums
 
     def gradients(self, trained: Parameters, frozen: Parameters, batch: Mapping[str, Array],
                   key: Key[Array, ""] | None) -> tuple[Parameters, dict[str, Array]]:
         """Gradients of the mean loss over all supervised tokens of the batch, whatever mesh and accumulation."""
-        total = jnp.maximum(batch["weights"].sum(), 1e-6)
+        totals = _totals(batch)
         value_and_grad = jax.value_and_grad(self.loss, has_aux=True)
         count = self.process.accumulate
         if count == 1:
-            (loss, right), grads = value_and_grad(trained, frozen, batch, total, key)
+            (loss, sums), grads = value_and_grad(trained, frozen, batch, totals, key)
         else:
             # Neighbouring rows go to different micro-batches, so that rows stay on their devices.
             micro = jax.tree.map(lambda x: rearrange(x, "(b a) ... -> a b ...", a=count), dict(batch))
@@ -84,15 +93,18 @@ class Step:
                 rows, row_key = inputs
                 if self.mesh is not None:
                     rows = jax.lax.with_sharding_constraint(rows, sharding.rows(self.mesh))
-                (loss, right), grads = value_and_grad(trained, frozen, rows, total, row_key)
-                return jax.tree.map(jnp.add, carry, (loss, right, grads)), None
+                (loss, sums), grads = value_and_grad(trained, frozen, rows, totals, row_key)
+                return jax.tree.map(jnp.add, carry, (loss, sums, grads)), None
 
-            zero = (jnp.zeros(()), jnp.zeros(()), jax.tree.map(jnp.zeros_like, trained))
-            (loss, right, grads), _ = jax.lax.scan(add, zero, (micro, keys))
+            sums = dict.fromkeys(("right", "score_error") if self.process.score_head else ("right",), jnp.zeros(()))
+            zero = (jnp.zeros(()), sums, jax.tree.map(jnp.zeros_like, trained))
+            (loss, sums, grads), _ = jax.lax.scan(add, zero, (micro, keys))
         answered = (batch["weights"].sum(-1) > 0).sum()
-        metrics = {"loss": loss, "accuracy": right / jnp.maximum(answered, 1), "answers": answered,
+        metrics = {"loss": loss, "accuracy": sums["right"] / jnp.maximum(answered, 1), "answers": answered,
                    "tokens": (batch["segments"] > 0).sum(),
                    "examples": batch["segments"].max(-1).sum(), "bad": batch["bad"].sum()}
+        if "score_error" in sums:
+            metrics["score_error"] = sums["score_error"] / totals["scores"]
         return grads, metrics
 
     def train(self, state: State, frozen: Parameters, batch: Mapping[str, Array],
@@ -106,10 +118,18 @@ class Step:
         return State(state.step + 1, trained, optimizer), metrics
 
     def evaluate(self, trained: Parameters, frozen: Parameters, batch: Mapping[str, Array]) -> dict[str, Array]:
-        """Sums over a batch: loss, right tokens, supervised weight and tokens."""
-        loss, right = self.loss(trained, frozen, batch, jnp.ones(()), None)
-        return {"loss": loss, "right": right, "weight": batch["weights"].sum(),
-                "answers": (batch["weights"].sum(-1) > 0).sum()}
+        """Of a batch: its mean loss and the weight of that, and sums: right tokens, supervised tokens, scores."""
+        totals = _totals(batch)
+        loss, sums = self.loss(trained, frozen, batch, totals, None)
+        weight = batch["weights"].sum()
+        return {"loss": loss * weight, "weight": weight, **sums,
+                "answers": (batch["weights"].sum(-1) > 0).sum(), "scores": (batch["targets"] > 0).sum()}
+
+
+def _totals(batch: Mapping[str, Array]) -> dict[str, Float[Array, ""]]:
+    """What the losses of a batch are means over: weight of the words, number of the scores."""
+    return {"words": jnp.maximum(batch["weights"].sum(), 1e-6),
+            "scores": jnp.maximum((batch["targets"] > 0).sum().astype(jnp.float32), 1.0)}
 
 
 def compile_train(step: Step, shardings: State, frozen: Mapping[str, Any]) -> Callable:

@@ -18,7 +18,10 @@ from .pictures import square  # noqa: F401  (older transformers fetch only the f
 from .processing_calm import CalmProcessor
 
 LEVELS = ("low", "middle", "high")
-DECIMALS = [f"{tenth / 10:.1f}" for tenth in range(10, 101)]  # every score that the model can say
+# What can be said of a score, and what it means: every decimal, and the five words of opinion studies.
+DECIMALS = [f"{tenth / 10:.1f}" for tenth in range(10, 101)]
+SAID = {"expectation": {text: float(text) for text in DECIMALS},
+        "levels": {"Bad": 1.0, "Poor": 3.25, "Fair": 5.5, "Good": 7.75, "Excellent": 10.0}}
 
 
 class LayerNorm(nn.LayerNorm):
@@ -340,6 +343,19 @@ class Llama(nn.Module):
         self.lm_head = Linear(llama["width"], llama["vocab"], bias=False)
 
 
+class ScoreHead(nn.Module):
+    """A score on 1-10 and its standard deviation from the hidden state where an answer begins, in float32."""
+
+    def __init__(self, d_in, width):
+        super().__init__()
+        self.hidden, self.out = Linear(d_in, width), Linear(width, 2)
+
+    def forward(self, hidden):
+        y = F.gelu(F.linear(hidden.float(), self.hidden.weight.float(), self.hidden.bias.float()))
+        y = F.linear(y, self.out.weight.float(), self.out.bias.float())
+        return 5.5 + 2.25 * y[..., 0], 2.25 * y[..., 1].exp()
+
+
 # ---- the whole ----------------------------------------------------------------------------------------------------
 
 class CalmForCausalLM(PreTrainedModel, GenerationMixin):
@@ -364,6 +380,8 @@ class CalmForCausalLM(PreTrainedModel, GenerationMixin):
         self.vision_tower = VisionTower(config.vit)
         self.mfam = Mfam(config)
         self.language_model = Llama(config.llama)
+        if config.score_head["width"]:
+            self.score_head = ScoreHead(config.llama["width"], config.score_head["width"])
         targets = set(config.lora["targets"])
         for name, module in list(self.named_modules()):
             if name in targets:
@@ -468,31 +486,52 @@ class CalmForCausalLM(PreTrainedModel, GenerationMixin):
         self._processor = value
 
     @torch.no_grad()
-    def score(self, images, batch_size=8, with_spread=False):
-        """Aesthetic scores on the scale 1-10: the mean of 1.0, 1.1, ..., 10.0 by the model's probabilities of saying
-        each of them in answer to the processor's `score` instruction.
+    def score(self, images, batch_size=8, with_spread=False, reader="expectation"):
+        """Aesthetic scores on the scale 1-10, read from the model by its own probabilities or by its regression head.
 
         Args:
             images: a list of pictures: paths, bytes, PIL images or RGB arrays.
             with_spread: (score, standard deviation) for each picture instead.
+            reader: `expectation`, the mean of 1.0, 1.1, ..., 10.0 by the probabilities of saying each of them in
+                answer to the processor's `score` instruction; `levels`, that of five words from bad to excellent in
+                answer to `level`; `head`, the regression head, if the model has one.
+        Raises:
+            ValueError: there is no such reader, or no head.
         """
-        processor = self.processor
-        spelled = [tuple(processor.encode_words(text)) for text in DECIMALS]
-        # All decimals as one tree behind the prompt, so that a picture needs a single pass.
-        begun = list(dict.fromkeys(ids[:n] for ids in spelled for n in range(1, len(ids))))
+        if reader not in (*SAID, "head"):
+            raise ValueError(f"there is no reader {reader!r}; there are {', '.join(SAID)} and head")
+        if reader == "head" and not self.config.score_head["width"]:
+            raise ValueError("this model has no regression head; leave reader='head' out")
+        read = self._head if reader == "head" else self._tree(SAID[reader])
+        instruction = self.processor.instructions["level" if reader == "levels" else "score"]
+        scores = []
+        for chunk in _chunks(images, batch_size):
+            inputs = self.processor([[image] for image in chunk], [instruction] * len(chunk)).to(self.device)
+            x = self.embed(inputs["input_ids"], inputs["visual"], inputs["pixel_values"])
+            mean, spread = read(x, inputs["attention_mask"].bool())
+            scores += list(zip(mean.tolist(), spread.tolist(), strict=True)) if with_spread else mean.tolist()
+        return scores
+
+    def _head(self, x, real):
+        positions = (real.long().cumsum(-1) - 1).clamp(min=0)
+        hidden, _ = self.language_model.model(x, positions, _causal(real, x.shape[1])[:, None])
+        score, spread = self.score_head(hidden[:, -1])
+        return score.clamp(1, 10), spread
+
+    def _tree(self, said):
+        """What reads the mean of some texts' values, all of them as one tree behind the prompt, in a single pass."""
+        spelled = [tuple(self.processor.encode_words(text)) for text in said]
+        begun = list(dict.fromkeys(ids[:n] for ids in spelled for n in range(1, len(ids)))) or [spelled[0][:1]]
         number = {(): 0, **{ids: n for n, ids in enumerate(begun, 1)}}
         device = self.device
         tokens = torch.tensor([ids[-1] for ids in begun], device=device)
         depths = torch.tensor([len(ids) for ids in begun], device=device)
         sees = torch.tensor([[a[:len(b)] == b for b in begun] for a in begun], device=device)
-        values = torch.tensor([float(text) for text in DECIMALS], device=device)
-        scores = []
-        for chunk in _chunks(images, batch_size):
-            inputs = processor([[image] for image in chunk], [processor.instructions["score"]] * len(chunk)).to(device)
-            x = self.embed(inputs["input_ids"], inputs["visual"], inputs["pixel_values"])
-            count, length, nodes = len(chunk), x.shape[1], len(begun)
+        values = torch.tensor(list(said.values()), device=device)
+
+        def read(x, real):
+            count, length, nodes = len(x), x.shape[1], len(begun)
             x = torch.cat([x, self.get_input_embeddings()(tokens).expand(count, -1, -1)], 1)
-            real = inputs["attention_mask"].bool()
             positions = (real.long().cumsum(-1) - 1).clamp(min=0)
             positions = torch.cat([positions, positions[:, -1:] + depths], 1)
             mask = torch.zeros(count, 1, length + nodes, length + nodes, dtype=torch.bool, device=device)
@@ -504,9 +543,9 @@ class CalmForCausalLM(PreTrainedModel, GenerationMixin):
             chances = torch.stack([sum(chances[:, number[ids[:n]], token] for n, token in enumerate(ids))
                                    for ids in spelled], -1).softmax(-1)
             mean = chances @ values
-            spread = (chances * (values - mean[:, None]).square()).sum(-1).sqrt()
-            scores += list(zip(mean.tolist(), spread.tolist(), strict=True)) if with_spread else mean.tolist()
-        return scores
+            return mean, (chances * (values - mean[:, None]).square()).sum(-1).sqrt()
+
+        return read
 
     def comment(self, images, max_new_tokens=128, batch_size=8, **generation):
         """What the model says of each picture when asked for a comment; `generation` goes to `generate`."""

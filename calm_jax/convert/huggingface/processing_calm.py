@@ -31,7 +31,7 @@ class CalmProcessor(PushToHubMixin):
         image_size: side of the square that the encoder sees, pixels.
         tokens: part -> visual tokens of an image.
         system: what a conversation begins with.
-        instructions: task -> the words that ask for it: `score`, `comment`.
+        instructions: task -> the words that ask for it: `score`, `level`, `comment`.
         mean, std: of the encoder's training pictures, RGB in 0..1.
     """
 

@@ -86,3 +86,8 @@ PERSONAL = (
     "Going by my ratings, which score does this picture get?",
     "What would I say to this picture, on a scale of 1 to 10?",
 )
+
+
+def for_reader(reader: str) -> str:
+    """What programs ask for a score that is read by one of `scale.READERS`."""
+    return (LEVEL if reader == "levels" else SCORE)[0]
