@@ -10,7 +10,6 @@ list of pictures a list; no answer depends on the other pictures.
 
 from __future__ import annotations
 
-import bisect
 import dataclasses
 import functools
 import itertools
@@ -28,7 +27,7 @@ from calm_jax.data.cues import bank
 from calm_jax.data.samples import Answer, ImageRef, Mention, Sample, Turn
 from calm_jax.data.scale import HIGHEST, LOWEST, READERS, mapped
 from calm_jax.data.tasks import instructions
-from calm_jax.data.tasks.opinions import in_context
+from calm_jax.data.tasks.opinions import contexts, in_context
 from calm_jax.inference.decoding import GREEDY, Sampling
 from calm_jax.inference.generate import Generator, Pixels
 from calm_jax.inference.scorer import Score
@@ -176,26 +175,16 @@ class Model:
             return self.generator.scores(((sample, len(support)) for sample in itertools.chain([first], samples)), look,
                                          batch=self.batch, memory=memory)
 
-        found = [in_a_context(places) for places in self._contexts(len(rated), shots) if count]
+        def fits(number):
+            support = [(ImageRef(place), HIGHEST) for place in range(number)]
+            return self.generator.fits(Sample(*in_context(support, ImageRef(number), self.parts)))
+
+        found = [in_a_context(places) for places in contexts(len(rated), shots, fits) if count]
         for scores in zip(*found, strict=True):
             mean = float(np.mean([score.value for score in scores]))
             # The variance of a mixture of equal parts: the mean of theirs and the variance of their means.
             spread = np.sqrt(np.mean([score.spread ** 2 + (score.value - mean) ** 2 for score in scores]))
             yield Score(mean, float(spread)).on(scale)
-
-    def _contexts(self, count: int, shots: int) -> list[list[int]]:
-        """The rated pictures of each context, by number; of about one size, each rated picture in one of them."""
-        def fits(number):
-            support = [(ImageRef(place), HIGHEST) for place in range(number)]
-            return self.generator.fits(Sample(*in_context(support, ImageRef(number), self.parts)))
-
-        wanted = min(shots or count, count)
-        most = bisect.bisect_left(range(1, wanted + 1), True, key=lambda number: not fits(number))
-        if most < (wanted if shots else 1):
-            raise config_lib.ConfigError(f"{wanted} rated pictures do not fit into one context of this model, which "
-                                         f"has {self.generator.longest} positions; at most {most} do")
-        number = -(-count // most)
-        return [list(range(first, count, number)) for first in range(number)]
 
     def texts(self, count: int, pixels: Pixels, question: str, *, limit: int = COMMENT_TOKENS,
               sampling: Sampling = GREEDY) -> Iterator[str]:

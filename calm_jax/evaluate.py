@@ -26,6 +26,7 @@ from calm_jax import config as config_lib
 from calm_jax.data import builders, scale
 from calm_jax.data.samples import Dataset
 from calm_jax.evaluation import charts, peers, personalised, protocols, suggesting
+from calm_jax.evaluation.replies import Replies
 from calm_jax.inference.generate import Generator
 from calm_jax.training import checkpoint, restore
 
@@ -40,7 +41,7 @@ class Options:
       records: pictures of the split, spread evenly; 0 = all.
       control: checkpoint to compare with, or "".
       threshold: of the accuracies of scoring, on the scale 1-10.
-      shots, raters, shown: of personalised.
+      shots, raters, shown, context: of personalised.
     """
 
     task: str
@@ -54,19 +55,25 @@ class Options:
     shots: tuple[int, ...] = personalised.SHOTS
     raters: int = 0
     shown: str = "train"
+    context: int = 0
     spice: bool | None = None
 
 
-def evaluate(path: str, options: Options) -> dict[str, Any]:
-    """The result of one task as JSON values: the options, `model`, its checkpoint's identity, `table`, `answers`."""
+def evaluate(path: str, options: Options, file: pathlib.Path) -> dict[str, Any]:
+    """The result of one task as JSON values: the options, `model`, its checkpoint's identity, `table`, `answers`.
+
+    Replies of the model are kept beside `file`, where the result will be, so that an interrupted evaluation goes on.
+    """
     dataset = builders.load(options.dataset, options.data_dir)
     indices = dataset.indices(options.split)
     if options.records:
         places = np.linspace(0, len(indices) - 1, min(options.records, len(indices))).round().astype(int)
         indices = indices[np.unique(places)]
     ask = functools.partial(_answers, options=options, dataset=dataset, indices=indices)
-    answered = ask(path)
-    control = ask(options.control) if options.control and options.task in ("attributes", "suggesting") else ()
+    mine, theirs = _kept(file)
+    answered = ask(path, replies=mine)
+    control = ask(options.control, replies=theirs) if options.control and options.task in (
+        "attributes", "suggesting") else ()
     if options.task == "attributes":
         table = protocols.attribute_table(answered, control)
     elif options.task == "scoring":
@@ -81,6 +88,11 @@ def evaluate(path: str, options: Options) -> dict[str, Any]:
         _plain(dataclasses.asdict(item)) for item in answered]}
 
 
+def _kept(file: pathlib.Path) -> tuple[pathlib.Path, pathlib.Path]:
+    """Where the replies of a model and of its control are kept until the result is in `file`."""
+    return file.with_suffix(".replies.jsonl"), file.with_suffix(".control.replies.jsonl")
+
+
 def _asked(path: str, options: Options) -> dict[str, Any]:
     """What a result is an answer to."""
     beside = checkpoint.find(options.control).identity if options.control else None
@@ -88,13 +100,14 @@ def _asked(path: str, options: Options) -> dict[str, Any]:
                                   **dataclasses.asdict(options)}))
 
 
-def _answers(path: str, options: Options, dataset: Dataset, indices: Sequence[int]) -> list:
+def _answers(path: str, options: Options, dataset: Dataset, indices: Sequence[int], replies: pathlib.Path) -> list:
     model = restore.model(path)
     trained = model.config.processes.get(model.saved.meta["process"])
     if trained is None:
         raise config_lib.ConfigError(f"{model.saved.path} was converted and never trained; train from it first")
     parts = trained.parts if options.task != "attributes" else config_lib.LEVELS
-    generator = Generator(model.config.model, model.parameters, model.tokenizer, parts, model.dtype)
+    generator = Replies(Generator(model.config.model, model.parameters, model.tokenizer, parts, model.dtype), replies,
+                        _asked(path, options))
     del model  # the generator holds its weights in arrays of its own
     if options.task == "attributes":
         return protocols.attributes(generator, dataset, indices, cues=trained.cues, phrasings=trained.phrasings)
@@ -102,7 +115,7 @@ def _answers(path: str, options: Options, dataset: Dataset, indices: Sequence[in
         return suggesting.suggesting(generator, dataset, indices)
     if options.task == "personalised":
         return personalised.personalised(generator, dataset, indices, dataset.indices(options.shown),
-                                         shots=options.shots, raters=options.raters)
+                                         shots=options.shots, raters=options.raters, context=options.context)
     return protocols.opinions(generator, dataset, indices, {"scoring": "score", "commenting": "comment"}[options.task],
                               options.reader)
 
@@ -209,6 +222,8 @@ def cli() -> None:
     flags.DEFINE_list("shots", [str(count) for count in personalised.SHOTS], "personalised: rated pictures shown")
     flags.DEFINE_integer("raters", 0, "personalised: how many people; 0 = all", lower_bound=0)
     flags.DEFINE_string("shown", "train", "personalised: the split of the rated pictures shown")
+    flags.DEFINE_integer("context", 0, "personalised: rated pictures in a context at most; more shots are the mean "
+                         "over several contexts; 0 = as many as fit", lower_bound=0)
     flags.DEFINE_bool("spice", None, "commenting: compute SPICE, or fail; default: where it can be computed")
     flags.DEFINE_string("out", None, "folder of the results; default: WORKDIR/evaluation")
     command.run(main)
@@ -223,7 +238,8 @@ def main() -> None:
     if min(shots) < 0:
         raise config_lib.ConfigError(f"--shots {','.join(given.shots)}: fewer than none cannot be shown")
     options = Options(given.task, given.dataset, given.data_dir, given.split, given.reader, given.records,
-                      given.control, given.threshold, shots, given.raters, given.shown, given.spice)
+                      given.control, given.threshold, shots, given.raters, given.shown, given.context,
+                      given.spice)
     out = pathlib.Path(given.out or f"{given.workdir[0]}/evaluation")
     out.mkdir(parents=True, exist_ok=True)
     stem = f"{options.task}-{options.dataset}-{options.split}"
@@ -251,10 +267,12 @@ def _once(path: str, options: Options, file: pathlib.Path) -> dict[str, Any]:
         if asked == {name: found.get(name) for name in asked} and "table" in found:
             print(f"known already from {file}")
             return found
-    result = evaluate(path, options)
+    result = evaluate(path, options, file)
     partial = file.with_name(file.name + ".partial")
     partial.write_text(json.dumps(result, indent=1))
     partial.replace(file)
+    for kept in _kept(file):
+        kept.unlink(missing_ok=True)
     return result
 
 

@@ -17,6 +17,7 @@ from calm_jax.data.tasks import instructions
 from calm_jax.data.tasks.opinions import held_out
 from calm_jax.data.tokenizer import Tokenizer
 from calm_jax.evaluation import charts, degradations, metrics, peers, personalised, protocols, suggesting
+from calm_jax.evaluation.replies import Replies
 from calm_jax.inference.generate import Generator
 from calm_jax.inference.scorer import Score
 from calm_jax.models.parameters import initial
@@ -194,11 +195,66 @@ def test_personal_scores_are_judged_by_rater():
     assert np.isnan(table["mean", 20]["srcc"]) and table["mean", 20]["mae"] > table["own", 20]["mae"]
     few = personalised.personalised(Learner(), data, asked, shown, shots=(2,), raters=3)
     assert len({item.rater for item in few}) == 3
+    split = personalised.personalised(Learner(), data, asked, shown, shots=(24,))  # two contexts of twelve
+    ten = personalised.personalised(Learner(), data, asked, shown, shots=(24,), context=10)  # three of eight
+    for item, other in zip(split, ten, strict=True):
+        assert (item.said == other.said) == (item.arm in ("crowd", "mean")) and abs(item.said - other.said) < 5
     for wrong, sentence in (
-            ({"shots": (22,)}, "22 rated pictures do not fit the model's 512 positions"),
+            ({"shots": (22,), "context": 22}, "22 rated pictures do not fit into one context of this model; at most"),
             ({"shots": (30,)}, "no held-out rater of rated has rated 5 of the pictures in question and 30")):
         with pytest.raises(config_lib.ConfigError, match=sentence):
             personalised.personalised(Learner(), data, asked, shown, **wrong)
+
+
+def test_no_question_is_asked_twice_after_an_interruption(tmp_path):
+    """Of scores and texts, wherever it stopped: between two calls, in one, or in the middle of a line."""
+    class Counting:
+        layout, size, longest = None, 32, 512
+
+        def __init__(self, fails_at):
+            self.asked, self.fails_at = [], fails_at
+
+        def fits(self, sample):
+            return True
+
+        def remember(self, *_):
+            self.asked.append("memory")
+            return "memory"
+
+        def answers(self, questions, pixels, *, limit):
+            for question in questions:
+                if len(self.asked) == self.fails_at:
+                    raise KeyboardInterrupt
+                self.asked.append(question)
+                yield f"{question}, {limit}"
+
+        def scores(self, questions, pixels, *, memory, batch):
+            for text in self.answers(questions, pixels, limit=memory):
+                yield Score(float(text[0]), text=text)
+
+    def protocol(replies):
+        first = list(replies.answers(["1", "2", "3"], None, limit=5))
+        memory = replies.remember(None, 1, None)
+        scores = list(replies.scores(iter(["4", "5"]), None, memory=memory, batch=2))
+        return first, [(score.value, score.text) for score in scores], list(replies.answers([], None, limit=1)), list(
+            replies.answers(["6"], None, limit=7))
+
+    file, expected = tmp_path / "deep" / "replies", protocol(Replies(Counting(-1), tmp_path / "whole", {"model": "a"}))
+    for stop in (0, 2, 4, 5, 6):
+        file.unlink(missing_ok=True)
+        first = Counting(stop)
+        with pytest.raises(KeyboardInterrupt):
+            protocol(Replies(first, file, {"model": "a"}))
+        with file.open("a") as stream:
+            stream.write('["half of a')
+        second = Counting(-1)
+        assert protocol(Replies(second, file, {"model": "a"})) == expected
+        asked = [question for question in first.asked + second.asked if question != "memory"]
+        assert asked == list("123456")
+        third = Counting(0)
+        assert protocol(Replies(third, file, {"model": "a"})) == expected and not third.asked
+    other = Counting(-1)
+    assert protocol(Replies(other, file, {"model": "b"})) == expected and len(other.asked) == 7
 
 
 # ---- scores ------------------------------------------------------------------------------------------------------

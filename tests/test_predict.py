@@ -157,8 +157,7 @@ def test_a_personal_score_is_the_mean_over_contexts(model, tmp_path):
     many = rated * 4  # more than fit into one context
     assert model.personalise(many, asked[0], scale=(1, 5)).value > 1
     for call, sentence in ((lambda: model.personalise(many, asked[0], scale=(1, 5), shots=28),
-                            r"28 rated pictures do not fit into one context of this model, which has 512 positions; "
-                            r"at most \d+ do"),
+                            r"28 rated pictures do not fit into one context of this model; at most \d+ do"),
                            (lambda: model.personalise([], asked[0]), "no picture is rated"),
                            (lambda: model.personalise([(asked[0], 11)], asked[0]), "score 11, which is not from 1")):
         with pytest.raises(config_lib.ConfigError, match=sentence):

@@ -21,7 +21,7 @@ import tqdm
 from calm_jax import config as config_lib
 from calm_jax.data.samples import Dataset, Sample
 from calm_jax.data.scale import mapped
-from calm_jax.data.tasks.opinions import held_out, in_context
+from calm_jax.data.tasks.opinions import contexts, held_out, in_context
 from calm_jax.evaluation import metrics
 from calm_jax.inference.generate import Generator
 
@@ -47,16 +47,18 @@ class Verdict:
 
 
 def personalised(generator: Generator, dataset: Dataset, asked: Sequence[int], shown: Sequence[int], *,
-                 shots: Sequence[int] = SHOTS, raters: int = 0, batch: int = 16) -> list[Verdict]:
+                 shots: Sequence[int] = SHOTS, raters: int = 0, context: int = 0, batch: int = 16) -> list[Verdict]:
     """Asks for the scores of held-out raters.
 
     Args:
       asked: records whose scores are foretold.
       shown: records from which the rated pictures are drawn.
       raters: how many people at most; 0 = all who have rated enough.
+      context: rated pictures before a question at most; 0 = as many as fit. More shots are several contexts, each with
+        its share of them, and a score is the mean over them.
 
     Raises:
-      ConfigError: nobody has rated enough, or so many shots do not fit the model's positions.
+      ConfigError: nobody has rated enough, or a context does not fit the model's positions.
     """
     own, crowd = _ratings(dataset, asked)
     known, _ = _ratings(dataset, shown)
@@ -79,11 +81,11 @@ def personalised(generator: Generator, dataset: Dataset, asked: Sequence[int], s
         add(0, "crowd", [crowd[index] for index in queries])
         for count in shots:
             rated = [(int(index), known[rater][index]) for index in order[:count]]
-            add(count, "own", _foretold(generator, dataset, rated, queries, batch))
+            add(count, "own", _foretold(generator, dataset, rated, queries, batch, context))
             if count:
-                dealt = rng.permutation([score for _, score in rated])
-                add(count, "permuted", _foretold(generator, dataset, [
-                    (index, float(score)) for (index, _), score in zip(rated, dealt, strict=True)], queries, batch))
+                dealt = [(index, float(score)) for (index, _), score in zip(
+                    rated, rng.permutation([score for _, score in rated]), strict=True)]
+                add(count, "permuted", _foretold(generator, dataset, dealt, queries, batch, context))
                 add(count, "mean", [np.mean([score for _, score in rated])] * len(queries))
     return found
 
@@ -105,17 +107,17 @@ def _ratings(dataset: Dataset, indices: Sequence[int]) -> tuple[dict[str, dict[i
 
 
 def _foretold(generator: Generator, dataset: Dataset, rated: Sequence[tuple[int, float]], queries: Sequence[int],
-              batch: int) -> list[float]:
+              batch: int, most: int) -> list[float]:
     support = [(dataset.record(index).image, score) for index, score in rated]
-    samples = [Sample(*in_context(support, dataset.record(index).image, generator.layout.parts)) for index in queries]
-    memory = None
-    if support:
-        if not generator.fits(samples[0]):
-            raise config_lib.ConfigError(f"{len(support)} rated pictures do not fit the model's {generator.longest} "
-                                         "positions; give fewer --shots")
-        memory = generator.remember(samples[0], len(support), dataset.pixels)
-    questions = [(sample, len(support)) for sample in samples]
-    return [score.value for score in generator.scores(questions, dataset.pixels, batch=batch, memory=memory)]
+    parts, found = generator.layout.parts, []
+    image = dataset.record(queries[0]).image
+    for places in contexts(len(support), most, lambda shown: generator.fits(Sample(*in_context(
+            support[:shown], image, parts)))):
+        shown = [support[place] for place in places]
+        questions = [(Sample(*in_context(shown, dataset.record(index).image, parts)), len(shown)) for index in queries]
+        memory = generator.remember(questions[0][0], len(shown), dataset.pixels) if shown else None
+        found.append([score.value for score in generator.scores(questions, dataset.pixels, batch=batch, memory=memory)])
+    return np.mean(found, 0).tolist()
 
 
 def personal_table(found: Sequence[Verdict]) -> list[dict]:

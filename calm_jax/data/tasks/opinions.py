@@ -7,9 +7,10 @@ has rated. The instructions and everything else are ours.
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -120,6 +121,25 @@ def in_context(rated: Sequence[tuple[ImageRef, float]], image: ImageRef, parts: 
              for number, (_, score) in enumerate(rated)]
     turns.append(Turn((Mention(len(rated), parts), f" {question}"), Answer("")))
     return (*(shown for shown, _ in rated), image), tuple(turns)
+
+
+def contexts(count: int, most: int, fits: Callable[[int], bool]) -> list[list[int]]:
+    """Which of `count` rated pictures each context shows, by number; of about one size, each picture in one of them.
+
+    Args:
+      most: pictures in a context; 0 = as many as fit.
+      fits: whether so many do.
+
+    Raises:
+      ConfigError: `most` of them do not fit, or not even one does.
+    """
+    wanted = min(most or count, count)
+    room = bisect.bisect_left(range(1, wanted + 1), True, key=lambda number: not fits(number))
+    if room < (wanted if most else min(count, 1)):
+        raise config_lib.ConfigError(f"{wanted} rated pictures do not fit into one context of this model; at most "
+                                     f"{room} do")
+    number = -(-count // max(room, 1)) or 1
+    return [list(range(first, count, number)) for first in range(number)]
 
 
 def suggestion(record: Record, rng: np.random.Generator, context: Context) -> Content:
