@@ -2,7 +2,9 @@
 
     python -m calm_jax.train --config configs/finetune.py[:VARIANT] [--workdir DIR] [--config.a.b=value ...]
 
-The same command again resumes. A workdir belongs to one config; another config in it is refused with the difference.
+The same command again resumes. One of several processes finds the others by its environment (`training.processes`);
+calm_jax.supervise starts processes, and starts them again. A workdir belongs to one config; another config in it is
+refused with the difference.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from calm_jax import config as config_lib
 from calm_jax.data import builders
 from calm_jax.data.tokenizer import Tokenizer
 from calm_jax.models.parameters import Geometry
-from calm_jax.training import loop, sharding
+from calm_jax.training import loop, processes, sharding
 
 
 def train(config: config_lib.Config, workdir: pathlib.Path) -> None:
@@ -36,7 +38,8 @@ def train(config: config_lib.Config, workdir: pathlib.Path) -> None:
                                      f"model.llama.vocab is {config.model.llama.vocab}; set one to fit the other")
     mesh = sharding.make_mesh(config.mesh)
     geometry = Geometry.of(config.model)
-    loop.say(f"devices: {mesh.devices.size} x {mesh.devices.flat[0].device_kind}, mesh {dict(mesh.shape)}")
+    loop.say(f"devices: {mesh.devices.size} x {mesh.devices.flat[0].device_kind} of {jax.process_count()} process(es), "
+             f"mesh {dict(mesh.shape)}")
     loop.say(sharding.table(geometry.shapes, mesh))
     run = loop.Run(config, workdir, mesh, geometry, tokenizer)
     for name in config.run:
@@ -73,9 +76,12 @@ def cli() -> None:
     chosen = command.define_config()
     workdir = flags.DEFINE_string("workdir", None, "folder of checkpoints, metrics and curves; default: "
                                   "runs/CONFIG-VARIANT")
+    distributed = flags.DEFINE_enum("distributed", "auto", processes.MODES, "whether this is one process of several; "
+                                    "auto: where the environment says so, on: as JAX finds out (Cloud TPU)")
 
     def main():
         config = command.config(chosen)
+        processes.join(distributed.value)
         name = "-".join(pathlib.Path(part).stem for part in command.config_file().split(":"))
         train(config, pathlib.Path(workdir.value or f"runs/{name}"))
 

@@ -27,7 +27,7 @@ MODEL = c.Model(
     remat="none")
 SHARES = {"scores": {"scores": 1.0}, "then_scores": {"scores": 0.5},  # variant -> of STEPS, by process
           "self_supervised": {"language": 0.1, "self_supervised": 0.4},
-          "all_tasks": {"tasks": 0.75, "personal": 0.25}, "no_suggestions": {"tasks": 0.75, "personal": 0.25}}
+          "all_tasks": {"tasks": 0.75, "personal": 0.15}, "no_suggestions": {"tasks": 0.75, "personal": 0.15}}
 TASKS = {"tasks": {"score": 0.5, "attributes": 0.2, "suggestion": 0.3},
          "personal": {"oasis:personal": 0.5, "score": 0.2, "attributes": 0.1, "suggestion": 0.2}}
 VARIANTS = tuple(SHARES)
@@ -50,10 +50,10 @@ def get_config(variant: str = "scores"):
         if name in TASKS:
             tasks = {task: weight for task, weight in TASKS[name].items()
                      if variant == "all_tasks" or task != "suggestion"}
-            # A personal question takes one row, up to ten rated pictures and the one in question.
-            row = (c.Row(tokens=640, images=11, answers=96, candidates=8) if name == "personal" else
+            # A personal question takes one row: up to eight rated pictures of 60 tokens each, and the one in question.
+            row = (c.Row(tokens=640, images=9, answers=96, candidates=8) if name == "personal" else
                    c.Row(tokens=424, images=3, answers=96, candidates=8))
-            processes[name] = c.Process(tasks=tasks, score_spread=0.7, phrasings=1, support=(2, 10), row=row, **process)
+            processes[name] = c.Process(tasks=tasks, score_spread=0.7, phrasings=1, support=(2, 8), row=row, **process)
             continue
         if name == "language":
             process |= {"train": ("llama/.*",), "freeze": ("vit/.*", "mfam/.*"),

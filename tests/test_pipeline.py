@@ -29,8 +29,8 @@ def make_rows(dataset, process=PROCESS, seed=0, split="train"):
     return pipeline.Rows(process, {process.dataset: dataset}, Tokenizer(), MODEL, seed=seed, split=split)
 
 
-def read(rows, start, stop, shard=(0, 1), **data):
-    return list(pipeline.batches(rows, config_lib.Data(**data), batch=4, start=start, stop=stop, shard=shard))
+def read(rows, start, stop, own=None, **data):
+    return list(pipeline.batches(rows, config_lib.Data(**data), batch=4, start=start, stop=stop, own=own))
 
 
 def same(a, b):
@@ -52,14 +52,13 @@ def test_worker_processes_change_nothing(demo, workers):
     assert all(same(a, b) for a, b in zip(threads, others, strict=True))
 
 
-def test_two_processes_share_the_rows_of_one(demo):
+@pytest.mark.parametrize("shares", [((0, 1), (2, 3)), ((0, 3), (1, 2)), ((2,), (0, 1, 3))])
+def test_two_processes_share_the_rows_of_one(demo, shares):
     whole = read(make_rows(demo), 0, 3)
-    parts = [read(make_rows(demo), 0, 3, shard=(i, 2)) for i in range(2)]
-    for step, batch in enumerate(whole):
-        for name in PER_STEP:
-            np.testing.assert_array_equal(batch[name], np.concatenate([part[step][name] for part in parts]))
-    with pytest.raises(config_lib.ConfigError, match="do not divide among 3 processes"):
-        read(make_rows(demo), 0, 1, shard=(0, 3))
+    for own in shares:
+        for step, part in enumerate(read(make_rows(demo), 0, 3, own=own)):
+            for name in PER_STEP:
+                np.testing.assert_array_equal(part[name], whole[step][name][list(own)])
 
 
 def examples_of(rows, count):

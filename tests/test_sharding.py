@@ -76,7 +76,7 @@ def prepared(model: config_lib.Model, accumulate: int, sizes: tuple[int, int, in
         layout = sharding.parameters(Geometry.of(model).shapes, mesh)
         compute = jax.jit(a_step(model, accumulate, mesh).gradients, out_shardings=(layout, None))
         parameters = {path: jax.device_put(value, layout[path]) for path, value in parameters.items()}
-        batch = sharding.put(batch, mesh)
+        batch = sharding.put(batch, mesh, len(batch["tokens"]))
     return compute.lower(parameters, {}, batch, None).compile(), (parameters, {}, batch, None)
 
 

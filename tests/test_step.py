@@ -162,7 +162,7 @@ def test_gradients_and_moments_exist_for_what_learns_alone_and_the_rest_stays_bi
     assert bytes_of(state.optimizer) == 2 * 4 * count + bytes_of(counters) and len(counters) == 2
     train = compile_train(step, placement, {path: layout[path] for path in frozen})
     for number in range(3):
-        state, metrics = train(state, frozen, sharding.put(batch, mesh), jax.random.key(0))
+        state, metrics = train(state, frozen, sharding.put(batch, mesh, PROCESS.batch), jax.random.key(0))
         assert float(metrics["lr"]) == float(step.schedule(number))
     assert int(state.step) == 3
     for path, leaf in frozen.items():

@@ -63,24 +63,20 @@ def jax_step(config: config_lib.Config, process: config_lib.Process,
     import jax
     import jax.numpy as jnp
 
-    from calm_jax.models.parameters import Geometry, initial, numerics
-    from calm_jax.training import filters, optimizer, sharding
-    from calm_jax.training.step import State, Step, compile_train
-    mesh, geometry = sharding.make_mesh(config.mesh), Geometry.of(config.model)
-    learns, layout = filters.trainable(geometry.shapes, process), sharding.parameters(geometry.shapes, mesh)
+    from calm_jax.models.parameters import Geometry, initial
+    from calm_jax.training import sharding
+    from calm_jax.training.setup import Setup
+    from calm_jax.training.step import State
+    setup = Setup.of(config, config.run[0], Geometry.of(config.model), sharding.make_mesh(config.mesh))
+    layout = {path: leaf.sharding for path, leaf in setup.kept.items()}
     parameters = jax.jit(lambda key: initial(config.model, key), out_shardings=layout)(jax.random.key(config.seed))
-    trained = {path: value for path, value in parameters.items() if learns[path]}
-    frozen = {path: value for path, value in parameters.items() if not learns[path]}
-    tx, schedule = optimizer.make(process.optimizer, process.steps)
-    step = Step(geometry, process, tx, schedule, numerics(config.model)[0], mesh=mesh, dropout=False,
-                freeze_vit=not any(path.startswith("vit/") for path in trained))
-    single = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    places = State(single, {path: layout[path] for path in trained},
-                   sharding.optimizer(tx, {path: geometry.shapes[path] for path in trained},
-                                      {path: layout[path] for path in trained}, mesh))
-    run = compile_train(step, places, {path: layout[path] for path in frozen})
-    state = jax.device_put(State(jnp.zeros((), jnp.int32), trained, jax.jit(tx.init)(trained)), places)
-    arrays, key = sharding.put(batch, mesh), jax.random.key(0)
+    parameters = {path: value.astype(setup.kept[path].dtype) for path, value in parameters.items()}
+    trained = {path: parameters[path] for path in setup.trained}
+    frozen = {path: parameters[path] for path in setup.frozen}
+    run = setup.compiled()
+    state = jax.device_put(State(jnp.zeros((), jnp.int32), trained, jax.jit(setup.tx.init)(trained)), setup.placements)
+    mesh = setup.mesh
+    arrays, key = sharding.put(batch, mesh, process.batch), jax.random.key(0)
 
     def call() -> float:
         nonlocal state
@@ -256,6 +252,7 @@ def main(what: list[str]) -> None:
     if name not in config.processes:
         raise config_lib.ConfigError(f"there is no process {name!r}{config_lib.nearest(name, config.processes)}")
     process = dataclasses.replace(config.processes[name], batch=_ROWS.value, accumulate=1)
+    config = dataclasses.replace(config, run=(name,), processes={name: process})
     if what == ["data"]:
         process = dataclasses.replace(process, dataset="folder")
         with tempfile.TemporaryDirectory(dir=_SCRATCH.value) as folder:

@@ -91,6 +91,28 @@ def shared(indices: Int[np.ndarray, "n"], share: float, seed: int) -> Int[np.nda
     return np.sort(drawn[:max(1, round(share * len(indices)))])
 
 
+def blank(row: config_lib.Row, size: int, pad: int = 0) -> dict[str, np.ndarray]:
+    """The arrays of a row that holds nothing yet, all but its cursor.
+
+    Args:
+      size: side of a picture.
+      pad: the id of padding.
+    """
+    return {
+        "images": np.zeros((row.images, size, size, 3), np.uint8),
+        "tokens": np.full(row.tokens, pad, np.int32),
+        "visual": np.full(row.tokens, -1, np.int32),
+        "segments": np.zeros(row.tokens, np.int32),
+        "positions": np.zeros(row.tokens, np.int32),
+        "places": np.zeros(row.answers, np.int32),
+        "labels": np.zeros((row.answers, row.candidates), np.int32),
+        "weights": np.zeros((row.answers, row.candidates), np.float32),
+        "asked": np.zeros(row.images, np.int32),
+        "targets": np.zeros(row.images, np.float32),
+        "bad": np.zeros((), np.int32),
+    }
+
+
 class Rows:
     """The numbered rows of one process over one split. Thread-safe; cheap to copy into worker processes.
 
@@ -262,19 +284,7 @@ class Rows:
     def pack(self, planned: Planned) -> dict[str, np.ndarray]:
         """Reads and edits the pictures of a planned row and lays its conversations out one after the other."""
         row, size = self.process.row, self.size
-        out = {
-            "images": np.zeros((row.images, size, size, 3), np.uint8),
-            "tokens": np.full(row.tokens, self.tokenizer.pad, np.int32),
-            "visual": np.full(row.tokens, -1, np.int32),
-            "segments": np.zeros(row.tokens, np.int32),
-            "positions": np.zeros(row.tokens, np.int32),
-            "places": np.zeros(row.answers, np.int32),
-            "labels": np.zeros((row.answers, row.candidates), np.int32),
-            "weights": np.zeros((row.answers, row.candidates), np.float32),
-            "asked": np.zeros(row.images, np.int32),
-            "targets": np.zeros(row.images, np.float32),
-            "bad": np.zeros((), np.int32),
-        }
+        out = blank(row, size, self.tokenizer.pad)
         token, image, place = 0, 0, 0
         fitters: dict[tuple[int, int], images.Fitter] = {}
         for number, (example, (sample, encoded)) in enumerate(zip(planned.examples, planned.texts, strict=True), 1):
@@ -346,23 +356,16 @@ class Pictures:
         return pixels
 
 
-def batches(rows: Rows, data: config_lib.Data, *, batch: int, start: int, stop: int, shard: tuple[int, int] = (0, 1)
+def batches(rows: Rows, data: config_lib.Data, *, batch: int, start: int, stop: int, own: Sequence[int] | None = None
             ) -> Iterator[dict[str, np.ndarray]]:
-    """Batches `start` to `stop` of `batch` rows each, prepared ahead; of every batch, shard i of n as (i, n).
-
-    Raises:
-      ConfigError: `batch` does not divide among the shards.
-    """
-    index, count = shard
-    if batch % count:
-        raise config_lib.ConfigError(f"batch={batch} rows do not divide among {count} processes; choose a multiple")
-    local = batch // count
+    """Batches `start` to `stop` of `batch` rows each, prepared ahead; of every batch the rows `own`, or all."""
+    places = tuple(range(batch) if own is None else own)
 
     def read(number: int) -> dict[str, np.ndarray]:
-        step, place = divmod(int(number), local)
-        return rows.row((start + step) * batch + index * local + place)
+        step, place = divmod(int(number), len(places))
+        return rows.row((start + step) * batch + places[place])
 
-    dataset = grain.MapDataset.range((stop - start) * local).map(read).batch(local)
+    dataset = grain.MapDataset.range((stop - start) * len(places)).map(read).batch(len(places))
     options = grain.ReadOptions(num_threads=data.threads, prefetch_buffer_size=max(2, data.threads))
     if data.workers:
         if not flags.FLAGS.is_parsed():  # Grain's worker processes read absl flags, also outside absl programs

@@ -213,12 +213,12 @@ class Generator:
         place = function, tuple(options.items())
         if place not in self._programs:
             self._programs[place] = jax.jit(functools.partial(
-                _placed, self.mesh, functools.partial(function, self.geometry, parts=self.layout.parts,
+                placed, self.mesh, functools.partial(function, self.geometry, parts=self.layout.parts,
                                                       dtype=self.dtype, **options)))
         return self._programs[place]
 
 
-def _placed(mesh: jax.sharding.Mesh | None, function: Callable, *arguments):
+def placed(mesh: jax.sharding.Mesh | None, function: Callable, *arguments):
     """The function where the models put their rows on the devices of the mesh."""
     if mesh is None:
         return function(*arguments)

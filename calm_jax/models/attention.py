@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+
 import jax
 import jax.numpy as jnp
-from einops import rearrange
+from einops import rearrange, repeat
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from calm_jax.models import layers
 
 TILE = 256  # queries a tile at most: the widest array of scores is [B, N, TILE, S]
+LANES = 128  # kernels take rows of a multiple of this
 CHUNKS = 4  # causal: queries of a chunk read the same keys; 4 compute 5/8 of the square, 8 would 9/16
 
 
@@ -26,8 +30,71 @@ def attend(q: Float[Array, "B T N H"], k: Float[Array, "B S K H"], v: Float[Arra
       behind: so many keys come before that of the first query.
       q_segments, kv_segments: a query sees only the keys of its own segment. Queries of a segment without keys
         (padding) get the mean of what they may not see, which nothing reads.
+    Packed rows of training go to a kernel of the platform where there is one, which never holds the scores; everything
+    else, and every CPU, to `tiled`.
     """
-    return tiled(q, k, v, q_segments, kv_segments, causal=causal, behind=behind)
+    kernel = KERNELS.get(_platform())
+    rows = causal and not behind and q_segments is not None and q_segments is kv_segments
+    if kernel is None or not rows or q.shape[1] % LANES or k.shape[2] % _split("tensor"):
+        return tiled(q, k, v, q_segments, kv_segments, causal=causal, behind=behind)
+    return _on_each_device(kernel, q, k, v, q_segments)
+
+
+def _platform() -> str:
+    """Where this is going to run: on the devices of the mesh in use, which need not be there, or where JAX runs."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
+
+
+def _split(axis: str) -> int:
+    """Devices along an axis of the mesh in use."""
+    return dict(jax.sharding.get_abstract_mesh().shape).get(axis, 1)
+
+
+def _on_each_device(kernel: Callable[..., Array], q, k, v, segments):
+    """A kernel sees the rows and heads of its device alone: XLA does not know how to split it."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if "fsdp" not in mesh.axis_names:
+        return kernel(q, k, v, segments)
+    heads, row = P(("data", "fsdp"), None, "tensor", None), P(("data", "fsdp"), None)
+    return jax.shard_map(kernel, mesh=mesh, in_specs=(heads, heads, heads, row), out_specs=heads, check_vma=False)(
+        q, k, v, segments)
+
+
+def splash(q: Float[Array, "B T N H"], k: Float[Array, "B T K H"], v: Float[Array, "B T K H"],
+           segments: Int[Array, "B T"], *, interpret: bool = False) -> Float[Array, "B T N H"]:
+    """Causal `attend` inside segments by JAX's splash kernel for TPUs, which skips the blocks above the diagonal.
+
+    Args:
+      interpret: run it on any platform, slowly; for tests.
+    """
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+    length, heads = q.shape[1:3]
+    block = next(size for size in (512, 256, LANES) if length % size == 0)
+    sizes = kernels.BlockSizes(**dict.fromkeys((
+        "block_q", "block_kv", "block_kv_compute", "block_q_dkv", "block_kv_dkv", "block_kv_dkv_compute", "block_q_dq",
+        "block_kv_dq"), block))
+    mask = masks.MultiHeadMask([masks.CausalMask((length, length))] * heads)
+    kernel = kernels.make_splash_mha(mask, head_shards=1, q_seq_shards=1, block_sizes=sizes, interpret=interpret)
+    q, k, v = (rearrange(x, "b t n h -> b n t h") for x in (q * q.shape[-1] ** -0.5, k, v))
+    mixed = jax.vmap(kernel)(q, k, v, kernels.SegmentIds(segments, segments))
+    return rearrange(mixed, "b n t h -> b t n h").astype(q.dtype)
+
+
+def flash(q: Float[Array, "B T N H"], k: Float[Array, "B T K H"], v: Float[Array, "B T K H"],
+          segments: Int[Array, "B T"], *, interpret: bool = False) -> Float[Array, "B T N H"]:
+    """Causal `attend` inside segments by JAX's Pallas kernel for GPUs, after FlashAttention-2; else as `splash`."""
+    from jax.experimental.pallas.ops.gpu import attention as kernels
+    block = 64 if q.shape[-1] > 64 else LANES
+    sizes = kernels.BlockSizes(**dict.fromkeys((
+        "block_q", "block_k", "block_q_dkv", "block_kv_dkv", "block_q_dq", "block_kv_dq"), block))
+    k, v = (repeat(x, "b t k h -> b t (k g) h", g=q.shape[2] // x.shape[2]) for x in (k, v))
+    return kernels.mha(q, k, v, segments, sm_scale=q.shape[-1] ** -0.5, causal=True, block_sizes=sizes,
+                       interpret=interpret)
+
+
+KERNELS: Mapping[str, Callable[..., Array]] = {"tpu": splash, "gpu": flash, "cuda": flash}
 
 
 def attend_cached(q: Float[Array, "B M N H"], k: Float[Array, "B K S H"], v: Float[Array, "B K S H"],

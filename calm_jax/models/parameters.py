@@ -115,9 +115,9 @@ def match(parameters: Mapping[str, object], patterns: Mapping[str, tuple[str, ..
     return chosen
 
 
-def numerics(cfg: config_lib.Model) -> tuple[jnp.dtype, jnp.dtype, str]:
-    """(computation dtype, storage dtype of frozen parameters, why)."""
-    backend = jax.default_backend()
+def numerics(cfg: config_lib.Model, backend: str = "") -> tuple[jnp.dtype, jnp.dtype, str]:
+    """(computation dtype, storage dtype of frozen parameters, why), for a backend or for that of this program."""
+    backend = backend or jax.default_backend()
     auto = "float32" if backend == "cpu" else "bfloat16"
     pick = [jnp.dtype(auto if name == "auto" else name) for name in (cfg.dtype, cfg.frozen_dtype)]
     return pick[0], pick[1], f"compute {pick[0].name}, frozen {pick[1].name}, trained float32 (backend: {backend})"

@@ -41,6 +41,7 @@ from calm_jax.models.parameters import Parameters
 
 MARKER, META, ARRAYS, BEST = "COMPLETE.json", "meta.json", "arrays", "best.json"
 LARGE = 1 << 22  # leaves from this many bytes on are cut into chunks
+TICK = 16  # steps after which several processes compare their clocks
 VERIFYING = 4 * 3600  # seconds that processes wait for the first one to verify a checkpoint, which reads all of it
 _turns = itertools.count()  # names of barriers: every process asks for its checkpoints in the same order
 
@@ -82,6 +83,8 @@ class Checkpoints:
         policy = self.policy
         by_step = policy.every_steps and step % policy.every_steps == 0
         by_time = policy.every_minutes and time.monotonic() - self._saved_at > 60 * policy.every_minutes
+        if policy.every_minutes and jax.process_count() > 1:  # their clocks differ: that of the first one counts
+            by_time = step % TICK == 0 and bool(multihost_utils.broadcast_one_to_all(np.bool_(by_time)))
         return bool(by_step or by_time)
 
     def save(self, step: int, arrays: Mapping[str, Any], meta: Mapping[str, Any], *, best: bool = False) -> None:
@@ -97,14 +100,11 @@ class Checkpoints:
         """
         self.wait()
         path = self.folder / f"{step:08d}"
-        if path.exists():
-            if is_complete(path):
-                self._finish(path, None, best, step)
-                return
-            shutil.rmtree(path)
+        if _of_the_first(lambda: self._known(path)):
+            self._finish(path, None, best, step)
+            return
         tree = {"parameters": nest(arrays["parameters"]), "optimizer": _named(arrays["optimizer"])}
         try:
-            path.mkdir(parents=True)
             self._orbax.save(path / ARRAYS, args=ocp.args.PyTreeSave(tree, save_args=jax.tree.map(chunks, tree)))
         except Exception as error:
             raise failed(path, error) from error
@@ -112,6 +112,17 @@ class Checkpoints:
         self._saved_at = time.monotonic()
         self._finisher = threading.Thread(target=self._finish, args=(path, meta, best, step), daemon=True)
         self._finisher.start()
+
+    def _known(self, path: pathlib.Path) -> bool:
+        """Whether this checkpoint is there already; what a crash left of it is removed, and its folder made."""
+        if is_complete(path):
+            return True
+        try:
+            shutil.rmtree(path, ignore_errors=True)
+            path.mkdir(parents=True)
+        except OSError as error:
+            raise failed(path, error) from error
+        return False
 
     def _finish(self, path: pathlib.Path, meta: Mapping[str, Any] | None, best: bool, step: int) -> None:
         """Waits for Orbax, writes meta data and marker, then prunes: never before the new one is complete."""
@@ -241,14 +252,23 @@ def _find(path: pathlib.Path) -> Saved:
 
 
 def _by_the_first(work: Callable[[], Saved | None]) -> Saved | None:
-    """The outcome of `work()`, which only the first process does, in every process: what it found or its error."""
+    """The checkpoint that `work()` finds, which only the first process does, in every process."""
+    def found():
+        saved = work()
+        return None if saved is None else {"path": str(saved.path), "meta": saved.meta}
+
+    outcome = _of_the_first(found)
+    return None if outcome is None else Saved(pathlib.Path(outcome["path"]), outcome["meta"])
+
+
+def _of_the_first(work: Callable[[], Any]) -> Any:
+    """The outcome of `work()`, JSON values, which only the first process does, in every process; or its error."""
     if jax.process_count() == 1:
         return work()
     outcome: dict[str, Any] = {}
     if jax.process_index() == 0:
         try:
-            saved = work()
-            outcome = {"path": str(saved.path), "meta": saved.meta} if saved is not None else {}
+            outcome = {"found": work()}
         except Exception as error:  # whatever it is, the others must not wait for ever
             outcome = {"error": str(error) if isinstance(error, CheckpointError) else repr(error)}
     # A barrier first: it waits as long as it is told to, where a broadcast counts on all processes being there.
@@ -259,7 +279,7 @@ def _by_the_first(work: Callable[[], Saved | None]) -> Saved | None:
     outcome = json.loads(multihost_utils.broadcast_one_to_all(same).tobytes())
     if "error" in outcome:
         raise CheckpointError(outcome["error"])
-    return Saved(pathlib.Path(outcome["path"]), outcome["meta"]) if outcome else None
+    return outcome["found"]
 
 
 def read(path: pathlib.Path) -> Saved:

@@ -13,15 +13,17 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import multihost_utils
 
 from calm_jax import config as config_lib
 from calm_jax.data import pipeline
 from calm_jax.data.samples import Dataset
 from calm_jax.data.tokenizer import Tokenizer
-from calm_jax.models.parameters import Geometry, Parameters, numerics
-from calm_jax.training import checkpoint, filters, logging, optimizer, sharding
+from calm_jax.models.parameters import Geometry, Parameters
+from calm_jax.training import checkpoint, filters, logging, sharding
 from calm_jax.training.restore import load
-from calm_jax.training.step import State, Step, compile_train
+from calm_jax.training.setup import Setup
+from calm_jax.training.step import State
 
 MIN_EXAMPLES = 200  # before that many, a share of bad records says little
 
@@ -69,58 +71,42 @@ def run_process(run: Run, name: str, datasets: Mapping[str, Dataset]) -> None:
         return
 
     # ---- what learns, where it lives --------------------------------------------------------------------------
-    sharding.check_batch(process, mesh, name)
-    learns = filters.trainable(run.geometry.shapes, process)
-    dtype, frozen_dtype, why = numerics(config.model)
-    layout = sharding.parameters(run.geometry.shapes, mesh)
-    trained_now = frozenset(path for path, learn in learns.items() if learn)
-    run.trained |= trained_now
-    kept = {path: jax.ShapeDtypeStruct(leaf.shape, jnp.float32 if path in run.trained else frozen_dtype,
-                                       sharding=layout[path]) for path, leaf in run.geometry.shapes.items()}
-    say(f"{name}: {process.steps} steps of {process.batch} rows on {mesh.devices.size} device(s); {why}")
-    say(filters.table(run.geometry.shapes, learns))
+    setup = Setup.of(config, name, run.geometry, mesh, run.trained)
+    run.trained |= setup.trained.keys()
+    say(f"{name}: {process.steps} steps of {process.batch} rows on {mesh.devices.size} device(s); {setup.why}")
+    say(filters.table(run.geometry.shapes, setup.learns))
 
     # ---- parameters and optimizer state: carried on, resumed, or made anew --------------------------------------
-    tx, schedule = optimizer.make(process.optimizer, process.steps)
     if saved is not None:
-        run.parameters = load(saved, run.geometry, config, kept)
+        run.parameters = load(saved, run.geometry, config, setup.kept)
     elif run.parameters is None:
-        run.parameters = load(_before(run, name), run.geometry, config, kept)
+        run.parameters = load(_before(run, name), run.geometry, config, setup.kept)
     parameters = {path: jax.device_put(run.parameters.pop(path).astype(leaf.dtype), leaf.sharding)
-                  for path, leaf in kept.items()}
-    trained = {path: parameters[path] for path in kept if learns[path]}
-    frozen = {path: parameters[path] for path in kept if not learns[path]}
+                  for path, leaf in setup.kept.items()}
+    trained = {path: parameters[path] for path in setup.trained}
+    frozen = {path: parameters[path] for path in setup.frozen}
     del parameters
-    abstract = {path: kept[path] for path in trained}
-    placement = sharding.optimizer(tx, abstract, {path: layout[path] for path in trained}, mesh)
     if saved is None:
-        state = State(jnp.zeros((), jnp.int32), trained, jax.jit(tx.init, out_shardings=placement)(trained))
+        moments = jax.jit(setup.tx.init, out_shardings=setup.placements.optimizer)(trained)
+        state = State(jnp.zeros((), jnp.int32), trained, moments)
     else:
-        shapes = jax.tree.map(lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
-                              jax.eval_shape(tx.init, abstract), placement)
-        restored = checkpoint.restore(saved, {"parameters": {}, "optimizer": shapes})
+        restored = checkpoint.restore(saved, {"parameters": {}, "optimizer": setup.moments})
         state = State(jnp.asarray(saved.step, jnp.int32), trained, restored["optimizer"])
         say(f"{name}: resumes after step {saved.step} from {saved.path}")
 
     # ---- the step and its batches -------------------------------------------------------------------------------
-    lora = config.model.lora
-    step = Step(run.geometry, process, tx, schedule, dtype, mesh=mesh,
-                freeze_vit=not any(path.startswith("vit/") for path in trained),
-                dropout=lora.rank > 0 and lora.dropout > 0)
-    single = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    placements = State(single, {path: layout[path] for path in trained}, placement)
-    state = jax.device_put(state, placements)
-    train_step = compile_train(step, placements, {path: layout[path] for path in frozen})
-    eval_step = jax.jit(step.evaluate)
+    state = jax.device_put(state, setup.placements)
+    train_step = setup.compiled()
+    eval_step = jax.jit(setup.step.evaluate, out_shardings=setup.placements.step)
     key = jax.random.key(config.seed)
     start = int(state.step)
-    shard = (jax.process_index(), jax.process_count())
+    own = sharding.own_rows(mesh, process.batch)
     rows = pipeline.Rows(process, datasets, run.tokenizer, config.model, seed=config.seed, split="train",
                          cache_mb=config.data.cache_mb)
     held_out = pipeline.Rows(process, datasets, run.tokenizer, config.model, seed=config.seed, split="validation")
     if saved is not None:
         rows.resume(saved.meta.get("cursor", ()))
-    batches = pipeline.batches(rows, config.data, batch=process.batch, start=start, stop=process.steps, shard=shard)
+    batches = pipeline.batches(rows, config.data, batch=process.batch, start=start, stop=process.steps, own=own)
 
     # ---- the loop: metrics are read one step late, so that the device never waits for the host --------------------
     log = logging.Log(run.workdir, name, start=start, steps=process.steps,
@@ -138,9 +124,9 @@ def run_process(run: Run, name: str, datasets: Mapping[str, Dataset]) -> None:
     def validate() -> dict[str, float]:
         totals: dict[str, Any] = {}
         for batch in pipeline.batches(held_out, config.data, batch=process.batch, start=0, stop=process.eval_batches,
-                                      shard=shard):
+                                      own=own):
             del batch["cursor"]
-            sums = eval_step(state.trained, frozen, sharding.put(batch, mesh))
+            sums = eval_step(state.trained, frozen, sharding.put(batch, mesh, process.batch))
             totals = sums if not totals else jax.tree.map(jnp.add, totals, sums)
         totals = jax.device_get(totals)
         values = {"loss": float(totals["loss"] / max(totals["weight"], 1e-6)),
@@ -153,13 +139,13 @@ def run_process(run: Run, name: str, datasets: Mapping[str, Dataset]) -> None:
         with StopSignal() as stop:
             for number, batch in enumerate(batches, start + 1):
                 cursor = batch.pop("cursor")[-1].tolist()
-                state, metrics = train_step(state, frozen, sharding.put(batch, mesh), key)
+                state, metrics = train_step(state, frozen, sharding.put(batch, mesh, process.batch), key)
                 meter.read()
                 meter.pending = (number, metrics)
                 log.advance()
-                last, stopping = number == process.steps, bool(stop.received)
+                last, stopping, due = number == process.steps, stop.now(number), store.due(number)
                 validates = last or (process.eval_every and number % process.eval_every == 0)
-                if not (validates or stopping or store.due(number)):
+                if not (validates or stopping or due):
                     continue
                 meter.read()  # a state is judged before it is saved
                 is_best = False
@@ -170,7 +156,7 @@ def run_process(run: Run, name: str, datasets: Mapping[str, Dataset]) -> None:
                             f"token accuracy {values['accuracy']:.3f}")
                     is_best = best is None or values["loss"] < best
                     best = values["loss"] if is_best else best
-                if last or is_best or stopping or store.due(number):
+                if last or is_best or stopping or due:
                     save(number, is_best)
                 if stopping:
                     break
@@ -231,14 +217,24 @@ class Meter:
 
 
 class StopSignal:
-    """Notes SIGTERM and SIGINT instead of dying, so that the loop can save first. `received` is the signal's name."""
+    """Notes SIGTERM and SIGINT instead of dying, so that the loop can save first. `received` is the signal's name.
+
+    With several processes a SIGTERM to one of them stops all, at one step, which JAX's preemption service agrees on; it
+    listens for the signal itself.
+    """
 
     def __init__(self):
         self.received = ""
 
+    def now(self, step: int) -> bool:
+        """Whether to stop behind this step; all processes must ask at every step, and get the same answer."""
+        if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step):
+            self.received = signal.SIGTERM.name
+        return bool(self.received)
+
     def __enter__(self):
         self._old = {}
-        if threading.current_thread() is threading.main_thread():
+        if threading.current_thread() is threading.main_thread() and jax.process_count() == 1:
             for number in (signal.SIGTERM, signal.SIGINT):
                 self._old[number] = signal.signal(number, self._note)
         return self

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 import optax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from calm_jax import config as config_lib
@@ -38,8 +39,10 @@ TABLE: dict[str, tuple[tuple[str, ...], tuple[str | None, ...]]] = {
 def make_mesh(cfg: config_lib.Mesh, devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
     """A mesh of all devices with axes data, fsdp, tensor (Auto types); one size may be -1 = what remains.
 
+    Several slices of TPUs lie along data: the network between them is the slowest, and only gradients cross it.
+
     Raises:
-      ConfigError: the sizes do not multiply to the number of devices.
+      ConfigError: the sizes do not multiply to the number of devices, or data not to that of the slices.
     """
     devices = jax.devices() if devices is None else devices
     sizes = [cfg.data, cfg.fsdp, cfg.tensor]
@@ -52,7 +55,15 @@ def make_mesh(cfg: config_lib.Mesh, devices: Sequence[jax.Device] | None = None)
     if math.prod(sizes) != len(devices):
         raise config_lib.ConfigError(f"mesh data={cfg.data} fsdp={cfg.fsdp} tensor={cfg.tensor} does not multiply to "
                                      f"the {len(devices)} devices present; set one of them to -1")
-    return jax.make_mesh(sizes, AXES, devices=devices, axis_types=(AxisType.Auto,) * len(AXES))
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    types = (AxisType.Auto,) * len(AXES)
+    if slices == 1:
+        return jax.make_mesh(sizes, AXES, devices=devices, axis_types=types)
+    if sizes[0] % slices:
+        raise config_lib.ConfigError(f"mesh data={sizes[0]} is no multiple of the {slices} slices, between which only "
+                                     f"gradients should travel; set --config.mesh.data={slices}")
+    placed = mesh_utils.create_hybrid_device_mesh((sizes[0] // slices, *sizes[1:]), (slices, 1, 1), devices)
+    return jax.sharding.Mesh(placed, AXES, axis_types=types)
 
 
 def check_batch(process: config_lib.Process, mesh: jax.sharding.Mesh, name: str) -> None:
@@ -97,9 +108,17 @@ def rows(mesh: jax.sharding.Mesh) -> NamedSharding:
     return NamedSharding(mesh, ROWS)
 
 
-def put(batch: Mapping[str, np.ndarray], mesh: jax.sharding.Mesh) -> dict[str, jax.Array]:
-    """This process's rows of a batch -> global arrays, each device holding its rows."""
-    return {name: jax.make_array_from_process_local_data(rows(mesh), value) for name, value in batch.items()}
+def own_rows(mesh: jax.sharding.Mesh, batch: int) -> list[int]:
+    """The rows of a batch that devices of this process hold, which it must read: where a mesh splits heads over
+    processes, several of them read the same rows."""
+    spans = rows(mesh).addressable_devices_indices_map((batch,)).values()
+    return sorted({row for (span,) in spans for row in range(batch)[span]})
+
+
+def put(batch: Mapping[str, np.ndarray], mesh: jax.sharding.Mesh, size: int) -> dict[str, jax.Array]:
+    """This process's rows (`own_rows`) of a batch of `size` -> global arrays, each device holding its rows."""
+    return {name: jax.make_array_from_process_local_data(rows(mesh), value, (size, *value.shape[1:]))
+            for name, value in batch.items()}
 
 
 def table(shapes: Mapping[str, Any], mesh: jax.sharding.Mesh) -> str:

@@ -1,0 +1,86 @@
+"""The environment of a process in; a place among the processes of one job out (jax.distributed).
+
+A job is described by our own variables (calm_jax.supervise sets them), by SLURM, by GKE and Cloud TPU, or not at all:
+then this process is all there is. On a TPU pod one process runs on each host and owns its devices; on GPUs one process
+a host as well, which owns all GPUs of it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+from collections.abc import Mapping
+
+import jax
+
+from calm_jax import config as config_lib
+
+COORDINATOR, COUNT, INDEX = "CALM_COORDINATOR", "CALM_PROCESSES", "CALM_PROCESS"
+HEARTBEAT = 30  # seconds of silence after which a process counts as gone, and the others end
+JOINING = 900  # seconds that a process waits for the others: hosts of a slice do not begin at the same time
+MODES = ("auto", "on", "off")
+
+
+def join(mode: str = "auto", environment: Mapping[str, str] = os.environ) -> str:
+    """Joins the job that the environment describes; before anything else is done with JAX.
+
+    Args:
+      mode: `auto` joins where the environment names several processes; `on` asks JAX to find the others, as on Cloud
+        TPU hosts whose environment says nothing; `off` stays alone.
+
+    Returns:
+      How the job was found, for the log; empty for a process alone.
+
+    Raises:
+      ConfigError: the environment contradicts itself, or the others did not come.
+    """
+    found = "" if mode == "off" else described(environment)
+    if not found and mode != "on":
+        return ""
+    shared = {"heartbeat_timeout_seconds": HEARTBEAT, "initialization_timeout": JOINING}
+    try:
+        if found == COORDINATOR:
+            _end_with_parent()
+            jax.distributed.initialize(environment[COORDINATOR], int(environment[COUNT]), int(environment[INDEX]),
+                                       **shared)
+        elif found == "SLURM":
+            # One task a node owns all its GPUs; JAX would give it the first alone.
+            gpus = environment.get("SLURM_GPUS_ON_NODE", "")
+            alone = environment.get("SLURM_NTASKS") == environment.get("SLURM_JOB_NUM_NODES")
+            jax.distributed.initialize(local_device_ids=list(range(int(gpus))) if alone and gpus.isdigit() else None,
+                                       cluster_detection_method="slurm", **shared)
+        else:
+            jax.distributed.initialize(**shared)
+    except (RuntimeError, ValueError) as error:
+        raise config_lib.ConfigError(f"this process could not join its job ({found or 'asked for by --distributed on'}"
+                                     f"): {str(error).splitlines()[0]}") from error
+    return found or "JAX"
+
+
+def described(environment: Mapping[str, str]) -> str:
+    """What in the environment says that there are several processes; empty for nothing.
+
+    Raises:
+      ConfigError: our own variables are not all there, or are no numbers that fit each other.
+    """
+    given = [name for name in (COORDINATOR, COUNT, INDEX) if environment.get(name)]
+    if given:
+        values = [environment.get(name, "") for name in (COUNT, INDEX)]
+        if len(given) < 3 or not all(value.isdigit() for value in values) or int(values[1]) >= int(values[0]):
+            raise config_lib.ConfigError(f"{COORDINATOR}=HOST:PORT, {COUNT}=N and {INDEX}=0..N-1 go together; there is "
+                                         f"{', '.join(f'{name}={environment[name]}' for name in given)} alone")
+        return COORDINATOR if int(values[0]) > 1 else ""
+    if int(environment.get("SLURM_STEP_NUM_TASKS", environment.get("SLURM_NTASKS", "1")) or 1) > 1 and \
+            "SLURM_PROCID" in environment:
+        return "SLURM"
+    if "," in environment.get("TPU_WORKER_HOSTNAMES", ""):
+        return "TPU_WORKER_HOSTNAMES"
+    return "MEGASCALE" if environment.get("MEGASCALE_COORDINATOR_ADDRESS") else ""
+
+
+def _end_with_parent() -> None:
+    """A process whose supervisor is gone is told to stop: nobody else would."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG

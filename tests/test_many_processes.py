@@ -1,0 +1,219 @@
+"""Several processes of one job, as the launchers start them: what one process learns, and what a killed one costs."""
+
+from __future__ import annotations
+
+import copy
+import pathlib
+import shutil
+import subprocess
+import sys
+import time
+
+import miniature
+import numpy as np
+import psutil
+import pytest
+
+from calm_jax import config as config_lib
+from calm_jax.training import checkpoint, processes
+from calm_jax.training import logging as logs
+
+VALUES = copy.deepcopy(miniature.SMALL)
+VALUES["processes"]["generic"] |= {"batch": 8, "steps": 16, "eval_every": 8}
+SPEED = ("examples_per_s", "tokens_per_s")
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.getbasetemp() / "compiled"
+
+
+def supervised(workdir: pathlib.Path, *, count: int = 2) -> list[str]:
+    return [sys.executable, "-m", "calm_jax.supervise", "--processes", str(count), "--",
+            *miniature.command(workdir, values=VALUES)[1:]]
+
+
+def started(arguments: list[str], cache: pathlib.Path, devices: int = 4) -> subprocess.Popen:
+    return subprocess.Popen(arguments, cwd=miniature.ROOT, env=miniature.environment(cache, devices), text=True,
+                            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+
+
+def learned(workdir: pathlib.Path) -> list[dict]:
+    """All metrics but speeds."""
+    return [{name: value for name, value in row.items() if name not in SPEED}
+            for row in logs.read(workdir / "metrics.jsonl")]
+
+
+def parameters(workdir: pathlib.Path) -> dict[str, np.ndarray]:
+    saved = checkpoint.read(checkpoint.folders(workdir / "checkpoints" / "generic")[-1])
+    return {path: np.asarray(array.read().result()) for path, array in checkpoint.arrays(saved).items()}
+
+
+def child(supervisor: subprocess.Popen, number: int) -> psutil.Process:
+    return next(process for process in psutil.Process(supervisor.pid).children()
+                if process.environ().get(processes.INDEX) == str(number))
+
+
+def wait_for_step(process: subprocess.Popen, workdir: pathlib.Path, step: int) -> None:
+    """Until that many steps are logged and a checkpoint is complete."""
+    end = time.monotonic() + 300
+    while time.monotonic() < end:
+        assert process.poll() is None, process.stderr.read()
+        path = workdir / "metrics.jsonl"
+        if path.is_file() and path.read_text().count('"train"') >= step and any(
+                map(checkpoint.is_complete, checkpoint.folders(workdir / "checkpoints" / "generic"))):
+            return
+        time.sleep(0.02)
+    raise AssertionError("nothing was trained")
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory, cache) -> pathlib.Path:
+    """The workdir of two processes that nothing disturbed."""
+    workdir = tmp_path_factory.mktemp("straight") / "run"
+    done = miniature.run(supervised(workdir), miniature.environment(cache, 4))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "8 x cpu of 2 process(es)" in done.stderr
+    return workdir
+
+
+def test_two_processes_learn_what_one_learns(straight, tmp_path, cache):
+    done = miniature.run(miniature.command(tmp_path / "one", values=VALUES), miniature.environment(cache, 8))
+    assert done.returncode == 0, done.stderr[-3000:]
+    one, two = learned(tmp_path / "one"), learned(straight)
+    assert len(one) == len(two) == 16 + 2
+    for a, b in zip(one, two, strict=True):
+        assert (a["step"], a["kind"]) == (b["step"], b["kind"])
+        assert a["loss"] == pytest.approx(b["loss"], abs=1e-5) and a.get("tokens") == b.get("tokens")
+
+
+def test_a_killed_process_is_named_and_the_run_resumes_exactly(straight, tmp_path, cache):
+    workdir = tmp_path / "run"
+    running = started(supervised(workdir), cache)
+    wait_for_step(running, workdir, 6)
+    victim = child(running, 1)
+    begin = time.monotonic()
+    victim.kill()
+    lines = []
+    for line in running.stderr:
+        lines.append(line)
+        if line.startswith("supervisor:"):
+            break
+    assert time.monotonic() - begin < 60
+    assert f"process 1 of 2 (pid {victim.pid}) was killed by SIGKILL" in lines[-1], "".join(lines[-20:])
+    rest = running.communicate(timeout=600)[1]
+    assert running.returncode == 0, rest[-3000:]
+    assert "all processes begin again (crash 1, 4 more are accepted)" in rest and "resumes after step" in rest
+    assert learned(workdir) == learned(straight)
+    for path, value in parameters(straight).items():
+        np.testing.assert_array_equal(parameters(workdir)[path], value, err_msg=path)
+
+
+@pytest.mark.parametrize("whom", ["one", "supervisor"])
+def test_a_signal_to_stop_makes_all_save_the_same_step(straight, tmp_path, cache, whom):
+    workdir = tmp_path / "run"
+    running = started(supervised(workdir), cache)
+    wait_for_step(running, workdir, 5)
+    (child(running, 1) if whom == "one" else psutil.Process(running.pid)).terminate()
+    text = running.communicate(timeout=600)[1]
+    assert running.returncode == 143, text[-3000:]
+    saved = checkpoint.read(checkpoint.folders(workdir / "checkpoints" / "generic")[-1])
+    assert 5 <= saved.step < 16 and f"saved step {saved.step}" in text
+    assert max(row["step"] for row in learned(workdir)) == saved.step
+    done = miniature.run(supervised(workdir), miniature.environment(cache, 4))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert learned(workdir) == learned(straight)
+
+
+def test_what_one_mesh_saved_another_goes_on_with(straight, tmp_path, cache):
+    """Two processes of four devices stopped at step 8; one process of 1 to 8 devices, and other meshes, go on."""
+    whole = {row["step"]: row["loss"] for row in learned(straight) if row["kind"] == "train"}
+    for devices, mesh in ((1, ()), (4, ("--config.mesh.data=2", "--config.mesh.fsdp=2")),
+                          (8, ("--config.mesh.fsdp=4", "--config.mesh.tensor=2"))):
+        workdir = tmp_path / f"{devices}"
+        shutil.copytree(straight, workdir)
+        for folder in checkpoint.folders(workdir / "checkpoints" / "generic"):
+            if int(folder.name) > 8:
+                shutil.rmtree(folder)
+        assert checkpoint.folders(workdir / "checkpoints" / "generic")
+        done = miniature.run(miniature.command(workdir, *mesh, values=VALUES), miniature.environment(cache, devices))
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert "resumes after step 8" in done.stdout
+        again = {row["step"]: row["loss"] for row in learned(workdir) if row["kind"] == "train"}
+        assert again.keys() == whole.keys()
+        assert all(again[step] == pytest.approx(whole[step], abs=2e-5) for step in whole)
+
+
+# ---- the supervisor alone ----------------------------------------------------------------------------------------
+
+
+def supervise(*words: str, **options) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-m", "calm_jax.supervise", *words], cwd=miniature.ROOT, text=True,
+                          capture_output=True, timeout=120, **options)
+
+
+def test_what_is_wrong_is_not_tried_again():
+    done = supervise("--processes", "2", "--", "-m", "calm_jax.train", "--config", "configs/nothing.py",
+                     env=miniature.environment())
+    assert done.returncode == 2 and done.stderr.count("there is no configuration file") == 2
+    assert "begin again" not in done.stderr
+    for words in ((), ("--",), ("--processes", "0", "--", "-c", "1")):
+        assert supervise(*words).returncode == 2
+
+
+def test_a_job_that_always_crashes_is_given_up():
+    done = supervise("--restarts", "2", "--", "-c", "import os; os.abort()")
+    assert done.returncode == 1 and done.stderr.count("process 0 of 1 (pid ") == 3
+    assert "was killed by SIGABRT" in done.stderr and "given up after 3 crashes" in done.stderr
+
+
+def test_a_host_of_a_larger_job_says_which_peer_it_missed():
+    words = "E0101 coordination_service.cc: The following tasks are unhealthy (stopped sending heartbeats):\\n" \
+            "/job:jax_worker/replica:0/task:3"
+    done = supervise("--restarts", "0", "--", "-c",
+                     f"import os, sys; print('''{words}''', file=sys.stderr, flush=True); os.abort()")
+    assert done.returncode == 1 and "it missed process 3 of its job" in done.stderr
+
+
+def test_processes_do_not_outlive_their_supervisor(tmp_path):
+    """Children of a supervisor that was killed with -9 are told to stop."""
+    program = ("import os, sys, time; from calm_jax.training.processes import _end_with_parent as end; end(); "
+               "open(sys.argv[1] + os.environ['CALM_PROCESS'], 'w').write(str(os.getpid())); time.sleep(100)")
+    running = subprocess.Popen([sys.executable, "-m", "calm_jax.supervise", "--processes", "2", "--", "-c", program,
+                                f"{tmp_path}/"], cwd=miniature.ROOT, env=miniature.environment())
+    end = time.monotonic() + 60
+    while not all((tmp_path / name).is_file() and (tmp_path / name).read_text() for name in "01"):
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    children = [int((tmp_path / name).read_text()) for name in "01"]
+    running.kill()
+    running.wait()
+    end = time.monotonic() + 10
+    while any(psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie" for pid in children):
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+# ---- the environment ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("environment", "found"), [
+    ({}, ""), ({"CALM_COORDINATOR": "a:1", "CALM_PROCESSES": "2", "CALM_PROCESS": "1"}, "CALM_COORDINATOR"),
+    ({"CALM_COORDINATOR": "a:1", "CALM_PROCESSES": "1", "CALM_PROCESS": "0"}, ""),
+    ({"SLURM_NTASKS": "4", "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "4"}, "SLURM"),
+    ({"SLURM_NTASKS": "4"}, ""),  # the batch script itself, not a task
+    ({"SLURM_NTASKS": "1", "SLURM_PROCID": "0"}, ""),
+    ({"TPU_WORKER_HOSTNAMES": "a,b"}, "TPU_WORKER_HOSTNAMES"), ({"TPU_WORKER_HOSTNAMES": "localhost"}, ""),
+    ({"TPU_WORKER_HOSTNAMES": "a", "MEGASCALE_COORDINATOR_ADDRESS": "b"}, "MEGASCALE")])
+def test_jobs_are_found_in_the_environment(environment, found):
+    assert processes.described(environment) == found
+
+
+@pytest.mark.parametrize("environment", [
+    {"CALM_PROCESSES": "2"}, {"CALM_COORDINATOR": "a:1", "CALM_PROCESSES": "2", "CALM_PROCESS": "2"},
+    {"CALM_COORDINATOR": "a:1", "CALM_PROCESSES": "two", "CALM_PROCESS": "0"}])
+def test_a_half_described_job_is_refused(environment):
+    with pytest.raises(config_lib.ConfigError, match="go together"):
+        processes.described(environment)
+    assert processes.join("off", environment) == ""
+

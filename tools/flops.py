@@ -1,0 +1,103 @@
+"""A model's geometry and what a process learns in; the floating-point operations that this takes out.
+
+Two a weight and token for each product, and the attention of all pairs that may see each other (half of them in the
+language model). A backward pass takes as much again for the gradients of the inputs, where anything before them
+learns, and as much again for those of the weights that learn. What is computed again to save memory is not counted, as
+in model FLOPs utilisation (MFU, after PaLM).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+
+from calm_jax import config as config_lib
+from calm_jax.models.parameters import Geometry
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """Of one part of the model and one row: FLOPs of its products with weights, and of its attention."""
+
+    weights: float = 0.0
+    attention: float = 0.0
+
+    @property
+    def forward(self) -> float:
+        return self.weights + self.attention
+
+    def __add__(self, other: Work) -> Work:
+        return Work(self.weights + other.weights, self.attention + other.attention)
+
+
+def encoder(model: config_lib.Model, parts: tuple[str, ...] = config_lib.PARTS) -> Work:
+    """The visual encoder on one picture, as far as these parts read it."""
+    vit, tokens = model.vit, model.vit.patches + 1
+    depth = max(model.depths.block(part, vit.depth) for part in parts)
+    shapes = Geometry.of(model).shapes
+    total, side = 0.0, vit.image_size
+    for path, leaf in shapes.items():
+        if path.startswith("vit/stem/kernels"):
+            side //= 2
+            total += 2.0 * side * side * math.prod(leaf.shape)
+        elif path.startswith("vit/stem/") and path.endswith("kernel"):
+            total += 2.0 * vit.patches * math.prod(leaf.shape)
+    total += 2.0 * tokens * depth * (4 * vit.width ** 2 + 2 * vit.width * vit.mlp_width)
+    return Work(total, 4.0 * depth * tokens ** 2 * vit.width)
+
+
+def qformers(model: config_lib.Model, parts: tuple[str, ...] = config_lib.PARTS) -> Work:
+    """The three Q-Formers on one picture; all are computed where any level is."""
+    if not set(parts) & set(config_lib.LEVELS):
+        return Work()
+    cfg, patches = model.qformer, model.vit.patches + 1
+    crossed = -(-cfg.depth // cfg.cross_every)
+    weights = cfg.queries * (cfg.depth * (4 * cfg.width ** 2 + 2 * cfg.width * cfg.mlp_width)
+                             + crossed * 2 * cfg.width ** 2 + cfg.width * model.llama.width)
+    weights += crossed * 2 * patches * model.vit.width * cfg.width
+    attention = 4.0 * cfg.width * cfg.queries * (cfg.depth * cfg.queries + crossed * patches)
+    return Work(3 * 2.0 * weights, 3 * attention)
+
+
+def thematic(model: config_lib.Model, parts: tuple[str, ...] = config_lib.PARTS) -> Work:
+    """The fully connected layer on one picture."""
+    return Work(2.0 * model.vit.patches * model.vit.width * model.llama.width) if "thematic" in parts else Work()
+
+
+def language(model: config_lib.Model, tokens: int, answers: int) -> Work:
+    """The language model on a row of so many tokens, with logits at so many of them."""
+    cfg = model.llama
+    head = cfg.width // cfg.heads
+    block = cfg.width * (2 * cfg.width + 2 * head * cfg.kv_heads + 3 * cfg.mlp_width)
+    return Work(2.0 * (tokens * cfg.depth * block + answers * cfg.width * cfg.vocab),
+                2.0 * cfg.depth * tokens ** 2 * cfg.width)
+
+
+def a_row(model: config_lib.Model, process: config_lib.Process, learns: Mapping[str, bool]) -> dict[str, float]:
+    """Of one row of a training step: `forward`, `inputs` (their gradients) and `weights` (theirs).
+
+    Args:
+      learns: path -> whether it learns.
+    """
+    def taught(prefix):
+        return any(learn for path, learn in learns.items() if path.startswith(prefix))
+
+    def whole(prefix):  # a low-rank update's own products are too small to count
+        return any(learn for path, learn in learns.items() if path.startswith(prefix) and "/lora/" not in path)
+
+    row, parts = process.row, process.parts
+    works = (("vit/", encoder(model, parts), row.images), ("mfam/qformers/", qformers(model, parts), row.images),
+             ("mfam/thematic/", thematic(model, parts), row.images),
+             ("llama/", language(model, row.tokens, row.answers), 1))
+    found = {"forward": 0.0, "inputs": 0.0, "weights": 0.0}
+    for prefix, work, count in works:
+        found["forward"] += count * work.forward
+        reaches = taught(prefix) or taught("vit/") or (prefix == "llama/" and taught("mfam/"))
+        if prefix == "mfam/thematic/":  # a single layer: nothing stands before it but the encoder
+            reaches = taught("vit/")
+        if reaches:  # both factors of attention are activations: twice
+            found["inputs"] += count * (work.weights + 2 * work.attention)
+        if whole(prefix):
+            found["weights"] += count * work.weights
+    return found
