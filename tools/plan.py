@@ -103,6 +103,7 @@ class Topology:
         if self.tpu:
             os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no metadata server to ask
             os.environ.setdefault("TPU_LOG_DIR", "disabled")
+            os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no device is held, so that two may plan at once
         else:
             count = math.prod(map(int, self.shape.split("x")))
             os.environ["XLA_FLAGS"] = (f"{os.environ.get('XLA_FLAGS', '')} "
@@ -220,7 +221,7 @@ def plan(config: config_lib.Config, name: str, topology: Topology, *, inference:
     from tools import flops
     begin = time.monotonic()
     devices = topology.devices()
-    mesh = sharding.make_mesh(config.mesh, devices)
+    mesh = sharding.inference_mesh(config.model, devices) if inference else sharding.make_mesh(config.mesh, devices)
     geometry = Geometry.of(config.model)
     setup = Setup.of(config, name, geometry, mesh, backend="tpu" if topology.tpu else "gpu")
     process = setup.process
