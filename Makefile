@@ -1,18 +1,21 @@
-# make env | demo | test | lint | lock | clean. The environment is .venv, installed from the lock files; exported models
+# make env | plan-env | demo | test | lint | lock | clean. The environment is .venv, installed from the lock files; exported models
 # are also tried with an old transformers, in an environment of its own.
 PYTHON ?= python3
 VENV := .venv
 OLD := .venv-transformers-4.46
 BIN := $(VENV)/bin
+LIBTPU := 0.0.42.1
 # uv reads its own variables; a machine that sets pip's is understood all the same.
 export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 INSTALL_OLD = VIRTUAL_ENV=$(CURDIR)/$(OLD) $(BIN)/uv pip install --quiet
 INSTALL := VIRTUAL_ENV=$(CURDIR)/$(VENV) $(BIN)/uv pip install --quiet
 
-.PHONY: env test-env demo test lint lock clean
+.PHONY: env test-env plan-env demo test lint lock clean
 
 env: $(VENV)/.installed
 test-env: $(VENV)/.installed-test $(OLD)/.installed
+	@$(MAKE) --no-print-directory plan-env || echo 'the TPU compiler cannot be had here: the tests of its programs are skipped'
+plan-env: .libtpu/.installed
 
 $(BIN)/uv:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "calm_jax needs Python 3.11 or newer; name one: make PYTHON=python3.12 ...")'
@@ -33,6 +36,11 @@ $(OLD)/.installed: requirements-transformers-4.46.lock | $(BIN)/uv
 	$(INSTALL_OLD) -r requirements-transformers-4.46.lock
 	touch $@
 
+# The TPU compiler for tools.plan, in a folder of its own: inside the environment JAX would look for a TPU at each start.
+.libtpu/.installed: | $(BIN)/uv
+	$(BIN)/uv pip install --quiet --target .libtpu --no-deps libtpu==$(LIBTPU)
+	touch $@
+
 demo: env
 	$(BIN)/python -m tools.demo --workdir runs/demo
 
@@ -51,4 +59,4 @@ lock: test-env
 	sed -i -E '/^(nvidia-|cuda-|triton)/d; s/\+cpu$$//' requirements-test.lock requirements-transformers-4.46.lock
 
 clean:
-	rm -rf $(VENV) $(OLD) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OLD) .libtpu build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

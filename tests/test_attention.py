@@ -189,3 +189,44 @@ def test_sharded_over_eight_devices_moves_nothing():
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(SHARDED)], env=environment, capture_output=True,
                           text=True, check=False)
     assert done.stdout.strip() == "equal on 8", done.stderr[-3000:]
+
+
+# ---- kernels of accelerators, interpreted ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kernel", [attention.splash, attention.flash])
+@pytest.mark.parametrize(("length", "heads", "kv_heads", "width"), [(256, 4, 2, 64), (128, 2, 2, 128)])
+def test_the_kernels_of_accelerators_compute_what_tiles_compute(kernel, length, heads, kv_heads, width):
+    """Outputs and gradients of packed rows with padding; what padding gets is nobody's business."""
+    rng = np.random.default_rng(length)
+    q, k, v = (jnp.asarray(rng.standard_normal((2, length, count, width)), jnp.float32)
+               for count in (heads, kv_heads, kv_heads))
+    segments = np.ones((2, length), np.int32)
+    segments[0, length // 3:], segments[0, -20:], segments[1, 30:] = 2, 0, 2
+    real = jnp.asarray(segments > 0)[..., None, None]
+    segments = jnp.asarray(segments)
+
+    def loss(function):
+        return lambda q, k, v: jnp.where(real, jnp.sin(function(q, k, v)), 0).sum()
+
+    def ours(q, k, v):
+        return attention.tiled(q, k, v, segments, segments, causal=True)
+
+    def theirs(q, k, v):
+        return kernel(q, k, v, segments, interpret=True)
+
+    np.testing.assert_allclose(jnp.where(real, theirs(q, k, v), 0), jnp.where(real, ours(q, k, v), 0), atol=1e-5)
+    for a, b in zip(jax.grad(loss(theirs), (0, 1, 2))(q, k, v), jax.grad(loss(ours), (0, 1, 2))(q, k, v), strict=True):
+        np.testing.assert_allclose(a, b, atol=5e-5)
+
+
+def test_the_platform_of_the_mesh_decides(monkeypatch):
+    """Also of a mesh that is not there; and only packed rows of full blocks go to a kernel."""
+    called = []
+    monkeypatch.setattr(attention, "KERNELS", {"cpu": lambda q, k, v, segments: called.append(q.shape) or q})
+    q, segments = jnp.ones((1, 128, 2, 8)), jnp.ones((1, 128), jnp.int32)
+    attend(q, q, q, causal=True, q_segments=segments, kv_segments=segments)
+    assert called == [(1, 128, 2, 8)]
+    attend(q, q, q)  # a picture
+    attend(q[:, :100], q[:, :100], q[:, :100], causal=True, q_segments=segments[:, :100], kv_segments=segments[:, :100])
+    assert len(called) == 1

@@ -4,8 +4,8 @@
     python -m tools.plan --config configs/finetune.py:7b --topology 2xv5e-16 --config.mesh.data=2
     python -m tools.plan --config configs/finetune.py:7b --topology a100:8 [--process scores] [--inference]
 
-The real step is lowered and compiled ahead of time: for TPUs by the TPU compiler itself (pip install
-'calm_jax[plan]'; no TPU is needed), whose figures of memory are those of the program that would run. For GPUs and
+The real step is lowered and compiled ahead of time: for TPUs by the TPU compiler itself (`make
+plan-env` fetches it; no TPU is needed), whose figures of memory are those of the program that would run. For GPUs and
 `cpu:N` XLA compiles it for simulated CPU devices: arrays, sharding and collectives are exact there, while temporaries
 are those of a CPU program, which keeps float32 and fuses differently. Times are estimates, from an assumed share of the
 peak.
@@ -14,12 +14,14 @@ peak.
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import math
 import os
 import pathlib
 import re
 import resource
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -118,11 +120,11 @@ class Topology:
         import jax
         if not self.tpu:
             return jax.devices()
-        try:
-            import libtpu  # noqa: F401
-        except ImportError:
-            raise config_lib.ConfigError("planning for a TPU needs its compiler, not a TPU; run: pip install "
-                                         "'calm_jax[plan]'") from None
+        if importlib.util.find_spec("libtpu") is None:
+            beside = pathlib.Path(__file__).parents[1] / ".libtpu"
+            if not beside.is_dir():
+                raise config_lib.ConfigError("planning for a TPU needs its compiler, not a TPU; run: make plan-env")
+            sys.path.append(str(beside))
         from jax.experimental import topologies
         more = {"num_slices": self.slices} if self.slices > 1 else {}
         try:
@@ -206,12 +208,14 @@ def replicated(arrays: Mapping[str, Any], least: float = 2 ** 20) -> dict[str, f
 # ---- the plan ------------------------------------------------------------------------------------------------------
 
 
-def plan(config: config_lib.Config, name: str, topology: Topology, *, inference: bool = False, rows: int = 1) -> dict:
+def plan(config: config_lib.Config, name: str, topology: Topology, *, inference: bool = False, rows: int = 1,
+         hlo: str = "") -> dict:
     """Everything that `show` shows, as JSON values.
 
     Args:
       name: process of the config.
       inference: the scorer instead of the training step, with so many `rows` a device.
+      hlo: file for the compiled program's text.
     """
     import jax
 
@@ -240,7 +244,7 @@ def plan(config: config_lib.Config, name: str, topology: Topology, *, inference:
         work = flops.a_row(config.model, process, setup.learns)
     found["flops"] = {kind: value * found["batch"] for kind, value in work.items()}
     found["lower_s"] = time.monotonic() - begin
-    found |= _compiled(lowered, topology)
+    found |= _compiled(lowered, hlo)
     total = sum(found["flops"].values())
     compute = total / (found["devices"] * topology.chip.peak * MFU)
     moved = sum(size for _, size in found.get("collectives", {}).values())
@@ -253,7 +257,7 @@ def plan(config: config_lib.Config, name: str, topology: Topology, *, inference:
     return found
 
 
-def _compiled(lowered: Any, topology: Topology) -> dict[str, Any]:
+def _compiled(lowered: Any, hlo: str) -> dict[str, Any]:
     begin = time.monotonic()
     try:
         program = lowered.compile()
@@ -264,12 +268,13 @@ def _compiled(lowered: Any, topology: Topology) -> dict[str, Any]:
         return {"total": float(used[1]) * (GIB if used[2] == "G" else 2 ** 20), "temporaries": None,
                 "compile_s": time.monotonic() - begin, "collectives": {}}
     memory, text = program.memory_analysis(), program.as_text()
+    if hlo:
+        pathlib.Path(hlo).write_text(text)
     arguments = memory.argument_size_in_bytes
     return {"temporaries": memory.temp_size_in_bytes, "arguments": arguments,
             "total": (arguments + memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
                       + memory.generated_code_size_in_bytes),
-            "compile_s": time.monotonic() - begin, "collectives": collectives(text),
-            "splash": "splash" in text, "module": len(text)}
+            "compile_s": time.monotonic() - begin, "collectives": collectives(text)}
 
 
 def _scorer(config: config_lib.Config, setup: Any, rows: int) -> tuple[Any, dict[str, float], dict[str, float]]:
@@ -379,7 +384,7 @@ def main() -> int:
     name = given.process or config.run[-1]
     if name not in config.processes:
         raise config_lib.ConfigError(f"there is no process {name!r}{config_lib.nearest(name, config.processes)}")
-    found = plan(config, name, topology, inference=given.inference, rows=given.rows)
+    found = plan(config, name, topology, inference=given.inference, rows=given.rows, hlo=given.hlo)
     print(show(found))
     if given.out:
         pathlib.Path(given.out).write_text(json.dumps(found, indent=1))
@@ -392,5 +397,6 @@ if __name__ == "__main__":
     flags.DEFINE_string("process", None, "process of the config; default: its last")
     flags.DEFINE_bool("inference", False, "plan the scorer instead of the training step")
     flags.DEFINE_integer("rows", 8, "inference: pictures a device at a time", lower_bound=1)
+    flags.DEFINE_string("hlo", "", "also write the compiled program's text here")
     flags.DEFINE_string("out", None, "also write the plan as JSON here")
     command.run(main)

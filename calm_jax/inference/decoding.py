@@ -20,6 +20,7 @@ from einops import rearrange
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from calm_jax import config as config_lib
+from calm_jax.models import layers
 from calm_jax.models.calm import Calm
 from calm_jax.models.llama import Before, Cache
 from calm_jax.models.parameters import Geometry, Parameters
@@ -70,9 +71,11 @@ def prompted(geometry: Geometry, parameters: Parameters, batch: dict[str, Array]
              dtype: Any) -> tuple[Calm, Float[Array, "B 1 D"], Cache]:
     """The model, the hidden state that predicts each row's first token, and the cache with `room` free slots."""
     model = geometry.bind(parameters)
-    x = model.embed(batch["tokens"], batch["visual"], model.encode(batch["images"], parts, dtype=dtype))
-    hidden, cache = model.llama.prefill(x, batch["lengths"], room, batch.get("before"))
-    return model, jnp.take_along_axis(hidden, (batch["lengths"] - 1)[:, None, None], axis=1), cache
+    with layers.rows_over_all(len(batch["tokens"])):
+        x = model.embed(batch["tokens"], batch["visual"], model.encode(batch["images"], parts, dtype=dtype))
+        hidden, cache = model.llama.prefill(x, batch["lengths"], room, batch.get("before"))
+        last = jnp.take_along_axis(hidden, (batch["lengths"] - 1)[:, None, None], axis=1)
+    return model, layers.by_rows(last), [(layers.by_heads(k), layers.by_heads(v)) for k, v in cache]
 
 
 def remembered(geometry: Geometry, parameters: Parameters, batch: dict[str, Array], *, parts: tuple[str, ...],

@@ -5,7 +5,10 @@ Modules keep float32 parameters of their own and compute in the dtype of the act
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import contextvars
+import math
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -13,6 +16,25 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Key
+
+_ROWS: contextvars.ContextVar[tuple[str, ...]] = contextvars.ContextVar("rows", default=("data", "fsdp"))
+
+
+@contextlib.contextmanager
+def rows_over_all(count: int) -> Iterator[None]:
+    """Inside, rows are split over all devices, those along tensor too, and weights are gathered; where `count` rows
+    divide among them.
+
+    For prompts: many tokens a row make gathering cheap, and no activation travels. Decoding splits heads instead, so
+    that a token reads each weight once.
+    """
+    sizes = dict(jax.sharding.get_abstract_mesh().shape)
+    many = sizes.get("tensor", 1) > 1 and count % math.prod(sizes.values()) == 0
+    token = _ROWS.set(("data", "fsdp", "tensor") if many else _ROWS.get())
+    try:
+        yield
+    finally:
+        _ROWS.reset(token)
 
 
 def by_rows(x: Float[Array, "B ..."], *, whole: bool = True) -> Float[Array, "B ..."]:
@@ -24,12 +46,22 @@ def by_rows(x: Float[Array, "B ..."], *, whole: bool = True) -> Float[Array, "B 
     Args:
       whole: the other axes are split over nothing, as in the residual stream; else XLA may split channels over tensor.
     """
-    return _placed(x, ("data", "fsdp"), *[None if whole else PartitionSpec.UNCONSTRAINED] * (x.ndim - 1))
+    return _placed(x, _ROWS.get(), *[None if whole else PartitionSpec.UNCONSTRAINED] * (x.ndim - 1))
+
+
+def by_heads(x: Float[Array, "B K ..."]) -> Float[Array, "B K ..."]:
+    """Keys or values of a cache with their heads split over tensor, as decoding reads them."""
+    return _placed(x, ("data", "fsdp"), "tensor", *[None] * (x.ndim - 2))
 
 
 def by_vocabulary(table: Float[Array, "V D"]) -> Float[Array, "V D"]:
     """An embedding table gathered along fsdp, so that every row looks its words up where it is."""
-    return _placed(table, "tensor", None)
+    return _placed(table, None if "tensor" in _ROWS.get() else "tensor", None)
+
+
+def _gathered(kernel: Float[Array, "I O"]) -> Float[Array, "I O"]:
+    """A matrix as rows need it that are split over tensor themselves; else as it is stored."""
+    return _placed(kernel, None, None) if "tensor" in _ROWS.get() else kernel
 
 
 def _placed(x: Array, *axes: Any) -> Array:
@@ -50,7 +82,7 @@ class Linear(nnx.Module):
         self.lora: Lora | None = nnx.data(None)
 
     def __call__(self, x: Float[Array, "... I"], key: Key[Array, ""] | None = None) -> Float[Array, "... O"]:
-        y = x @ self.kernel[...].astype(x.dtype)
+        y = x @ _gathered(self.kernel[...].astype(x.dtype))
         if self.bias is not None:
             y = y + self.bias[...].astype(x.dtype)
         if self.lora is not None:
@@ -70,7 +102,8 @@ class Lora(nnx.Module):
             keep = jax.random.bernoulli(key, 1 - self.dropout, x.shape)
             x = jnp.where(keep, x / (1 - self.dropout), 0)
         rank = self.a.shape[-1]
-        return (x @ self.a[...].astype(x.dtype)) @ self.b[...].astype(x.dtype) * (self.alpha / rank)
+        a, b = (_gathered(factor[...].astype(x.dtype)) for factor in (self.a, self.b))
+        return (x @ a) @ b * (self.alpha / rank)
 
 
 class LayerNorm(nnx.Module):

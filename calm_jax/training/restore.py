@@ -36,7 +36,7 @@ def model(path: str | os.PathLike) -> Restored:
     saved = checkpoint.find(path)
     config = config_lib.from_config_dict(saved.meta["config"])
     geometry = Geometry.of(config.model)
-    layout = sharding.parameters(geometry.shapes, sharding.make_mesh(config_lib.Mesh()))
+    layout = sharding.parameters(geometry.shapes, sharding.inference_mesh(config.model))
     dtype, storage, _ = numerics(config.model)
     kept = {name: jax.ShapeDtypeStruct(leaf.shape, storage, sharding=layout[name])
             for name, leaf in geometry.shapes.items()}

@@ -66,6 +66,13 @@ def make_mesh(cfg: config_lib.Mesh, devices: Sequence[jax.Device] | None = None)
     return jax.sharding.Mesh(placed, AXES, axis_types=types)
 
 
+def inference_mesh(model: config_lib.Model, devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
+    """All devices, as many as its heads allow along tensor: a decoded token then reads each weight once, wherever."""
+    devices = jax.devices() if devices is None else devices
+    heads = math.gcd(len(devices), model.llama.heads, model.llama.kv_heads)
+    return make_mesh(config_lib.Mesh(data=-1, fsdp=1, tensor=heads), devices)
+
+
 def check_batch(process: config_lib.Process, mesh: jax.sharding.Mesh, name: str) -> None:
     """Raises ConfigError when a micro-batch does not divide among the devices that split it."""
     rows, parts = process.batch // process.accumulate, mesh.shape["data"] * mesh.shape["fsdp"]
