@@ -61,7 +61,7 @@ def test_collectives_count_as_often_as_their_loops_turn_and_once_where_they_are_
 
 @pytest.mark.parametrize(("spec", "kind", "slices", "shape"), [
     ("v5e-16", "v5e", 1, "4x4"), ("v5e:4x4", "v5e", 1, "4x4"), ("2xv5e-16", "v5e", 2, "4x4"),
-    ("v5p-8", "v5p", 1, "2x2x1"), ("v6e-8", "v6e", 1, "2x4"), ("v4:2x2x4", "v4", 1, "2x2x4"), 
+    ("v5p-8", "v5p", 1, "2x2x1"), ("v6e-8", "v6e", 1, "2x4"), ("v4:2x2x4", "v4", 1, "2x2x4"),
     ("a100:8", "a100", 1, "8"), ("cpu:8", "cpu", 1, "8")])
 def test_topologies_are_read(spec, kind, slices, shape):
     assert plan.Topology.of(spec) == plan.Topology(kind, slices, shape, spec)
