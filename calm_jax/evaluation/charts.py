@@ -61,7 +61,7 @@ def _suggestions(figure, result) -> None:
     places = np.arange(len(rows))
     axes.barh(places, [row["right"] for row in rows], color=plots.BLUE, height=0.6, label="right")
     axes.plot([row["elsewhere"] for row in rows], places, "|", color="black", markersize=12,
-              label="of other photographs' flaws")
+              label="advised to other photographs")
     if "control" in rows[0]:
         axes.plot([row["control"] for row in rows], places, "x", color=plots.ORANGE, label="control")
     axes.set_yticks(places, [row["flaw"] for row in rows])

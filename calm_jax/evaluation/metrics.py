@@ -60,18 +60,24 @@ def interval(statistic: Callable[[Int[np.ndarray, "m"]], float], groups: Sequenc
 
     Answers about one photograph stand and fall together, so photographs (groups) are drawn first.
     """
+    low, high = intervals(lambda indices: np.asarray([statistic(indices)]), groups, level=level, seed=seed)[:, 0]
+    return float(low), float(high)
+
+
+def intervals(statistics: Callable[[Int[np.ndarray, "m"]], Float[np.ndarray, "k"]], groups: Sequence[str], *,
+              level: float = 0.95, seed: int = 0) -> Float[np.ndarray, "2 k"]:
+    """`interval` of several figures of the same resamples: all lower ends, and all upper ends."""
     rng = np.random.default_rng(seed)
     names, member = np.unique(np.asarray(groups), return_inverse=True)
     members = [np.flatnonzero(member == i) for i in range(len(names))]
     values = []
     for _ in range(RESAMPLES):
         if len(names) == len(member):  # each is a group of its own
-            values.append(statistic(rng.integers(len(names), size=len(names))))
+            values.append(statistics(rng.integers(len(names), size=len(names))))
             continue
         drawn = (members[i] for i in rng.integers(len(members), size=len(members)))
-        values.append(statistic(np.concatenate([rng.choice(m, size=len(m)) for m in drawn])))
-    low, high = np.nanpercentile(values, [50 * (1 - level), 50 * (1 + level)])
-    return float(low), float(high)
+        values.append(statistics(np.concatenate([rng.choice(m, size=len(m)) for m in drawn])))
+    return np.nanpercentile(values, [50 * (1 - level), 50 * (1 + level)], axis=0)
 
 
 def mean_interval(values: Float[np.ndarray, "n"], groups: Sequence[str], *, level: float = 0.95,

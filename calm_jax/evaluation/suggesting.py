@@ -2,8 +2,8 @@
 
 The protocol is ours, as none is published (the paper's suggestions are zero-shot and shown by example). Each photograph
 gets flaws of known kind (`degradations`, which share no code with training), and the model is asked what would improve
-it. A suggestion is right when it names what undoes the flaw, in the words of the bank or in anybody's. It is also
-judged against all other photographs with other flaws: advice that fits everything gains nothing by that.
+it. A suggestion is right when it names what undoes the flaw, in the words of the bank or in anybody's. How often the
+same is advised to photographs with other flaws stands beside it: advice that is given to everything gains nothing.
 """
 
 from __future__ import annotations
@@ -37,7 +37,6 @@ class Suggested:
       flaw: its name, as `kind` gives it; grade: the attribute's grade that was made.
       group: the photograph, for intervals; key: the record.
       named: the flaws that the suggestion undoes.
-      elsewhere: how many of the other photographs with other flaws it is right for, as a share.
     """
 
     flaw: str
@@ -46,7 +45,6 @@ class Suggested:
     key: str
     text: str
     named: tuple[str, ...]
-    elsewhere: float = 0.0
 
     @property
     def right(self) -> bool:
@@ -104,7 +102,7 @@ def suggesting(generator: Generator, dataset: Dataset, indices: Sequence[int], *
     for (index, flaw), text in zip(asked, texts, strict=True):
         record = dataset.record(index)
         found.append(Suggested(kind(flaw), flaw[1], record.group or record.key, record.key, text, undone(text)))
-    return [dataclasses.replace(item, elsewhere=_elsewhere(item, found)) for item in found]
+    return found
 
 
 def _shows(before: np.ndarray, after: np.ndarray) -> bool:
@@ -113,33 +111,42 @@ def _shows(before: np.ndarray, after: np.ndarray) -> bool:
     return float(np.abs(before.astype(np.int16) - after).mean()) >= VISIBLE
 
 
-def _elsewhere(item: Suggested, all_of_them: Sequence[Suggested]) -> float:
-    others = [other.flaw in item.named for other in all_of_them if other.flaw != item.flaw]
-    return sum(others) / max(len(others), 1)
-
-
 def suggestion_table(found: Sequence[Suggested], control: Sequence[Suggested] = ()) -> list[dict]:
     """A row a flaw, and one of all with every flaw counting alike.
 
-    Each has `n`, the share that is `right`, the same suggestions judged `elsewhere`, and the `gain` over that with a
-    95 % interval over photographs; with a `control` model, its share and the gain over it.
+    Each has `n`, the share that is `right`, the share of photographs with other flaws that are advised the same,
+    `elsewhere`, and the `gain` of the one over the other with a 95 % interval over photographs; with a `control` model,
+    its share and the gain over it. `distinct` counts different texts.
     """
     names = sorted({item.flaw for item in found}, key=[kind(flaw) for flaw in FLAWS].index)
     theirs = {(item.key, item.flaw, item.grade): item.right for item in control}
-    weight = {name: len(found) / len(names) / sum(item.flaw == name for item in found) for name in names}
+    groups = [item.group for item in found]
+    has = np.asarray([[item.flaw == name for name in names] for item in found])  # [n, flaws]
+    said = np.asarray([[name in item.named for name in names] for item in found])
+    others = np.asarray([theirs.get((item.key, item.flaw, item.grade), False) for item in found])
+
+    def figures(indices):
+        """`[3, flaws + 1]`: right, elsewhere and the control's share, of each flaw and of their mean."""
+        mine, asked, beside = has[indices], said[indices], others[indices, None]
+        with np.errstate(invalid="ignore"):  # a resample may lack a flaw
+            rows = np.asarray([(mine & asked).sum(0) / mine.sum(0), (~mine & asked).sum(0) / (~mine).sum(0),
+                               (mine & beside).sum(0) / mine.sum(0)])
+        return np.concatenate([rows, np.nanmean(rows, 1, keepdims=True)], 1)
+
+    def gains(indices):
+        right, elsewhere, beside = figures(indices)
+        return np.concatenate([right - elsewhere, right - beside])
+
+    right, elsewhere, beside = figures(np.arange(len(found)))
+    low, high = metrics.intervals(gains, groups).reshape(2, 2, -1)
     rows = []
-    for name in (*names, "all"):
+    for place, name in enumerate((*names, "all")):
         items = [item for item in found if name in (item.flaw, "all")]
-        share = np.asarray([weight[item.flaw] if name == "all" else 1.0 for item in items])
-        right, elsewhere = (share * np.asarray([float(getattr(item, key)) for item in items])
-                            for key in ("right", "elsewhere"))
-        groups = [item.group for item in items]
-        row = {"flaw": name, "n": len(items), "right": right.mean(), "elsewhere": elsewhere.mean(),
-               "gain": (right - elsewhere).mean(), "gain_interval": metrics.mean_interval(right - elsewhere, groups),
+        row = {"flaw": name, "n": len(items), "right": right[place], "elsewhere": elsewhere[place],
+               "gain": right[place] - elsewhere[place], "gain_interval": (low[0, place], high[0, place]),
                "distinct": len({item.text for item in items})}
         if control:
-            other = share * np.asarray([float(theirs[item.key, item.flaw, item.grade]) for item in items])
-            row |= {"control": other.mean(), "control_gain": (right - other).mean(),
-                    "control_gain_interval": metrics.mean_interval(right - other, groups)}
+            row |= {"control": beside[place], "control_gain": right[place] - beside[place],
+                    "control_gain_interval": (low[1, place], high[1, place])}
         rows.append(row)
     return rows
