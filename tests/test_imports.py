@@ -10,7 +10,7 @@ import miniature
 import pytest
 
 PACKAGE = miniature.ROOT / "calm_jax"
-PROGRAMS = {"train", "evaluate", "predict", "command", "api"}
+PROGRAMS = {"train", "supervise", "evaluate", "predict", "command", "api"}
 INFERENCE_MAY = {f"data.{name}" for name in ("images", "prompts", "samples", "scale", "tokenizer")}
 # part -> the parts of the package that it may import; a part with a dot is a single module.
 MAY: dict[str, set[str]] = {

@@ -11,10 +11,9 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from calm_jax import config as config_lib
-from calm_jax.data.scale import HIGHEST, LOWEST
 from calm_jax.models import layers
 
-CENTRE, REACH = (LOWEST + HIGHEST) / 2, (HIGHEST - LOWEST) / 4  # what an output of zero says, and one of one adds
+CENTRE, REACH = 5.5, 2.25  # of the scale 1-10: what an output of zero says, and what one of one adds
 
 
 class ScoreHead(nnx.Module):
