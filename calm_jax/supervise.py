@@ -54,7 +54,7 @@ class Process:
             for line in lines:
                 self.tail.append(line.decode(errors="replace"))
                 if self.number and line.strip():
-                    say(f"[process {self.number}] {self.tail[-1]}")
+                    print(f"[process {self.number}] {self.tail[-1]}", file=sys.stderr, flush=True)
 
     @property
     def code(self) -> int | None:

@@ -5,6 +5,7 @@ import time
 
 import numpy as np
 import pytest
+import scipy.ndimage
 
 from calm_jax import config as config_lib
 from calm_jax.data import attributes, builders, cues, images, statistics, statistics_cues
@@ -13,7 +14,7 @@ from calm_jax.data.tasks import measured
 from calm_jax.data.tasks.context import Context
 
 NAMES = tuple(statistics.STATISTICS)
-MOST_MS = 5.0  # all statistics of one picture of 224 pixels on one core
+MOST = 1.0  # times a wide Gaussian blur: all statistics of one picture of 224 pixels
 
 
 def picture(seed=0, shape=(120, 160)):
@@ -110,14 +111,20 @@ def test_size_and_contents_alone_decide():
 
 
 def test_all_together_are_quick():
+    """Side by side with two blurs of the same picture: a ratio, which other work beside the test leaves alone."""
     demo = builders.load("demo")
     pixels = images.fit(demo.pixels(0), ImageRef(0), statistics.SIZE)
-    times = []
-    for _ in range(30):
-        start = time.process_time()
-        statistics.measure_fitted(pixels)
-        times.append(time.process_time() - start)
-    assert np.min(times) * 1e3 < MOST_MS
+
+    def seconds(work):
+        times = []
+        for _ in range(30):
+            start = time.process_time()
+            work()
+            times.append(time.process_time() - start)
+        return min(times)
+
+    blur = seconds(lambda: scipy.ndimage.gaussian_filter(pixels.astype(np.float64), (8, 8, 0)))
+    assert seconds(lambda: statistics.measure_fitted(pixels)) < MOST * blur
 
 
 def test_what_is_dark_by_itself_is_not_asked_for_its_exposure():

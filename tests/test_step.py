@@ -100,7 +100,7 @@ def test_the_gradients_are_those_of_the_loss(values, batch, gradients):
     trained, frozen = split(values)
     grads, _ = gradients[1](trained, frozen, batch, None)
     loss = jax.jit(make(PROCESS).loss)
-    total, rng = jnp.asarray(batch["weights"].sum()), np.random.default_rng(0)
+    total, rng = {"words": jnp.asarray(batch["weights"].sum())}, np.random.default_rng(0)
     for _ in range(3):
         direction = {path: jnp.asarray(rng.standard_normal(leaf.shape), jnp.float32) for path, leaf in trained.items()}
         up, down = ({p: v + sign * 2e-4 * direction[p] for p, v in trained.items()} for sign in (1, -1))
