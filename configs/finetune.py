@@ -51,8 +51,9 @@ def get_config(variant: str = "tiny"):
     for name, task, count, rate in zip(("comments", "scores"), ("comment", "score"), steps, rates, strict=True):
         scores = option == "head" and name == "scores"
         learn, stay = train, freeze
-        if option == "head" and not scratch:
-            learn, stay = (*train, *(r"score_head/.*",) * scores), (*freeze, *(r"score_head/.*",) * (not scores))
+        if option == "head" and not scratch:  # where everything learns, the head does too
+            head = ("score_head/.*",)
+            learn, stay = (train + head, freeze) if scores else (train, freeze + head)
         processes[name] = c.Process(
             tasks={task: 1.0}, row=row, batch=rows, steps=count, optimizer=c.Optimizer(peak_lr=rate, **adam),
             train=learn, freeze=stay, score_head=float(scores), eval_every=max(-(-count // 2), 1))

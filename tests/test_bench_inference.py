@@ -4,7 +4,7 @@ import miniature
 import pytest
 
 from calm_jax import config as config_lib
-from tools import bench_inference
+from tools import bench_inference, flops
 
 
 def test_the_benchmark_runs_both_sides(tmp_path):
@@ -21,7 +21,7 @@ def test_floors_are_those_of_the_public_geometry():
     tokens costs two products for each of the others but the head, and half a square of attention. CLIP-L/14-336 (303
     million weights, 577 tokens) costs 0.38 TFLOP a picture; three BERT-base with 32 queries that read it 0.05."""
     model = config_lib.model("7b")
-    assert bench_inference._llm(model) == pytest.approx(6.738e9 - 32_000 * 4096, rel=1e-3)
+    assert flops.language(model, 1, 1).weights / 2 == pytest.approx(6.738e9 - 32_000 * 4096, rel=1e-3)
     words = 2 * 700 * (6.738e9 - 2 * 32_000 * 4096)
     attention = 2 * 32 * 700 ** 2 * 4096
-    assert bench_inference.flops(model, 700) - words - attention == pytest.approx(0.43e12, rel=0.05)
+    assert flops.a_score(model, 700).forward - words - attention == pytest.approx(0.43e12, rel=0.05)

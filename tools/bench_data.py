@@ -16,7 +16,6 @@ import json
 import multiprocessing
 import os
 import pathlib
-import re
 import shutil
 import statistics
 import subprocess
@@ -83,16 +82,12 @@ def show(result: dict) -> str:
 
 
 def needs(model: config_lib.Model, process: config_lib.Process) -> dict[str, float]:
-    """Pictures a second that a machine would consume: full rows, 6 FLOP a parameter and token of the language model
-    (4 where it is frozen, as gradients still pass through it), 2 of the encoder, which is frozen."""
-    llama, vit = model.llama, model.vit
-    width = llama.width // llama.heads
-    block = llama.width * width * (2 * llama.heads + 2 * llama.kv_heads) + 3 * llama.width * llama.mlp_width
-    language = llama.depth * block + llama.width * llama.vocab
-    encoder = vit.depth * (4 * vit.width ** 2 + 2 * vit.width * vit.mlp_width)
-    frozen = any(re.fullmatch(regex, "llama/blocks/q/kernel") for regex in process.freeze)
-    row = ((4 if frozen else 6) * language * process.row.tokens
-           + 2 * encoder * (vit.patches + 1) * process.row.images)
+    """Pictures a second that a machine would consume at MFU of its peak: full rows, see `flops.a_row`."""
+    from calm_jax.models.parameters import Geometry
+    from calm_jax.training import filters
+    from tools import flops
+    learns = filters.trainable(Geometry.of(model).shapes, process)
+    row = sum(flops.a_row(model, process, learns).values())
     return {name: MFU * peak / row * process.row.images for name, peak in PEAK.items()}
 
 

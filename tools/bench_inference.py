@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import os
 import pathlib
 import platform
@@ -86,9 +85,11 @@ def measure(config: config_lib.Config, folder: pathlib.Path, *, against: bool, r
             behind = median[f"answer {batch}"] - median[f"first {batch}"]
             row[f"tokens_per_s_{batch}"] = batch * (TOKENS - 1) / behind
         results[name] = row
+    from tools import flops  # which needs JAX, as this process else does not
     prompt = _prompt(config.model)
     return {"what": "inference", "results": results, "cores": os.cpu_count(), "prompt_tokens": prompt,
-            "flops_score": flops(config.model, prompt), "flops_token": 2 * _llm(config.model),
+            "flops_score": flops.a_score(config.model, prompt).forward,
+            "flops_token": flops.language(config.model, 1, 1).weights,
             "machine": platform.processor() or platform.machine()}
 
 
@@ -123,32 +124,6 @@ def _prompt(model: config_lib.Model) -> int:
     from calm_jax.data.prompts import Layout, encode
     from calm_jax.data.tokenizer import Tokenizer
     return len(encode(_question(0)[0], Tokenizer(), Layout.of(model, config_lib.PARTS), ask=0).tokens)
-
-
-def _llm(model: config_lib.Model) -> int:
-    """Weights of the language model that every token is multiplied by."""
-    cfg = model.llama
-    return cfg.depth * cfg.width * (2 * cfg.width + 2 * cfg.width * cfg.kv_heads // cfg.heads + 3 * cfg.mlp_width) + \
-        cfg.width * cfg.vocab
-
-
-def flops(model: config_lib.Model, prompt: int) -> float:
-    """Of one score: products of encoder, Q-Formers and prompt (two a weight and token) and of their attention."""
-    from calm_jax.models.parameters import Geometry
-    patches, vit, qformer, llama = model.vit.patches + 1, model.vit, model.qformer, model.llama
-    total = 2.0 * prompt * (_llm(model) - llama.width * llama.vocab) + 2 * llama.depth * prompt ** 2 * llama.width
-    side = vit.image_size
-    for path, leaf in Geometry.of(model).shapes.items():
-        if path.startswith("vit/stem/kernels"):
-            side //= 2
-            total += 2.0 * side * side * math.prod(leaf.shape)
-        elif path.endswith("kernel") and not path.startswith("llama/"):
-            reads = patches if path.startswith(("vit/", "mfam/thematic")) or "/cross/k" in path or "/cross/v" in path \
-                else qformer.queries
-            total += 2.0 * reads * math.prod(leaf.shape)
-    crossed = -(-qformer.depth // qformer.cross_every)
-    return total + 4.0 * vit.depth * patches ** 2 * vit.width + 3 * 4.0 * qformer.width * qformer.queries * (
-        qformer.depth * qformer.queries + crossed * patches)
 
 
 # ---- contenders --------------------------------------------------------------------------------------------------

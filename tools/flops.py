@@ -74,6 +74,12 @@ def language(model: config_lib.Model, tokens: int, answers: int) -> Work:
                 2.0 * cfg.depth * tokens ** 2 * cfg.width)
 
 
+def a_score(model: config_lib.Model, prompt: int, parts: tuple[str, ...] = config_lib.PARTS, tree: int = 0) -> Work:
+    """A score: one picture, a prompt of so many tokens, and `tree` tokens behind it."""
+    return (encoder(model, parts) + qformers(model, parts) + thematic(model, parts)
+            + language(model, prompt + tree, 1 + tree))
+
+
 def a_row(model: config_lib.Model, process: config_lib.Process, learns: Mapping[str, bool]) -> dict[str, float]:
     """Of one row of a training step: `forward`, `inputs` (their gradients) and `weights` (theirs).
 

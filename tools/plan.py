@@ -82,13 +82,14 @@ class Topology:
                                          f"2xv5e-16 (two slices), v5p-8 or a100:8, of {', '.join(CHIPS)}")
         kind, shape = found["kind"], found["shape"]
         if shape is None:
+            if not kind.startswith("v"):
+                raise config_lib.ConfigError(f"--topology {spec}: write --topology {kind}:{found['count']}")
             known = FLAT if kind in ("v5e", "v6e") else DEEP
             shape = known.get(int(found["count"]))
-            if shape is None or kind in ("a100", "h100", "cpu"):
+            if shape is None:
                 raise config_lib.ConfigError(f"--topology {spec}: {kind} comes in "
                                              f"{', '.join(f'{kind}-{n}' for n in known)}; write another shape as "
-                                             f"{kind}:{'4x4' if known is FLAT else '2x2x2'}, and GPUs as a100:8"
-                                             if kind not in ("a100", "h100", "cpu") else f"write --topology {kind}:8")
+                                             f"{kind}:{'4x4' if known is FLAT else '2x2x2'}")
         return cls(kind, int(found["slices"] or 1), shape, spec)
 
     @property
@@ -317,8 +318,7 @@ def _scorer(config: config_lib.Config, setup: Any, rows: int) -> tuple[Any, dict
     tree = scorer.Tree.of(tokenizer, scorer.SAID["expectation"])
     program = jax.jit(functools.partial(generate.placed, mesh, functools.partial(
         scorer.expectation, geometry, parts=parts, dtype=setup.step.dtype, tree=tree)))
-    work = flops.language(model, width + len(tree.tokens), 1 + len(tree.tokens)) + flops.encoder(model, parts) + \
-        flops.qformers(model, parts) + flops.thematic(model, parts)
+    work = flops.a_score(model, width, parts, len(tree.tokens))
     return program.lower(parameters, batch), {"parameters": a_device(parameters), "batch": a_device(batch)}, {
         "forward": work.forward}
 

@@ -214,7 +214,7 @@ class Generator:
         if place not in self._programs:
             self._programs[place] = jax.jit(functools.partial(
                 placed, self.mesh, functools.partial(function, self.geometry, parts=self.layout.parts,
-                                                      dtype=self.dtype, **options)))
+                                                     dtype=self.dtype, **options)))
         return self._programs[place]
 
 

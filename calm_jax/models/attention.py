@@ -30,12 +30,14 @@ def attend(q: Float[Array, "B T N H"], k: Float[Array, "B S K H"], v: Float[Arra
       behind: so many keys come before that of the first query.
       q_segments, kv_segments: a query sees only the keys of its own segment. Queries of a segment without keys
         (padding) get the mean of what they may not see, which nothing reads.
-    Packed rows of training go to a kernel of the platform where there is one, which never holds the scores; everything
-    else, and every CPU, to `tiled`.
+
+    Packed rows go to a kernel of the platform where there is one, which never holds the scores, if rows and heads
+    divide among the devices; everything else, and every CPU, to `tiled`.
     """
     kernel = KERNELS.get(_platform())
-    rows = causal and not behind and q_segments is not None and q_segments is kv_segments
-    if kernel is None or not rows or q.shape[1] % LANES or k.shape[2] % _split("tensor"):
+    packed = causal and not behind and q_segments is not None and q_segments is kv_segments and not q.shape[1] % LANES
+    divides = not q.shape[0] % (_split("data") * _split("fsdp")) and not k.shape[2] % _split("tensor")
+    if kernel is None or not packed or not divides:
         return tiled(q, k, v, q_segments, kv_segments, causal=causal, behind=behind)
     return _on_each_device(kernel, q, k, v, q_segments)
 
@@ -94,7 +96,7 @@ def flash(q: Float[Array, "B T N H"], k: Float[Array, "B T K H"], v: Float[Array
                        interpret=interpret)
 
 
-KERNELS: Mapping[str, Callable[..., Array]] = {"tpu": splash, "gpu": flash, "cuda": flash}
+KERNELS: Mapping[str, Callable[..., Array]] = {"tpu": splash, "gpu": flash}
 
 
 def attend_cached(q: Float[Array, "B M N H"], k: Float[Array, "B K S H"], v: Float[Array, "B K S H"],
