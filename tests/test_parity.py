@@ -337,8 +337,8 @@ def test_cached_greedy_decoding(cfg):
     width, size = lengths.max(), lengths.max() + new
 
     def start(model, tokens, lengths):
-        hidden, cache = model.prefill(model.embed(tokens, jnp.float32), lengths, new)
-        return model.logits(hidden[jnp.arange(3), lengths - 1]), cache
+        last, cache = model.prefill(model.embed(tokens, jnp.float32), lengths, new)
+        return model.logits(last[:, 0]), cache
 
     def step(model, tokens, positions, done, cache):
         slots = jnp.arange(size)

@@ -37,7 +37,7 @@ from calm_jax.data.prompts import Layout
 from calm_jax.data.samples import Answer, ImageRef, Mention, Sample, Turn
 from calm_jax.data.tasks import instructions
 from calm_jax.inference.decoding import Sampling
-from calm_jax.inference.generate import BUCKET, Generator
+from calm_jax.inference.generate import Generator, bucket
 from calm_jax.models import layers
 from calm_jax.models.calm import Calm
 from calm_jax.models.vit import normalise
@@ -170,7 +170,7 @@ def _compare(generator: Generator, cases, files, readers, folder, tolerance, new
     pixels = [pictures.read(file) for file in files]
     stages: dict[str, Stage] = {}
     kl, answers, agree, same = 0.0, 0, {"said": 0, "searched": 0}, True
-    width = -(-int(theirs["longest"]) // BUCKET) * BUCKET
+    width = bucket(int(theirs["longest"]))
     for number, (rows, parts) in enumerate(cases):
         samples = [(_sample(row, parts, question), 0) for row, question in zip(rows, QUESTIONS, strict=False)]
         batch = _padded(generator.arrays(samples, pixels.__getitem__, new_tokens), width, 3)

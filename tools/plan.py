@@ -297,7 +297,7 @@ def _scorer(config: config_lib.Config, setup: Any, rows: int) -> tuple[Any, dict
     parts = setup.process.parts
     sample = Sample((ImageRef(0),), (Turn((Mention(0, parts), f" {instructions.SCORE[0]}"), Answer("")),))
     length = len(encode(sample, tokenizer, Layout.of(model, parts), ask=0).tokens)
-    width = -(-length // generate.BUCKET) * generate.BUCKET
+    width = generate.bucket(length)
     geometry = Geometry.of(model, unrolled=True)
     stacked = {path: leaf.sharding for path, leaf in setup.kept.items()}
 

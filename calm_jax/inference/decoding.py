@@ -73,8 +73,7 @@ def prompted(geometry: Geometry, parameters: Parameters, batch: dict[str, Array]
     model = geometry.bind(parameters)
     with layers.rows_over_all(len(batch["tokens"])):
         x = model.embed(batch["tokens"], batch["visual"], model.encode(batch["images"], parts, dtype=dtype))
-        hidden, cache = model.llama.prefill(x, batch["lengths"], room, batch.get("before"))
-        last = jnp.take_along_axis(hidden, (batch["lengths"] - 1)[:, None, None], axis=1)
+        last, cache = model.llama.prefill(x, batch["lengths"], room, batch.get("before"))
     return model, layers.by_rows(last), [(layers.by_heads(k), layers.by_heads(v)) for k, v in cache]
 
 

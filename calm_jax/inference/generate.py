@@ -30,7 +30,6 @@ from calm_jax.inference.scorer import Score
 from calm_jax.models.llama import Before
 from calm_jax.models.parameters import Geometry, Parameters, unroll
 
-BUCKET = 64  # prompt lengths are padded to multiples of this, so that a run compiles a few programs only
 AHEAD = 2  # batches that are prepared while the device computes
 SCORE_TOKENS = 12  # of a score as text: the longest, " 10.0.", with room for a model that says more
 Question = tuple[Sample, int]  # a conversation and the turn that is asked
@@ -159,7 +158,7 @@ class Generator:
 
     def _arrays(self, encoded: Sequence[Encoded], images: Sequence[tuple[ImageRef, ...]], pixels: Pixels
                 ) -> dict[str, np.ndarray]:
-        width = -(-max(len(item.tokens) for item in encoded) // BUCKET) * BUCKET
+        width = bucket(max(len(item.tokens) for item in encoded))
         slots = max(1, max(map(len, images)))
         arrays = {"images": np.zeros((len(encoded), slots, self.size, self.size, 3), np.uint8),
                   "tokens": np.full((len(encoded), width), self.tokenizer.pad, np.int32),
@@ -216,6 +215,13 @@ class Generator:
                 placed, self.mesh, functools.partial(function, self.geometry, parts=self.layout.parts,
                                                      dtype=self.dtype, **options)))
         return self._programs[place]
+
+
+def bucket(length: int) -> int:
+    """The length to which prompts of this length are padded, so that a run compiles a few programs only: eight steps an
+    octave, so that at most an eighth is padding."""
+    step = max(2 ** (length.bit_length() - 4), 8)
+    return -(-length // step) * step
 
 
 def placed(mesh: jax.sharding.Mesh | None, function: Callable, *arguments):
