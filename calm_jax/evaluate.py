@@ -29,6 +29,7 @@ from calm_jax.evaluation import charts, peers, personalised, protocols, suggesti
 from calm_jax.evaluation.replies import Replies
 from calm_jax.inference.generate import Generator
 from calm_jax.training import checkpoint, restore
+from calm_jax.training.startup import keep_programs
 
 TASKS = ("attributes", "scoring", "commenting", "suggesting", "personalised")
 
@@ -231,6 +232,7 @@ def cli() -> None:
 
 def main() -> None:
     given = command.require("workdir", "task")
+    keep_programs()
     try:
         shots = tuple(sorted({int(count) for count in given.shots}))
     except ValueError:

@@ -2,9 +2,9 @@
 
     python -m calm_jax.train --config configs/finetune.py[:VARIANT] [--workdir DIR] [--config.a.b=value ...]
 
-The same command again resumes. One of several processes finds the others by its environment (`training.processes`);
-calm_jax.supervise starts processes, and starts them again. A workdir belongs to one config; another config in it is
-refused with the difference.
+The same command again resumes, and takes its compiled programs from a cache. One of several processes finds the others
+by its environment (`training.processes`); calm_jax.supervise starts processes, and starts them again. A workdir belongs
+to one config; another config in it is refused with the difference.
 """
 
 from __future__ import annotations
@@ -22,10 +22,16 @@ from calm_jax.data import builders
 from calm_jax.data.tokenizer import Tokenizer
 from calm_jax.models.parameters import Geometry
 from calm_jax.training import loop, processes, sharding
+from calm_jax.training.startup import Startup, keep_programs
 
 
-def train(config: config_lib.Config, workdir: pathlib.Path) -> None:
+def train(config: config_lib.Config, workdir: pathlib.Path, *, startup: Startup | None = None, profile: int = 0
+          ) -> None:
     """Runs every process of the config that is not complete yet.
+
+    Args:
+      startup: watches since the program was started; the first step reports what the time went to.
+      profile: so many steps of each process are traced, into `workdir/profile/PROCESS`.
 
     Raises:
       ConfigError: the config does not fit the workdir, the devices, the tokenizer or the data.
@@ -41,7 +47,7 @@ def train(config: config_lib.Config, workdir: pathlib.Path) -> None:
     loop.say(f"devices: {mesh.devices.size} x {mesh.devices.flat[0].device_kind} of {jax.process_count()} process(es), "
              f"mesh {dict(mesh.shape)}")
     loop.say(sharding.table(geometry.shapes, mesh))
-    run = loop.Run(config, workdir, mesh, geometry, tokenizer)
+    run = loop.Run(config, workdir, mesh, geometry, tokenizer, startup=startup, profile=profile)
     for name in config.run:
         datasets = {dataset: builders.load(dataset, config.data.dir) for dataset in config.processes[name].datasets}
         loop.run_process(run, name, datasets)
@@ -78,12 +84,17 @@ def cli() -> None:
                                   "runs/CONFIG-VARIANT")
     distributed = flags.DEFINE_enum("distributed", "auto", processes.MODES, "whether this is one process of several; "
                                     "auto: where the environment says so, on: as JAX finds out (Cloud TPU)")
+    profile = flags.DEFINE_integer("profile", 0, "steps of each process, behind its first few, that are traced into "
+                                   "WORKDIR/profile, for XProf and Perfetto; 0 = none", lower_bound=0)
 
     def main():
+        startup = Startup()
         config = command.config(chosen)
+        keep_programs()
         processes.join(distributed.value)
+        startup.reached("joining")
         name = "-".join(pathlib.Path(part).stem for part in command.config_file().split(":"))
-        train(config, pathlib.Path(workdir.value or f"runs/{name}"))
+        train(config, pathlib.Path(workdir.value or f"runs/{name}"), startup=startup, profile=profile.value)
 
     command.run(main)
 

@@ -133,6 +133,8 @@ def main(words: Sequence[str]) -> int:
 
     from calm_jax.api import Model  # JAX starts here: wrong use is answered before
     from calm_jax.inference.decoding import Sampling
+    from calm_jax.training.startup import keep_programs
+    keep_programs()
     verb = VERBS[name]
     rated = read_ratings(values["ratings"], values["user"], values["scale"]) if values["ratings"] else []
     given = values | {"scale": tuple(map(float, values["scale"])), "sampling": Sampling(

@@ -1,4 +1,4 @@
-"""Metrics in; a progress bar, metrics.jsonl and TensorBoard files out. Only the first process writes."""
+"""Metrics in; a progress bar, metrics.jsonl and TensorBoard files, by the first process only, and traces out."""
 
 from __future__ import annotations
 
@@ -61,6 +61,40 @@ class Log:
             self._bar.close()
             self._file.close()
             self._board.close()
+
+
+class Trace:
+    """A profiler trace of a few steps, for XProf (TensorBoard's profile plugin) and Perfetto.
+
+    Args:
+      folder: where it goes; every process adds a file of its own.
+      steps: how many; 0 = none.
+      first: the number of the first step that is traced.
+    """
+
+    def __init__(self, folder: pathlib.Path, steps: int, first: int):
+        self.folder, self.first, self.behind = folder, first, first + steps
+        self._running = False
+
+    def before(self, step: int) -> None:
+        """Must be called before each step."""
+        if step == self.first < self.behind:
+            jax.profiler.start_trace(str(self.folder))
+            self._running = True
+
+    def after(self, step: int, result: Any) -> bool:
+        """Whether the trace was complete with this step, for whose arrays `result` it then waits."""
+        if not self._running or step + 1 < self.behind:
+            return False
+        jax.block_until_ready(result)
+        self.close()
+        return True
+
+    def close(self) -> None:
+        """Ends a trace that still runs, such as that of a run with fewer steps."""
+        if self._running:
+            self._running = False
+            jax.profiler.stop_trace()
 
 
 def _tensorboard() -> Any:

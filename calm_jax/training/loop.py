@@ -23,9 +23,11 @@ from calm_jax.models.parameters import Geometry, Parameters
 from calm_jax.training import checkpoint, filters, logging, sharding
 from calm_jax.training.restore import load
 from calm_jax.training.setup import Setup
+from calm_jax.training.startup import Startup
 from calm_jax.training.step import State
 
 MIN_EXAMPLES = 200  # before that many, a share of bad records says little
+UNTRACED = 5  # first steps of a process, which compile and warm up
 
 
 class TrainingError(RuntimeError):
@@ -39,7 +41,8 @@ class Interrupted(SystemExit):
 @dataclasses.dataclass
 class Run:
     """What the processes of a run share. `parameters` are current once any process has begun; `trained` names
-    those that some process of this run has trained, which every later checkpoint therefore holds."""
+    those that some process of this run has trained, which every later checkpoint therefore holds. `startup` is there
+    until it has reported the first step; `profile` steps of each process are traced into the workdir."""
 
     config: config_lib.Config
     workdir: pathlib.Path
@@ -48,6 +51,12 @@ class Run:
     tokenizer: Tokenizer
     parameters: Parameters | None = None
     trained: frozenset[str] = frozenset()
+    startup: Startup | None = None
+    profile: int = 0
+
+    def reached(self, phase: str) -> None:
+        if self.startup is not None:
+            self.startup.reached(phase)
 
     def checkpoints(self, name: str) -> checkpoint.Checkpoints:
         return checkpoint.Checkpoints(self.workdir / "checkpoints" / name, self.config.checkpoint)
@@ -94,6 +103,9 @@ def run_process(run: Run, name: str, datasets: Mapping[str, Dataset]) -> None:
         state = State(jnp.asarray(saved.step, jnp.int32), trained, restored["optimizer"])
         say(f"{name}: resumes after step {saved.step} from {saved.path}")
 
+    jax.block_until_ready(state)
+    run.reached("parameters")
+
     # ---- the step and its batches -------------------------------------------------------------------------------
     state = jax.device_put(state, setup.placements)
     train_step = setup.compiled()
@@ -113,6 +125,7 @@ def run_process(run: Run, name: str, datasets: Mapping[str, Dataset]) -> None:
                       title=f"[{config.run.index(name) + 1}/{len(config.run)}] {name}")
     best = saved.meta["best"] if saved is not None else None
     meter = Meter(log, process, rows, config, store)
+    trace = logging.Trace(run.workdir / "profile" / name, run.profile, start + UNTRACED + 1)
 
     def save(number: int, is_best: bool) -> None:
         everything = {path: (state.trained | frozen)[path] for path in sorted(run.trained)}
@@ -139,10 +152,19 @@ def run_process(run: Run, name: str, datasets: Mapping[str, Dataset]) -> None:
         with StopSignal() as stop:
             for number, batch in enumerate(batches, start + 1):
                 cursor = batch.pop("cursor")[-1].tolist()
+                run.reached("first batch")
+                trace.before(number)
                 state, metrics = train_step(state, frozen, sharding.put(batch, mesh, process.batch), key)
                 meter.read()
                 meter.pending = (number, metrics)
                 log.advance()
+                if run.startup is not None:
+                    jax.block_until_ready(metrics)
+                    run.reached("first step")
+                    log.say(run.startup.report())
+                    run.startup = None
+                if trace.after(number, metrics):
+                    log.say(f"{name}: steps {trace.first} to {number} are traced in {trace.folder}")
                 last, stopping, due = number == process.steps, stop.now(number), store.due(number)
                 validates = last or (process.eval_every and number % process.eval_every == 0)
                 if not (validates or stopping or due):
@@ -165,6 +187,7 @@ def run_process(run: Run, name: str, datasets: Mapping[str, Dataset]) -> None:
                 log.say(f"{stop.received}: saved step {number} in {store.folder}; the same command resumes there")
                 raise Interrupted(128 + signal.Signals[stop.received].value)
     finally:
+        trace.close()
         log.close()
         store.close()
     run.parameters = state.trained | frozen
