@@ -16,6 +16,7 @@ from calm_jax import config as config_lib
 from calm_jax.models import parameters as parameters_lib
 from calm_jax.models.parameters import Geometry
 from calm_jax.training import filters, optimizer, sharding
+from calm_jax.training.setup import Setup
 from calm_jax.training.step import State, Step, compile_train
 
 MODEL = dataclasses.replace(miniature.MODEL, llama=dataclasses.replace(miniature.MODEL.llama, vocab=128))
@@ -275,3 +276,19 @@ def test_the_parameter_table_and_the_model_agree(values):
     assert {p: v.shape for p, v in drawn.items()} == {p: v.shape for p, v in GEOMETRY.shapes.items()}
     model = GEOMETRY.bind(values)
     assert np.array_equal(model.llama.embedding[...], values["llama/embedding"])
+
+
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_memory_of_a_step_is_linear_in_the_length_of_a_row(remat):
+    """What the compiled step needs beside its arguments, from 1,024 to 8,192 tokens."""
+    def temporaries(length):
+        model = dataclasses.replace(MODEL, remat=remat, llama=dataclasses.replace(MODEL.llama, positions=length))
+        only = miniature.process(batch=1, row=config_lib.Row(tokens=length, images=1, answers=64), parts=("thematic",))
+        config = miniature.config(model=model, processes={"only": only})
+        setup = Setup.of(config, "only", Geometry.of(model), sharding.make_mesh(config.mesh, jax.devices()[:1]))
+        compiled = setup.compiled().lower(*setup.arguments()).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    short, long = temporaries(1024), temporaries(8192)
+    assert long < 9 * short
+    assert long < 8192 * 8192 * 4  # not one array of the scores of a head

@@ -149,7 +149,9 @@ def _chunk(q, k, v, q_segments, kv_segments, start, causal):
 
     @jax.checkpoint
     def body(start, tile):
-        return start + size, _tile(tile[0], k, v, tile[1], kv_segments, start, causal)
+        # Tied to the queries, masks belong to a block: JAX would make those of all tiles, [T, T], once for all blocks.
+        queries, segments, first = jax.lax.optimization_barrier((*tile, start))
+        return start + size, _tile(queries, k, v, segments, kv_segments, first, causal)
 
     out = jax.lax.scan(body, jnp.int32(start), (tiles, q_segments))[1]
     return rearrange(out, "c b k g t h -> b k g (c t) h")[:, :, :, :length]
