@@ -27,6 +27,8 @@ from calm_jax.models.parameters import Geometry
 
 SHARD = 10 * 10**9  # bytes of a shard, as transformers writes by default when Vicuna was published
 PIECE = 1 << 24  # random bytes made at a time
+SECTION = "Conversion"  # of docs/benchmarks.md, and the columns of its table
+COLUMNS = ("way", "size", "time", "copy of the same files", "ratio", "peak anonymous memory")
 
 
 def measure(model: config_lib.Model, scratch: pathlib.Path) -> dict:
@@ -92,6 +94,13 @@ def show(result: Mapping) -> str:
         lines.append(f"  {name:<9}{way['bytes'] / 1e9:>6.1f} GB{way['s']:>8.1f} s{way['gb_per_s']:>7.2f} GB/s"
                      f"{way['copy_s']:>8.1f} s{way['ratio']:>8.2f}{way['peak_anonymous_bytes'] / 2**30:>15.2f} GiB")
     return "\n".join(lines)
+
+
+def cells(result: Mapping) -> list[list[str]]:
+    """The rows of the table, without their common columns."""
+    return [[name, f"{way['bytes'] / 1e9:.1f} GB", f"{way['s']:.1f} s ({way['gb_per_s']:.2f} GB/s)",
+             f"{way['copy_s']:.1f} s", f"{way['ratio']:.2f}", f"{way['peak_anonymous_bytes'] / 2**30:.2f} GiB"]
+            for name, way in ((name, result[name]) for name in ("convert", "export"))]
 
 
 def write_sources(model: config_lib.Model, folder: pathlib.Path) -> int:

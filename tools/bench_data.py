@@ -38,6 +38,8 @@ ROWS = 8  # packed rows a batch of ours, and ...
 CONVERSATIONS = 16  # ... conversations a batch of torch's: about as many pictures
 PEAK = {"v5e-16": 16 * 197e12, "8xA100": 8 * 312e12}  # bfloat16 FLOP/s by their makers
 MFU = 0.5  # of the peak, assumed
+SECTION = "Data"  # of docs/benchmarks.md, and the columns of its table
+COLUMNS = ("calm_jax", "torch", "ratio")
 
 
 def measure(config: config_lib.Config, process: config_lib.Process, scratch: pathlib.Path, *, against: bool,
@@ -79,6 +81,14 @@ def show(result: dict) -> str:
     lines.append("  a step of this process would ask for " + ", ".join(
         f"{rate:.0f} pictures/s on {name}" for name, rate in result["needs"].items()) + f" at {MFU:.0%} MFU")
     return "\n".join(lines)
+
+
+def cells(result: dict) -> list[list[str]]:
+    """The row of the table, without its common columns."""
+    rows = [result["results"].get(side) for side in COLUMNS[:2]]
+    found = ["" if row is None else f"{row['median']:.1f} ({row['min']:.1f} to {row['max']:.1f}), "
+             f"{row['median'] / result['cores']:.1f} a core" for row in rows]
+    return [[*found, "" if rows[1] is None else f"{rows[0]['median'] / rows[1]['median']:.2f}"]]
 
 
 def needs(model: config_lib.Model, process: config_lib.Process) -> dict[str, float]:

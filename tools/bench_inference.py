@@ -2,25 +2,22 @@
 
     python -m tools.bench inference --config configs/finetune.py:small [--against torch] [--rounds 5]
 
-Both sides have the same random weights: a checkpoint is made and exported, and each side is a process of its own that
-waits for its turn. Scoring is what a user calls, from arrays of pixels to numbers: `Generator.scores` here,
-`CalmForCausalLM.score` there (encoder, prompt, and the tree of all decimals behind it). Decoding is greedy; its speed
-is that of the tokens behind the first, so that the prompt does not count. That both sides give the same scores and the
-same tokens is checked on the way.
+Both sides have the same random weights, on an accelerator in bfloat16: a checkpoint is made and exported, and each
+side is a process of its own, see tools/contenders.py. Peak memory is that of its whole life, loading included. Scoring
+is what a user calls, from arrays of pixels to numbers: `Generator.scores` here, `CalmForCausalLM.score` there (encoder,
+prompt, and the tree of all decimals behind it). Decoding is greedy; its speed is that of the tokens behind the first,
+so that the prompt does not count. That both sides give the same scores and the same tokens is checked on the way; in
+bfloat16 differences are noted, not judged.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import pathlib
-import platform
-import resource
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Mapping
 
 import numpy as np
@@ -28,69 +25,59 @@ import numpy as np
 from calm_jax import config as config_lib
 from calm_jax.data.samples import Answer, ImageRef, Mention, Sample, Turn
 from calm_jax.data.tasks import instructions
+from tools import contenders
 
 SCORED, TOKENS = 8, 64  # pictures of a batch, tokens of an answer
 BATCHES = (1, 8)  # of decoding
 TOLERANCE = 2e-3  # of scores on 1-10, float32 on both sides
+SECTION = "Inference"  # of docs/benchmarks.md, and the columns of its table
+COLUMNS = ("", "scores/s (batch 8)", "tokens/s, batch 1", "tokens/s, batch 8", "peak memory")
 
 
 def measure(config: config_lib.Config, folder: pathlib.Path, *, against: bool, rounds: int) -> dict:
-    """Median times of every contender, interleaved, as JSON values."""
+    """Median times of every contender as JSON values; `folder` takes the weights."""
+    contenders.stay_on_cpu()
     checkpoint = _checkpoint(config, folder / "checkpoint")
-    sources = {"calm_jax": str(checkpoint)}
+    sources = {"calm_jax": ("jax", str(checkpoint))}
     if against:
-        from tools import export_to_hf
-        sources["torch"] = str(export_to_hf.export(str(checkpoint), str(folder / "hf")))
-    workers = {name: subprocess.Popen([sys.executable, "-m", "tools.bench_inference", name, source],
-                                      stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-               for name, source in sources.items()}
+        precise = contenders.probe()["platform"] == "cpu"
+        # In a process of its own: it draws the weights where they will be computed with.
+        subprocess.run([sys.executable, "-m", "tools.export_to_hf", "--checkpoint", str(checkpoint), "--out",
+                        str(folder / "hf"), "--dtype", "stored" if precise else "bfloat16"], check=True,
+                       stdout=subprocess.DEVNULL, env=contenders.ENVIRONMENT | os.environ)
+        sources["torch"] = ("torch", str(folder / "hf"))
     jobs = [("score", SCORED, 0), *((job, batch, tokens) for batch in BATCHES
                                     for job, tokens in (("first", 1), ("answer", TOKENS)))]
-    times: dict[str, dict[str, list[float]]] = {name: {} for name in workers}
-    last: dict[str, dict] = {name: {} for name in workers}
-
-    def ask(name, job):
-        worker = workers[name]
-        try:
-            worker.stdin.write(json.dumps(job) + "\n")
-            worker.stdin.flush()
-            text = worker.stdout.readline()
-        except BrokenPipeError:
-            text = ""
-        if not text:
-            raise config_lib.ConfigError(f"the contender {name} died; its message is above")
-        return json.loads(text)
-
-    try:
-        for number in range(rounds + 1):  # the first warms up
-            for job in jobs:
-                for name in workers:
-                    reply = ask(name, job)
-                    last[name][f"{job[0]} {job[1]}"] = reply["value"]
-                    last[name]["peak"] = reply["peak"]
-                    if number:
-                        times[name].setdefault(f"{job[0]} {job[1]}", []).append(reply["seconds"])
-            print(f"  round {number} of {rounds}", flush=True)
-    finally:
-        for worker in workers.values():
-            worker.kill()
-    if against:
-        _agree(last)
-    results = {}
-    for name, taken in times.items():
-        median = {job: statistics.median(values) for job, values in taken.items()}
-        row = {"score_s": median[f"score {SCORED}"] / SCORED, "peak_bytes": last[name]["peak"],
-               "spread": {job: [min(values), max(values)] for job, values in taken.items()}}
-        for batch in BATCHES:
-            behind = median[f"answer {batch}"] - median[f"first {batch}"]
-            row[f"tokens_per_s_{batch}"] = batch * (TOKENS - 1) / behind
-        results[name] = row
+    played = contenders.compete({name: [sys.executable, "-m", "tools.bench_inference", *source]
+                                 for name, source in sources.items()}, jobs, rounds + 1)
+    names = [f"{job} {batch}" for job, batch, _ in jobs]
+    difference = None
+    if all(not one.error for one in played.values()) and against:
+        last = {name: dict(zip(names, (reply["value"] for reply in one.rounds[-1]), strict=True))
+                for name, one in played.items()}
+        difference = _agree(last, precise)
     from tools import flops  # which needs JAX, as this process else does not
     prompt = _prompt(config.model)
-    return {"what": "inference", "results": results, "cores": os.cpu_count(), "prompt_tokens": prompt,
-            "flops_score": flops.a_score(config.model, prompt).forward,
-            "flops_token": flops.language(config.model, 1, 1).weights,
-            "machine": platform.processor() or platform.machine()}
+    device = played["calm_jax"].device
+    return {"what": "inference", "results": {name: _row(one, names) for name, one in played.items()},
+            "prompt_tokens": prompt, "score_difference": difference, "device": device,
+            "machine": contenders.machine(device), "flops_score": flops.a_score(config.model, prompt).forward,
+            "flops_token": flops.language(config.model, 1, 1).weights}
+
+
+def _row(played: contenders.Played, names: list[str]) -> dict:
+    """A contender's figures; its `error` where it has none."""
+    if played.error:
+        return {"error": played.error}
+    taken = {name: [replies[place]["seconds"] for replies in played.rounds[1:]]  # the first warms up
+             for place, name in enumerate(names)}
+    median = {job: statistics.median(values) for job, values in taken.items()}
+    row = {"score_s": median[f"score {SCORED}"] / SCORED, "peak_bytes": played.rounds[-1][-1]["peak"],
+           "spread": {job: [min(values), max(values)] for job, values in taken.items()}}
+    for batch in BATCHES:
+        behind = median[f"answer {batch}"] - median[f"first {batch}"]
+        row[f"tokens_per_s_{batch}"] = batch * (TOKENS - 1) / behind
+    return row
 
 
 def _checkpoint(config: config_lib.Config, folder: pathlib.Path) -> pathlib.Path:
@@ -105,15 +92,21 @@ def _checkpoint(config: config_lib.Config, folder: pathlib.Path) -> pathlib.Path
     return folder
 
 
-def _agree(last: Mapping[str, Mapping]) -> None:
+def _agree(last: Mapping[str, Mapping], precise: bool) -> float:
+    """How far scores of the two sides differ at most.
+
+    Raises:
+      ConfigError: too far for `precise` sides.
+    """
     ours, theirs = last["calm_jax"], last["torch"]
     worst = float(np.abs(np.subtract(ours[f"score {SCORED}"], theirs[f"score {SCORED}"])).max())
-    if not worst <= TOLERANCE:
+    if precise and not worst <= TOLERANCE:
         raise config_lib.ConfigError(f"the two sides do not compute the same: scores differ by {worst:.1e}")
     for batch in BATCHES:
         if ours[f"answer {batch}"] != theirs[f"answer {batch}"]:
             print(f"  note: not all greedy tokens are the same at batch {batch}; random weights have near ties",
                   flush=True)
+    return worst
 
 
 # ---- floors ------------------------------------------------------------------------------------------------------
@@ -166,14 +159,16 @@ def _torch(source: str):
     import torch
     import transformers
     torch.set_num_threads(os.cpu_count() or 1)
-    model = transformers.AutoModelForCausalLM.from_pretrained(source, trust_remote_code=True, torch_dtype=torch.float32)
-    model.eval()
+    device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
+    model = transformers.AutoModelForCausalLM.from_pretrained(source, trust_remote_code=True, torch_dtype=dtype)
+    model.eval().to(device)
     pictures = _pictures(model.config.vit["image_size"])
 
     def run(job, batch, tokens):
         if job == "score":
             return model.score(pictures[:batch], batch_size=batch)
-        inputs = model.processor([[picture] for picture in pictures[:batch]], [instructions.SCORE[0]] * batch)
+        inputs = model.processor([[picture] for picture in pictures[:batch]], [instructions.SCORE[0]] * batch
+                                 ).to(device)
         with torch.no_grad():
             ids = model.generate(**inputs, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False)
         return ids[:, inputs["input_ids"].shape[1]:].tolist()
@@ -181,37 +176,54 @@ def _torch(source: str):
     return run
 
 
-def main(name: str, source: str) -> None:
-    """A contender's process: a line of JSON for each line it is sent."""
-    run = {"calm_jax": _calm_jax, "torch": _torch}[name](source)
-    for line in sys.stdin:
-        job = json.loads(line)
-        begin = time.perf_counter()
-        value = run(*job)
-        seconds = time.perf_counter() - begin
-        print(json.dumps({"seconds": seconds, "value": value,
-                          "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}), flush=True)
+def main(side: str, source: str) -> None:
+    """A contender's process, see `contenders.serve`."""
+    contenders.serve(side, lambda: ({"jax": _calm_jax, "torch": _torch}[side](source), {}))
 
 
 def show(result: Mapping) -> str:
     """The result as aligned text, ratios against ours last."""
     lines = [f"inference: prompt of {result['prompt_tokens']} tokens, {result['flops_score'] / 1e9:.2f} GFLOP a score, "
-             f"{result['flops_token'] / 1e9:.3f} GFLOP a decoded token, {result['cores']} cores",
+             f"{result['flops_token'] / 1e9:.3f} GFLOP a decoded token, on {result['machine']}",
              f"  {'':<12}{'scores/s':>10}{'GFLOP/s':>10}" + "".join(f"{f'tokens/s, {batch}':>14}" for batch in BATCHES)
              + f"{'peak GiB':>10}"]
     for name, row in result["results"].items():
+        if "error" in row:
+            lines.append(f"  {name:<12}{row['error']}")
+            continue
         lines.append(f"  {name:<12}{1 / row['score_s']:>10.2f}{result['flops_score'] / row['score_s'] / 1e9:>10.1f}"
                      + "".join(f"{row[f'tokens_per_s_{batch}']:>14.1f}" for batch in BATCHES)
                      + f"{row['peak_bytes'] / 2**30:>10.2f}")
-    ours = result["results"]["calm_jax"]
-    for name, row in result["results"].items():
-        if name != "calm_jax":
-            speeds = [f"scoring {row['score_s'] / ours['score_s']:.2f}",
-                      *(f"decoding at batch {batch} {ours[key] / row[key]:.2f}" for batch in BATCHES
-                        for key in [f"tokens_per_s_{batch}"])]
-            lines.append(f"  times as fast as {name}: {', '.join(speeds)}; memory "
-                         f"{ours['peak_bytes'] / row['peak_bytes']:.2f} of its")
+    if ratios := _ratios(result["results"]):
+        scoring, *decoding, memory = ratios
+        speeds = [f"scoring {scoring}", *(f"decoding at batch {batch} {ratio}"
+                                          for batch, ratio in zip(BATCHES, decoding, strict=True))]
+        lines.append(f"  times as fast as torch: {', '.join(speeds)}; memory {memory} of its")
+    if result["score_difference"] is not None:
+        lines.append(f"  scores of the two sides differ by {result['score_difference']:.1e} at most")
     return "\n".join(lines)
+
+
+def cells(result: Mapping) -> list[list[str]]:
+    """The rows of the table, without their common columns."""
+    found = []
+    for name, row in result["results"].items():
+        found.append([name, row["error"], "", "", ""] if "error" in row else [
+            name, f"{1 / row['score_s']:.2f} ({result['flops_score'] / row['score_s'] / 1e9:.0f} GFLOP/s)",
+            *(f"{row[f'tokens_per_s_{batch}']:.1f}" for batch in BATCHES), f"{row['peak_bytes'] / 2**30:.2f} GiB"])
+    if ratios := _ratios(result["results"]):
+        found.append(["times as fast", *ratios[:-1], f"{ratios[-1]} of its"])
+    return found
+
+
+def _ratios(results: Mapping[str, Mapping]) -> list[str]:
+    """How many times as fast as torch: scoring, decoding at each batch; and the share of its memory."""
+    if "torch" not in results or any("error" in row for row in results.values()):
+        return []
+    ours, theirs = results["calm_jax"], results["torch"]
+    decoding = [ours[key] / theirs[key] for key in (f"tokens_per_s_{batch}" for batch in BATCHES)]
+    return [f"{value:.2f}" for value in (theirs["score_s"] / ours["score_s"], *decoding,
+                                         ours["peak_bytes"] / theirs["peak_bytes"])]
 
 
 if __name__ == "__main__":

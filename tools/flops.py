@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
+from typing import Any
 
 from calm_jax import config as config_lib
 from calm_jax.models.parameters import Geometry
@@ -107,3 +108,23 @@ def a_row(model: config_lib.Model, process: config_lib.Process, learns: Mapping[
         if whole(prefix):
             found["weights"] += count * work.weights
     return found
+
+
+def traced(jaxpr: Any) -> float:
+    """FLOPs of all products and convolutions of a traced program (`jax.make_jaxpr(...)(...).jaxpr`); loops count as
+    often as they turn, and what is computed again counts again."""
+    total = 0.0
+    for equation in jaxpr.eqns:
+        kind, inputs, outputs = equation.primitive.name, equation.invars, equation.outvars
+        if kind == "dot_general":
+            (contracted, _), _ = equation.params["dimension_numbers"]
+            total += 2.0 * math.prod(outputs[0].aval.shape) * math.prod(inputs[0].aval.shape[i] for i in contracted)
+        elif kind == "conv_general_dilated":
+            channels = outputs[0].aval.shape[equation.params["dimension_numbers"].out_spec[1]]
+            total += 2.0 * math.prod(outputs[0].aval.shape) * math.prod(inputs[1].aval.shape) / channels
+        turns = equation.params["length"] if kind == "scan" else 1
+        for value in equation.params.values():
+            for inner in value if isinstance(value, (tuple, list)) else (value,):
+                inner = getattr(inner, "jaxpr", inner)
+                total += turns * traced(inner) if hasattr(inner, "eqns") else 0.0
+    return total

@@ -105,6 +105,8 @@ class Topology:
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
         if self.tpu:
             os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no metadata server to ask
+            os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")  # whatever; without them it complains
+            os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
             os.environ.setdefault("TPU_LOG_DIR", "disabled")
             os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no device is held, so that two may plan at once
         else:
@@ -371,8 +373,11 @@ def show(found: Mapping[str, Any]) -> str:
         lines.append(f"  {kind:<20}{count:>8.0f} times{size / GIB:>10.2f} GiB of results a device and step")
     for path, size in found.get("replicated", {}).items():
         lines.append(f"  whole on every device: {path} ({size / 2 ** 20:.1f} MiB)")
-    lines.append(f"  lowered in {found['lower_s']:.0f} s, compiled in {found['compile_s']:.0f} s, with "
-                 f"{found['peak_rss'] / GIB:.1f} GiB, on {found['cores']} cores, jax {found['jax']}")
+    read = found["devices"] * sum(size for name, size in found["bytes"].items() if "parameters" in name)
+    lines.append(f"  start-up: {read / GIB:.1f} GiB of parameters read by all hosts together; lowered here in "
+                 f"{found['lower_s']:.0f} s, compiled in {found['compile_s']:.0f} s (a second start has the cache)")
+    lines.append(f"  this plan took {found['seconds']:.0f} s and {found['peak_rss'] / GIB:.1f} GiB on "
+                 f"{found['cores']} cores, jax {found['jax']}")
     return "\n".join(lines)
 
 

@@ -1,0 +1,21 @@
+#!/usr/bin/env bash
+# Measures on a GPU machine that reaches no package index. It is `run.sh` in a pack of tools.pack, beside the code, the
+# wheels and needs.txt; what the machine lacks or has too old is installed into env/, and nothing else is touched.
+#     ./run.sh [ARGUMENTS OF tools.bench_gpu]          PYTHON=python3.12 ./run.sh --size tiny
+set -euo pipefail
+cd "$(dirname "$0")"
+
+python=${PYTHON:-python3}
+if [[ ! -x env/bin/python ]]; then
+    "$python" -m venv --without-pip --system-site-packages env
+    # A Python that is an environment itself shares its packages too.
+    "$python" - env <<'END'
+import pathlib, sys
+inside = next(pathlib.Path(sys.argv[1]).glob("lib/python*/site-packages"))
+shared = [path for path in sys.path if path.endswith(("site-packages", "dist-packages"))]
+(inside / "shared.pth").write_text("".join(f"import site; site.addsitedir({path!r})\n" for path in shared))
+END
+fi
+"$python" -m pip --python env/bin/python install --quiet --disable-pip-version-check --no-index --no-deps \
+    --find-links wheels --requirement needs.txt
+exec env/bin/python -m tools.bench_gpu "$@"

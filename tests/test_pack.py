@@ -1,0 +1,129 @@
+"""tools.pack: a pack has what the benchmarks need and what fits, and its script installs it without an index."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import itertools
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import tarfile
+
+import miniature
+import pytest
+from packaging.requirements import Requirement
+
+from calm_jax import config as config_lib
+from tools import pack
+
+
+@pytest.fixture
+def wheels(tmp_path) -> pathlib.Path:
+    folder = tmp_path / "packed" / "wheels"
+    folder.mkdir(parents=True)
+    return folder
+
+
+def unpacked(tmp_path, wheels) -> pathlib.Path:
+    pack.pack(tmp_path / "pack.tar", wheels, 60e6)
+    with tarfile.open(tmp_path / "pack.tar") as archive:
+        archive.extractall(tmp_path / "there", filter="tar")
+    return tmp_path / "there" / pack.NAME
+
+
+def start(folder: pathlib.Path, *words: str) -> subprocess.CompletedProcess:
+    """run.sh with the Python of the tests as that of the machine."""
+    environment = miniature.environment() | {"PYTHON": sys.executable}
+    del environment["PYTHONPATH"]
+    return subprocess.run([str(folder / "run.sh"), *words], text=True, capture_output=True, env=environment)
+
+
+def normal(name: str) -> str:
+    return name.lower().replace("_", "-")
+
+
+def test_what_is_carried_and_assumed_is_all_that_the_benchmarks_load():
+    """By the modules that are loaded, and by what the carried packages say of themselves."""
+    known = {*pack.CARRIED, *pack.ASSUMED}
+    code = ("import sys, tools.bench, tools.bench_gpu, tools.export_to_hf, tools.flops, calm_jax.training.setup, "
+            "calm_jax.training.restore, calm_jax.inference.generate, importlib.metadata as m; "
+            "owners = m.packages_distributions(); "
+            "print(*{owner for name in sys.modules for owner in owners.get(name.split('.')[0], ())})")
+    loaded = miniature.run([sys.executable, "-c", code], miniature.environment()).stdout.split()
+    loaded = set(map(normal, loaded)) - {"calm-jax", "pip"}
+    assert {"grain", "flax", "ml-collections"} <= loaded <= known, loaded - known
+    for name in pack.CARRIED:
+        for requirement in map(Requirement, importlib.metadata.requires(name) or []):
+            if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
+                assert normal(requirement.name) in known, f"{name} needs {requirement}"
+    assert not set(pack.CARRIED) & set(pack.ASSUMED)
+
+
+def test_versions_are_those_of_the_lock_files_and_ranges_those_of_the_package():
+    assert set(pack.CARRIED) <= pack.pins().keys()
+    assert {"flax>=0.12.8", "ml_collections>=1.0", "peft>=0.17", "tensorstore"} <= set(pack.needs())
+    for line in map(Requirement, pack.needs()):
+        assert line.specifier.contains(pack.pins()[normal(line.name)])
+
+
+def test_pip_is_asked_for_wheels_of_the_other_machine(tmp_path, monkeypatch):
+    asked = []
+
+    def run(command, **_):
+        asked.append(command)
+        return subprocess.CompletedProcess(command, 1, stderr="WARNING: x\nERROR: No matching distribution for y\nz")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    with pytest.raises(config_lib.ConfigError, match="the wheels: ERROR: No matching distribution for y"):
+        pack.download(tmp_path, "3.12", "aarch64", 30)
+    [command] = asked
+    assert "--no-deps" in command and "--only-binary=:all:" in command
+    assert command[command.index("--python-version") + 1] == "3.12"
+    platforms = {after for word, after in itertools.pairwise(command) if word == "--platform"}
+    assert {"manylinux_2_30_aarch64", "manylinux_2_17_aarch64", "manylinux2014_aarch64"} <= platforms
+    assert "manylinux_2_31_aarch64" not in platforms and f"grain=={pack.pins()['grain']}" in command
+
+
+def test_a_pack_has_the_working_tree_and_the_wheels(tmp_path, wheels):
+    (wheels / "a-1-py3-none-any.whl").write_bytes(b"wheel")
+    folder = unpacked(tmp_path, wheels)
+    assert (folder / "wheels" / "a-1-py3-none-any.whl").read_bytes() == b"wheel"
+    for file in ("calm_jax/train.py", "tools/pack.py", "configs/finetune.py", "calm_jax/data/tokenizer_small.model"):
+        assert (folder / file).read_bytes() == (miniature.ROOT / file).read_bytes()
+    assert (folder / "run.sh").read_bytes() == (miniature.ROOT / "launch" / "gpu_bench.sh").read_bytes()
+    assert os.access(folder / "run.sh", os.X_OK)
+    assert (folder / "needs.txt").read_text().splitlines() == pack.needs()
+    assert not (folder / ".git").exists() and not (folder / "runs").exists()
+
+
+def test_a_pack_that_is_too_large_names_what_is_large_and_leaves_nothing(tmp_path, wheels):
+    for number, size in enumerate((3, 7, 5, 1)):
+        (wheels / f"{number}.whl").write_bytes(bytes(size * 10**6))
+    with pytest.raises(config_lib.ConfigError) as error:
+        pack.pack(tmp_path / "pack.tar", wheels, 10e6)
+    assert "of at most 10.0; the largest of it: wheels/1.whl (7.0 MB), wheels/2.whl (5.0 MB), wheels/0.whl (3.0 MB)" \
+        in str(error.value)
+    assert not (tmp_path / "pack.tar").exists()
+
+
+def test_outside_of_a_working_tree_there_is_nothing_to_pack(tmp_path, monkeypatch):
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    with pytest.raises(config_lib.ConfigError, match="is no git working tree"):
+        pack.code(tmp_path)
+
+
+def test_shellcheck_finds_nothing():
+    checker = shutil.which("shellcheck", path=f"{pathlib.Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    done = subprocess.run([checker, str(miniature.ROOT / "launch" / "gpu_bench.sh")], text=True, capture_output=True)
+    assert done.returncode == 0, done.stdout
+
+
+def test_the_script_runs_the_benchmarks_in_an_environment_that_shares_the_machines_packages(tmp_path, wheels):
+    folder = unpacked(tmp_path, wheels)
+    done = start(folder, "--only", "something")
+    assert done.returncode == 2 and "there is no such benchmark" in done.stderr, done.stderr
+    (folder / "needs.txt").write_text("absl-py\na-package-that-is-nowhere\n")
+    done = start(folder)
+    assert done.returncode == 1 and "a-package-that-is-nowhere" in done.stderr

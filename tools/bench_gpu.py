@@ -1,0 +1,152 @@
+"""A size of model in; every benchmark that one accelerator can say something about, beside torch, as files out.
+
+    python -m tools.bench_gpu --size 7b [--out runs/bench_gpu] [--rows 4] [--rounds 5] [--only train,lora]
+
+Fine-tuning of everything, low-rank fine-tuning, a pre-training process with encoder and language model frozen, and
+inference, one after the other, each by the command that it prints. What fails is said in a line, and the rest goes on.
+The folder gets NAME.json of each, `table.md` with rows as docs/benchmarks.md has them, and `log.txt`.
+
+Where the device does not hold parameters, gradients and moments, the language model gets as many blocks as it holds,
+and the result says so. On CPU, with `--size tiny`, the same commands show that everything is in place.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import math
+import pathlib
+import runpy
+import shlex
+import subprocess
+import sys
+
+from absl import flags
+
+from calm_jax import command
+from calm_jax import config as config_lib
+from tools import bench_train, contenders
+
+SCRATCH = ("tiny", "small")  # sizes whose config freezes nothing
+FREEZE = ('--config.processes.self_supervised.train=("mfam/qformers/.*",)',
+          '--config.processes.self_supervised.freeze=("mfam/thematic/.*","vit/.*","llama/.*")')  # as in 7b
+TRAINED, FROZEN = 18, 2  # bytes a parameter: master, gradient, two moments and a copy to compute with; or that alone
+FREE = 8 * 2 ** 30  # bytes that activations may take
+TRAINING = {"train": ("finetune", "", "comments"), "lora": ("finetune", "+lora", "comments"),
+            "pretrain": ("pretrain", "", "self_supervised")}  # name -> config, option of its variant, process
+NAMES = (*TRAINING, "inference")
+
+
+def arguments(name: str, size: str, rows: int, rounds: int, memory: float | None) -> list[str]:
+    """Those of `tools.bench` for one of NAMES.
+
+    Args:
+      memory: bytes that the device has for a program; None = enough.
+
+    Raises:
+      ConfigError: the device does not even hold one block.
+    """
+    common = ["--against", "torch", "--rounds", str(rounds)]
+    if name == "inference":
+        return ["inference", "--config", f"configs/finetune.py:{size}", *common]
+    file, option, process = TRAINING[name]
+    depth = fitting(_config(file, size + option, process), memory) if memory else 0
+    return ["train", "--config", f"configs/{file}.py:{size}{option}", "--process", process, *common,
+            "--rows", str(rows), *(["--depth", str(depth)] if depth else []),
+            *(FREEZE if file == "pretrain" and size in SCRATCH else [])]
+
+
+def _config(file: str, variant: str, process: str) -> config_lib.Config:
+    config = config_lib.from_config_dict(runpy.run_path(f"configs/{file}.py")["get_config"](variant))
+    return config_lib.Config(model=config.model, run=(process,), processes={process: config.processes[process]})
+
+
+def state(config: config_lib.Config) -> float:
+    """Bytes that the first process keeps and makes for its parameters on an accelerator."""
+    from calm_jax.models.parameters import Geometry
+    learns = bench_train.learning(config)
+    return float(sum(math.prod(leaf.shape) * (TRAINED if learns[path] else FROZEN)
+                     for path, leaf in Geometry.of(config.model).shapes.items()))
+
+
+def fitting(config: config_lib.Config, memory: float) -> int:
+    """Blocks of the language model that so much memory holds; 0 = all.
+
+    Raises:
+      ConfigError: none.
+    """
+    room, blocks, all_of_them = memory - FREE, config.model.llama.depth, state(config)
+    if all_of_them <= room:
+        return 0
+    one = state(bench_train.with_depth(config, 1))
+    depth = 1 + math.floor((room - one) / ((all_of_them - one) / (blocks - 1)))
+    if depth < 1:
+        raise config_lib.ConfigError(f"one block of the language model takes {one / 2**30:.1f} GiB with all that is "
+                                     f"beside it, and {room / 2**30:.1f} GiB are there")
+    return depth
+
+
+def measure(names: list[str], size: str, folder: pathlib.Path, *, rows: int, rounds: int,
+            memory: float | None) -> list[str]:
+    """Runs the benchmarks one after the other; a sentence for each that gave no figure of ours."""
+    folder.mkdir(parents=True, exist_ok=True)
+    wrong = []
+    for name in names:
+        try:
+            words = arguments(name, size, rows, rounds, memory)
+            print(f"\n{name}: python -m tools.bench {shlex.join(words)}", flush=True)
+            result = run(words, folder, name)
+            if error := result["results"]["calm_jax"].get("error"):
+                raise config_lib.ConfigError(error)
+        except config_lib.ConfigError as error:
+            wrong.append(f"{name}: {error}")
+            print(wrong[-1], flush=True)
+    if wrong:
+        with (folder / "table.md").open("a") as page:
+            page.write(f"\n{datetime.date.today()}, without a figure:\n\n" + "".join(f"- {one}\n" for one in wrong))
+    return wrong
+
+
+def run(words: list[str], folder: pathlib.Path, name: str) -> dict:
+    """The result of `tools.bench`, which prints as it goes on.
+
+    Raises:
+      ConfigError: it failed; with the last that it said.
+    """
+    out, log = folder / f"{name}.json", folder / "log.txt"
+    out.unlink(missing_ok=True)
+    with log.open("a") as stream:
+        stream.write(f"==== {name}\n")
+        stream.flush()
+        done = subprocess.run([sys.executable, "-m", "tools.bench", *words, "--out", str(out), "--append",
+                               str(folder / "table.md")], stderr=stream)
+    if done.returncode or not out.is_file():
+        said = log.read_text().rpartition(f"==== {name}\n")[2].split("\n")
+        last = next((line.strip() for line in reversed(said) if line.strip()), "no message")
+        raise config_lib.ConfigError(f"failed with exit code {done.returncode}: {last} (see {log})")
+    return json.loads(out.read_text())
+
+
+def main() -> int:
+    given = flags.FLAGS
+    names = given.only or list(NAMES)
+    for name in names:
+        if name not in NAMES:
+            raise config_lib.ConfigError(f"--only {name}: there is no such benchmark{config_lib.nearest(name, NAMES)}")
+    device = contenders.probe()
+    contenders.stay_on_cpu()
+    known = "" if device["memory"] is None else f", {device['memory'] / 2**30:.1f} GiB"
+    print(f"on {contenders.machine(device)}{known}", flush=True)
+    wrong = measure(names, given.size, pathlib.Path(given.out), rows=given.rows, rounds=given.rounds,
+                    memory=device["memory"])
+    print(f"\n{len(names) - len(wrong)} of {len(names)} measured; files in {given.out}", flush=True)
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    flags.DEFINE_enum("size", "7b", list(config_lib.VARIANTS), "the model")
+    flags.DEFINE_string("out", "runs/bench_gpu", "folder of the results")
+    flags.DEFINE_integer("rows", 4, "rows of a training step", lower_bound=1)
+    flags.DEFINE_integer("rounds", 5, "measured rounds of each contender, after one to warm up", lower_bound=1)
+    flags.DEFINE_list("only", [], f"some of {', '.join(NAMES)}")
+    command.run(main)

@@ -1,0 +1,138 @@
+"""This working tree in; one file that brings it and what a GPU machine lacks to where no package index is, out.
+
+    python -m tools.pack --out pack.tar [--python 3.12] [--arch x86_64] [--glibc 35] [--limit 60]
+    tar xf pack.tar && calm_jax-pack/run.sh --size 7b              # there; run.sh is launch/gpu_bench.sh
+
+The pack holds the files that git knows or would add, as they are now, and wheels in the versions of the lock files. A
+GPU machine is taken to have a Python with jax, torch and transformers, what those need, and pip (ASSUMED); what the
+benchmarks need besides (CARRIED) travels, and is installed there only where it is missing or too old. Wheels come from
+wherever pip finds packages on this machine.
+"""
+
+from __future__ import annotations
+
+import configparser
+import pathlib
+import re
+import subprocess
+import sys
+import tarfile
+import tempfile
+
+from absl import flags
+
+from calm_jax import command
+from calm_jax import config as config_lib
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+NAME = "calm_jax-pack"  # the folder inside
+ASSUMED = ("filelock", "fsspec", "hf-xet", "huggingface-hub", "jax", "jaxlib", "ml-dtypes", "numpy", "opt-einsum",
+           "packaging", "pillow", "psutil", "pyyaml", "regex", "requests", "safetensors", "scipy", "setuptools",
+           "tokenizers", "torch", "tqdm", "transformers", "typing-extensions")
+CARRIED = ("absl-py", "accelerate", "aiofiles", "array-record", "attrs", "cloudpickle", "einops", "etils", "flax",
+           "googleapis-common-protos", "grain", "humanize", "jaxtyping", "markdown-it-py", "mdurl", "ml-collections",
+           "msgpack", "optax", "orbax-checkpoint", "peft", "portpicker", "prometheus-client", "protobuf", "pygments",
+           "rich", "sentencepiece", "simplejson", "tensorstore", "treescope", "uvloop", "wadler-lindig", "zipp")
+
+
+def pins() -> dict[str, str]:
+    """package -> its version in the lock files."""
+    found = {}
+    for file in ("requirements-test.lock", "requirements.lock"):
+        found |= dict(line.split("==") for line in (ROOT / file).read_text().splitlines() if "==" in line)
+    return found
+
+
+def needs() -> list[str]:
+    """Requirements that the machine must meet: of CARRIED, with the ranges of setup.cfg where it names them."""
+    settings = configparser.ConfigParser()
+    settings.read(ROOT / "setup.cfg")
+    listed = settings["options"]["install_requires"] + "".join(settings["options.extras_require"].values())
+    ranges = {}
+    for line in filter(None, map(str.strip, listed.splitlines())):
+        name = re.split(r"[<>=!\[]", line)[0]
+        ranges[name.lower().replace("_", "-")] = line
+    return [ranges.get(name, name) for name in CARRIED]
+
+
+def download(folder: pathlib.Path, python: str, arch: str, glibc: int) -> None:
+    """The wheels of CARRIED for another machine.
+
+    Raises:
+      ConfigError: a lock file lacks one, or pip finds no such wheel.
+    """
+    known = pins()
+    missing = [name for name in CARRIED if name not in known]
+    if missing:
+        raise config_lib.ConfigError(f"the lock files have no version of {', '.join(missing)}; run: make lock")
+    platforms = [f"manylinux_2_{minor}_{arch}" for minor in range(glibc, 4, -1)]
+    platforms += [f"manylinux{year}_{arch}" for year in ("2014", "2010", "1")]
+    done = subprocess.run(
+        [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps",
+         "--only-binary=:all:", "--implementation", "cp", "--python-version", python,
+         *(word for name in platforms for word in ("--platform", name)), "--dest", str(folder),
+         *(f"{name}=={known[name]}" for name in CARRIED)], text=True, stderr=subprocess.PIPE)
+    if done.returncode:
+        errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or done.stderr.splitlines()
+        raise config_lib.ConfigError(f"pip could not fetch the wheels: {errors[-1] if errors else 'it said nothing'}")
+
+
+def code(root: pathlib.Path) -> list[str]:
+    """Paths of the files that git knows or would add.
+
+    Raises:
+      ConfigError: this is no working tree.
+    """
+    done = subprocess.run(["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=root, text=True,
+                          capture_output=True)
+    if done.returncode:
+        raise config_lib.ConfigError(f"{root} is no git working tree: {done.stderr.strip()}")
+    return sorted(path for path in set(done.stdout.split("\0")) if path and (root / path).is_file())
+
+
+def pack(out: pathlib.Path, wheels: pathlib.Path, limit: float) -> int:
+    """Writes the pack from this tree and a folder of wheels; returns its bytes.
+
+    Raises:
+      ConfigError: it is larger than `limit` bytes; with the largest files.
+    """
+    members = {path: ROOT / path for path in code(ROOT) if (ROOT / path).resolve() != out.resolve()}
+    members |= {f"wheels/{file.name}": file for file in sorted(wheels.iterdir())}
+    members["run.sh"] = ROOT / "launch" / "gpu_bench.sh"
+    text = wheels.parent / "needs.txt"
+    text.write_text("".join(f"{line}\n" for line in needs()))
+    members["needs.txt"] = text
+    with tarfile.open(out, "w") as archive:
+        for name, file in members.items():
+            archive.add(file, f"{NAME}/{name}")
+    size = out.stat().st_size
+    if size > limit:
+        out.unlink()
+        largest = sorted(members.items(), key=lambda item: -item[1].stat().st_size)[:3]
+        raise config_lib.ConfigError(
+            f"the pack would take {size / 1e6:.1f} MB of at most {limit / 1e6:.1f}; the largest of it: "
+            + ", ".join(f"{name} ({file.stat().st_size / 1e6:.1f} MB)" for name, file in largest)
+            + "; take something out, or raise --limit")
+    return size
+
+
+def main() -> None:
+    given = command.require("out")
+    out = pathlib.Path(given.out)
+    with tempfile.TemporaryDirectory() as folder:
+        wheels = pathlib.Path(folder) / "wheels"
+        wheels.mkdir()
+        download(wheels, given.python, given.arch, given.glibc)
+        count = len(list(wheels.iterdir()))
+        size = pack(out, wheels, given.limit * 1e6)
+    print(f"{out}: {size / 1e6:.1f} MB, {count} wheels for Python {given.python}; there: tar xf {out.name} && "
+          f"{NAME}/run.sh --size 7b")
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("out", None, "the file to write")
+    flags.DEFINE_string("python", "3.12", "version of the machine's Python")
+    flags.DEFINE_string("arch", "x86_64", "the machine's processor, as in the names of wheels")
+    flags.DEFINE_integer("glibc", 35, "the machine's C library is 2.N, at least", lower_bound=5)
+    flags.DEFINE_float("limit", 60.0, "megabytes that the pack may take", lower_bound=0.0)
+    command.run(main)
