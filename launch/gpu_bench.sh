@@ -16,6 +16,6 @@ shared = [path for path in sys.path if path.endswith(("site-packages", "dist-pac
 (inside / "shared.pth").write_text("".join(f"import site; site.addsitedir({path!r})\n" for path in shared))
 END
 fi
-"$python" -m pip --python env/bin/python install --quiet --disable-pip-version-check --no-index --no-deps \
-    --find-links wheels --requirement needs.txt
+PIP_NO_INDEX=1 PIP_FIND_LINKS=wheels "$python" -m pip --python env/bin/python install --quiet \
+    --disable-pip-version-check --no-deps --requirement needs.txt
 exec env/bin/python -m tools.bench_gpu "$@"
