@@ -21,8 +21,8 @@ LAUNCH = miniature.ROOT / "launch"
 # Records its words; then does what the file `cue` beside it says for the n-th call that matches a pattern.
 STAND_IN = """#!/usr/bin/env bash
 here=$(dirname "$0")
-printf '%q ' "$(basename "$0")" "$@" >> "$here/log"
-echo >> "$here/log"
+printf -v line '%q ' "$(basename "$0")" "$@"
+printf '%s\\n' "$line" >> "$here/log"  # in one piece: several call at the same time
 while IFS=$'\\t' read -r pattern answers; do
     if [[ "$*" == *"$pattern"* ]]; then
         count="$here/count.$(printf %s "$pattern" | tr -c a-z _)"

@@ -40,6 +40,7 @@ from calm_jax.inference.decoding import Sampling
 from calm_jax.inference.generate import Generator, bucket
 from calm_jax.models import layers
 from calm_jax.models.calm import Calm
+from calm_jax.models.llama import rotary
 from calm_jax.models.vit import normalise
 from calm_jax.training import restore
 
@@ -227,6 +228,7 @@ class _Stages:
         self._see = _jit(model.vit.blocks, lambda blocks, n, x: layers.unstack(blocks, n)(x))
         self._align = _jit(model.mfam, lambda mfam, features: mfam(features))
         self._embed = _jit(model, lambda model, *arguments: model.embed(*arguments))
+        self._turn = jax.jit(lambda positions: rotary(positions, self.cfg.llama))
         split = [nnx.split(block) for block in model.llama.blocks]
         say = jax.jit(lambda state, *arguments: nnx.merge(split[0][0], state)(*arguments))  # one program for all
         self._say = [functools.partial(say, state) for _, state in split]
@@ -251,9 +253,9 @@ class _Stages:
             yield "thematic" if part == "thematic" else f"Q-Former {part}", of_pictures(tokens[:, first:first + count])
         x = self._embed(batch["tokens"], batch["visual"], rearrange(tokens, "(b i) n d -> b (i n) d", b=rows))
         positions = np.broadcast_to(np.arange(x.shape[1], dtype=np.int32), x.shape[:2])
-        segments = (positions < batch["lengths"][:, None]).astype(np.int32)
+        segments, angles = (positions < batch["lengths"][:, None]).astype(np.int32), self._turn(positions)
         for n in range(self.cfg.llama.depth):
-            x = self._say[n](x, positions, segments)
+            x = self._say[n](x, angles, segments)
             yield f"LLM {n + 1}", np.asarray(x, np.float32)
         x = self._norm(x)
         yield "LLM norm", np.asarray(x, np.float32)
