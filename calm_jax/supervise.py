@@ -29,6 +29,10 @@ HEALTHY = 600.0  # seconds after which earlier crashes no longer count
 TAIL = 200  # last lines of a process that are kept, to find out which peer it missed
 MISSED = re.compile(r"/task:(\d+)")
 
+# Threads of XLA's CPU programs where several processes share a host. A collective keeps the thread that waits in it:
+# with no more threads than cores or devices all of them come to wait, and what they wait for never runs.
+THREADS = 64
+
 
 class Process:
     """One process of the job: what it writes is passed on, with its number before it where there are several."""
@@ -111,7 +115,8 @@ class Supervisor:
         if self.count > 1:
             with socket.socket() as free:
                 free.bind(("127.0.0.1", 0))
-                shared |= {"CALM_COORDINATOR": f"127.0.0.1:{free.getsockname()[1]}", "CALM_PROCESSES": str(self.count)}
+                shared |= {"CALM_COORDINATOR": f"127.0.0.1:{free.getsockname()[1]}", "CALM_PROCESSES": str(self.count),
+                       "PJRT_NPROC": str(THREADS), "NPROC": str(THREADS)}
         self.processes = []
         for number in range(self.count):
             own = {"CALM_PROCESS": str(number)} if self.count > 1 else {}
