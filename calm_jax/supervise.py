@@ -34,6 +34,31 @@ MISSED = re.compile(r"/task:(\d+)")
 THREADS = 64
 
 
+class Log:
+    """The supervisor's stderr, which all threads write to: whole lines begin at the left, also where a progress bar,
+    which ends without a newline, was the last that was written."""
+
+    def __init__(self):
+        self._lock = threading.Lock()
+        self._at_left = True
+
+    def raw(self, data: bytes) -> None:
+        with self._lock:
+            self._write(data)
+
+    def line(self, text: str) -> None:
+        with self._lock:
+            self._write((b"" if self._at_left else b"\n") + text.encode(errors="replace") + b"\n")
+
+    def _write(self, data: bytes) -> None:
+        sys.stderr.buffer.write(data)
+        sys.stderr.buffer.flush()
+        self._at_left = data.endswith(b"\n")
+
+
+LOG = Log()
+
+
 class Process:
     """One process of the job: what it writes is passed on, with its number before it where there are several."""
 
@@ -52,13 +77,12 @@ class Process:
         assert stream is not None
         while data := stream.read1(1 << 16):
             if self.number == 0:
-                sys.stderr.buffer.write(data)
-                sys.stderr.flush()
+                LOG.raw(data)
             *lines, rest = re.split(rb"[\r\n]", rest + data)
             for line in lines:
                 self.tail.append(line.decode(errors="replace"))
                 if self.number and line.strip():
-                    print(f"[process {self.number}] {self.tail[-1]}", file=sys.stderr, flush=True)
+                    LOG.line(f"[process {self.number}] {self.tail[-1]}")
 
     @property
     def code(self) -> int | None:
@@ -179,7 +203,7 @@ class Supervisor:
 
 
 def say(text: str) -> None:
-    print(f"supervisor: {text}", file=sys.stderr, flush=True)
+    LOG.line(f"supervisor: {text}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -178,6 +178,17 @@ def test_a_host_of_a_larger_job_says_which_peer_it_missed():
     assert done.returncode == 1 and "it missed process 3 of its job" in done.stderr
 
 
+def test_a_line_is_not_written_behind_a_progress_bar():
+    """A bar ends without a newline; what another process and the supervisor say still begins at the left."""
+    program = ("import os, sys, time; first = os.environ['CALM_PROCESS'] == '0'; "
+               "sys.stderr.write('\\r 42%|####' if first else ''); sys.stderr.flush(); time.sleep(1); "
+               "first or print('a word', file=sys.stderr, flush=True); first or os.abort(); time.sleep(100)")
+    done = supervise("--processes", "2", "--restarts", "0", "--", "-c", program)
+    lines = done.stderr.splitlines()
+    assert done.returncode == 1 and " 42%|####" in lines and "[process 1] a word" in lines
+    assert any(line.startswith("supervisor: process 1 of 2 (pid ") for line in lines)
+
+
 def test_processes_do_not_outlive_their_supervisor(tmp_path):
     """Children of a supervisor that was killed with -9 are told to stop."""
     program = ("import os, sys, time; from calm_jax.training.processes import _end_with_parent as end; end(); "
