@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import textwrap
 
 import jax
 import jax.numpy as jnp
+import miniature
 import numpy as np
 import pytest
 
@@ -185,7 +185,7 @@ SHARDED = """
 
 
 def test_sharded_over_eight_devices_moves_nothing():
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    environment = miniature.environment(devices=8)
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(SHARDED)], env=environment, capture_output=True,
                           text=True, check=False)
     assert done.stdout.strip() == "equal on 8", done.stderr[-3000:]
