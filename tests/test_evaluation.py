@@ -291,6 +291,15 @@ def test_what_is_asked_for_a_score_is_known_to_a_thousandth():
     assert float(answered[1].true) == pytest.approx(1 + 9 * (record.score - lowest) / (highest - lowest), abs=1e-4)
 
 
+@pytest.mark.parametrize(("task", "reader"), [("score", "expectation"), ("score", "levels"), ("comment", "text")])
+def test_every_picture_is_asked_what_programs_ask(task, reader):
+    """Scores are compared between pictures, so the words of the question must not differ between them."""
+    data = builders.load("demo")
+    generator = Generator(miniature.MODEL, initial(miniature.MODEL, jax.random.key(0)), Tokenizer())
+    asked = {answer.question for answer in protocols.opinions(generator, data, range(0, 200, 40), task, reader)}
+    assert asked == {instructions.COMMENT[0] if task == "comment" else instructions.for_reader(reader)}
+
+
 # ---- the program -------------------------------------------------------------------------------------------------
 
 

@@ -20,6 +20,7 @@ from calm_jax.data import cues as cues_lib
 from calm_jax.data import images, tasks
 from calm_jax.data.samples import Dataset, ImageRef, Mention, Sample, Turn
 from calm_jax.data.scale import read_score
+from calm_jax.data.tasks import instructions
 from calm_jax.data.tasks.context import Context
 from calm_jax.evaluation import captions, metrics
 from calm_jax.inference.generate import Generator
@@ -102,16 +103,24 @@ def attributes(generator: Generator, dataset: Dataset, indices: Sequence[int], *
     return answered
 
 
+def _asking(sample: Sample, question: str) -> Sample:
+    """The sample with other words behind the picture of its only question."""
+    turn, = sample.turns
+    return dataclasses.replace(sample, turns=(dataclasses.replace(turn, prompt=(*turn.prompt[:-1], f" {question}")),))
+
+
 def opinions(generator: Generator, dataset: Dataset, indices: Sequence[int], task: str, reader: str = "text"
              ) -> list[Answered]:
-    """Asks for a `comment` or a `score` on each of these records, once.
+    """Asks for a `comment` or a `score` on each of these records, once, all in the words that programs ask in: how a
+    question is put moves an answer too, and would stand in the scores beside what the pictures move (ours).
 
     Args:
       reader: of scores, one of `scale.READERS`.
     """
     made = "level" if (task, reader) == ("score", "levels") else task
-    samples = [tasks.make(made, dataset, int(index), np.random.default_rng([SEED, int(index)]),
-                          Context(generator.layout.parts)) for index in indices]
+    question = instructions.for_reader(reader) if task == "score" else instructions.COMMENT[0]
+    samples = [_asking(tasks.make(made, dataset, int(index), np.random.default_rng([SEED, int(index)]),
+                                  Context(generator.layout.parts)), question) for index in indices]
     if task == "score":
         found = generator.scores([(sample, 0) for sample in samples], dataset.pixels, reader=reader)
         found = tqdm.tqdm(found, total=len(samples), desc=task, unit="answer", mininterval=0.5)
