@@ -142,11 +142,11 @@ def show(result: Mapping[str, Any]) -> str:
             lines.append(f"  {row['flaw']:<22}{row['n']:>5}{row['right']:>8.3f}{row['elsewhere']:>11.3f}"
                          f"{_with(row, 'gain'):>25}{_with(row, 'control_gain'):>26}{row['distinct']:>10}")
     elif task == "personalised":
-        lines = [f"  {'shots':>5}  {'arm':<10}{'raters':>7}{'SRCC (95 % interval)':>25}{'PLCC':>8}{'MAE':>7}"
+        lines = [f"  {'shots':>5}  {'arm':<10}{'raters':>7}{'SRCC (95 % interval)':>25}{'PLCC':>11}{'MAE':>7}"
                  f"{'gain over permuted ratings':>30}"]
         for row in table:
             lines.append(f"  {row['shots']:>5}  {row['arm']:<10}{row['raters']:>7}{_with(row, 'srcc'):>25}"
-                         f"{_figure(row['plcc']):>8}{_figure(row['mae']):>7}{_with(row, 'gain'):>30}")
+                         f"{_figure(row['plcc']):>11}{_figure(row['mae']):>7}{_with(row, 'gain'):>30}")
     else:
         lines = [f"  {name:<28}{_figure(value)}" for name, value in table.items()]
     return "\n".join([title, *lines])
