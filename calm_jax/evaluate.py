@@ -128,6 +128,8 @@ def show(result: Mapping[str, Any]) -> str:
     """The table of a result as aligned text."""
     table, task = result["table"], result["task"]
     title = f"{task} on {result['dataset']} ({result['split']})"
+    if task == "scoring":
+        title += f", read as {result['reader']}"
     if task == "attributes":
         lines = [f"  {'attribute':<14}{'level':<8}{'question':<12}{'n':>5}{'accuracy':>10}{'majority':>10}"
                  f"{'gain (95 % interval)':>25}{'gain over control':>28}"]
@@ -244,7 +246,7 @@ def main() -> None:
                       given.spice)
     out = pathlib.Path(given.out or f"{given.workdir[0]}/evaluation")
     out.mkdir(parents=True, exist_ok=True)
-    stem = f"{options.task}-{options.dataset}-{options.split}"
+    stem = result_name(options.task, options.dataset, options.split, options.reader)
     results = []
     for number, path in enumerate(given.workdir):
         file = out / (f"{stem}.json" if len(given.workdir) == 1 else f"{stem}-{number + 1}.json")
@@ -256,6 +258,11 @@ def main() -> None:
         file = out / f"{stem}.md"
         file.write_text(compare(results) + "\n")
         print(f"\n{compare(results)}\nwritten to {file}")
+
+
+def result_name(task: str, dataset: str, split: str, reader: str = "text") -> str:
+    """Of the files of a result, without its ending: results of other readers than the paper's stand beside it."""
+    return "-".join((task, dataset, split, *((reader,) if task == "scoring" and reader != "text" else ())))
 
 
 def _once(path: str, options: Options, file: pathlib.Path) -> dict[str, Any]:

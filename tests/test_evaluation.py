@@ -315,9 +315,10 @@ def test_several_checkpoints_in_one_table_measured_once(tmp_path):
     done = run(*command)
     assert done.returncode == 0, done.stderr
     assert "balanced_accuracy" in done.stdout and all(f"| {model} |" in done.stdout for model in models)
-    results = [json.loads((out / f"scoring-demo-test-{number}.json").read_text()) for number in (1, 2)]
+    results = [json.loads((out / f"scoring-demo-test-expectation-{number}.json").read_text()) for number in (1, 2)]
     assert len(results[0]["answers"]) == 12 and results[0]["table"] == results[1]["table"]
-    assert (out / "scoring-demo-test-1.png").stat().st_size > 10_000 and (out / "scoring-demo-test.md").is_file()
+    assert (out / "scoring-demo-test-expectation-1.png").stat().st_size > 10_000
+    assert (out / "scoring-demo-test-expectation.md").is_file()
     again = run(*command)
     assert again.stdout.count("known already") == 2 and "answer/s" not in again.stderr
     other = run(*(word if word != 12 else 6 for word in command))

@@ -30,7 +30,7 @@ import numpy as np
 import tqdm
 from absl import flags
 
-from calm_jax import command
+from calm_jax import command, evaluate
 from calm_jax import config as config_lib
 from calm_jax.training import logging
 from tools import commands
@@ -77,14 +77,16 @@ def plan(workdir: pathlib.Path, data_dir: str, steps: int = 0, more: Sequence[st
                                      str(workdir / name), f"--config.data.dir={data_dir}", *given, *more),
                              workdir / name / "metrics.jsonl", log=workdir / f"{name}.log")
 
-    def evaluation(name, model, task, *options):
+    def evaluation(name, model, task, *options, reader=""):
+        options = (*options, *(("--reader", reader) if reader else ()))
+        file = f"{evaluate.result_name(task, dataset(), SPLIT, reader or 'text')}.json"
         process = "self_supervised" if task == "attributes" else "scores"
         sources = [workdir / model / "checkpoints" / process]
         folder = workdir / "evaluation" / name
         return commands.Step(f"{task}: {name}", (
             "calm_jax.evaluate", "--workdir", str(sources[0]), "--task", task, "--dataset", dataset(), "--data_dir",
             data_dir, "--split", SPLIT, "--out", str(folder), *options),
-            folder / f"{task}-{dataset()}-{SPLIT}.json", tuple(sources), log=workdir / f"evaluation-{name}.log")
+            folder / file, tuple(sources), log=workdir / f"evaluation-{name}.log")
 
     found: Plan = {}
     for name, overrides in FIRST.items():
@@ -93,7 +95,7 @@ def plan(workdir: pathlib.Path, data_dir: str, steps: int = 0, more: Sequence[st
         found[arm] = training(arm, f"{arm}: {title}", variant, {"scores": overrides}, init), (init,) if init else ()
         for reader in READERS:
             name = f"{arm}-{reader}"
-            found[name] = evaluation(name, arm, "scoring", "--reader", reader), (arm,)
+            found[name] = evaluation(name, arm, "scoring", reader=reader), (arm,)
     for name in FIRST:
         found[f"{name}-attributes"] = evaluation(f"{name}-attributes", name, "attributes", "--records", str(ASKED)), \
             (name,)
