@@ -81,5 +81,5 @@ def _shots(figure, result) -> None:
     for row in rows:
         if row["arm"] == "crowd" and row["srcc"] is not None:
             axes.axhline(row["srcc"], color=plots.GREY, linestyle="--", label="the crowd's mean score")
-    axes.set(xlabel="rated pictures shown", ylabel="SRCC, mean over raters")
+    axes.set(xlabel="rated pictures shown", ylabel="SRCC, mean over raters", xticks=sorted({r["shots"] for r in rows}))
     axes.legend(frameon=False)
