@@ -7,6 +7,9 @@ BIN := $(VENV)/bin
 LIBTPU := 0.0.42.1
 # uv reads its own variables; a machine that sets pip's is understood all the same.
 export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
+# Modules are compiled once, here: where Python may not write them, each start of a program would compile them anew, which
+# takes as long as loading them does.
+export UV_COMPILE_BYTECODE := 1
 INSTALL_OLD = VIRTUAL_ENV=$(CURDIR)/$(OLD) $(BIN)/uv pip install --quiet
 INSTALL := VIRTUAL_ENV=$(CURDIR)/$(VENV) $(BIN)/uv pip install --quiet
 
