@@ -140,7 +140,7 @@ class Supervisor:
             with socket.socket() as free:
                 free.bind(("127.0.0.1", 0))
                 shared |= {"CALM_COORDINATOR": f"127.0.0.1:{free.getsockname()[1]}", "CALM_PROCESSES": str(self.count),
-                       "PJRT_NPROC": str(THREADS), "NPROC": str(THREADS)}
+                           "PJRT_NPROC": str(THREADS), "NPROC": str(THREADS)}
         self.processes = []
         for number in range(self.count):
             own = {"CALM_PROCESS": str(number)} if self.count > 1 else {}

@@ -77,15 +77,14 @@ def plan(workdir: pathlib.Path, data_dir: str, steps: int = 0, more: Sequence[st
                                      str(workdir / name), f"--config.data.dir={data_dir}", *given, *more),
                              workdir / name / "metrics.jsonl", log=workdir / f"{name}.log")
 
-    def evaluation(name, model, task, *options, reader=""):
-        options = (*options, *(("--reader", reader) if reader else ()))
-        file = f"{evaluate.result_name(task, dataset(), SPLIT, reader or 'text')}.json"
+    def evaluation(name, model, task, *options, reader="text"):
+        file = f"{evaluate.result_name(task, dataset(), SPLIT, reader)}.json"
         process = "self_supervised" if task == "attributes" else "scores"
         sources = [workdir / model / "checkpoints" / process]
         folder = workdir / "evaluation" / name
         return commands.Step(f"{task}: {name}", (
             "calm_jax.evaluate", "--workdir", str(sources[0]), "--task", task, "--dataset", dataset(), "--data_dir",
-            data_dir, "--split", SPLIT, "--out", str(folder), *options),
+            data_dir, "--split", SPLIT, "--reader", reader, "--out", str(folder), *options),
             folder / file, tuple(sources), log=workdir / f"evaluation-{name}.log")
 
     found: Plan = {}
