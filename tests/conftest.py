@@ -1,14 +1,18 @@
-"""Nothing in; for the tests and what they start, an environment where JAX compiles quickly and each program once, out.
+"""Nothing in; for the tests and what they start, an environment where JAX compiles quickly and each program once, and
+libraries use one thread, out.
 
 Set here, before JAX is imported; pytest's workers and all programs that tests start inherit it.
 """
 
 import atexit
+import gc
 import importlib.metadata
 import os
 import shutil
 import tempfile
 
+# Threads of torch and numpy wait for each other by turning; with two workers on two cores they mostly do that.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # the models are tiny: compiling is what takes time
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
@@ -19,3 +23,4 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 if importlib.metadata.version("jaxlib").startswith("0.10.") and "xla_cpu_use_fusion_emitters" not in os.environ.get(
         "XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false".strip()
+gc.set_threshold(50_000, 20, 50)  # tracing makes many objects that live: looking through them is 5 % of the time

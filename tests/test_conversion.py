@@ -11,6 +11,7 @@ import sys
 import time
 
 import jax
+import miniature
 import ml_dtypes
 import numpy as np
 import pytest
@@ -287,7 +288,10 @@ def test_sources_are_recorded_with_the_licence_that_each_states(tmp_path):
     assert torch_files.licence(tmp_path / "vit" / "model.safetensors") == "mit"
 
 
-def test_training_reads_it_with_the_rest_at_random(tmp_path):
+def test_training_reads_it_with_the_rest_at_random(tmp_path, monkeypatch):
+    small = dataclasses.replace(config_lib.model("7b"), qformer=dataclasses.replace(
+        miniature.MODEL.qformer, queries=32))
+    monkeypatch.setattr(config_lib, "model", lambda _: small)
     saved = checkpoint.find(convert_from_hf.convert(*parts(tmp_path), [], str(tmp_path / "out")))
     config = config_lib.from_config_dict(saved.meta["config"])
     config = dataclasses.replace(config, init=str(saved.path), tokenizer=str(saved.path / "tokenizer.model"))
@@ -474,7 +478,8 @@ def test_public_geometries_are_the_presets():
     assert geometry.qformer({"model_type": "blip-2", "qformer_config": {}, "num_query_tokens": 32}) == preset.qformer
 
 
-def test_the_benchmark_makes_folders_that_convert(tmp_path):
+def test_the_benchmark_makes_folders_that_convert(tmp_path, monkeypatch):
+    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "0")  # an MFAM of 280 million random numbers is written
     model = config_lib.Model(
         vit=config_lib.Vit(image_size=28, patch=7, width=24, depth=2, heads=2, mlp_width=40),
         llama=config_lib.Llama(vocab=2060, width=32, depth=2, heads=4, kv_heads=2, mlp_width=48, positions=512))

@@ -49,25 +49,23 @@ def questions():
     return [(one, 0), (two, 1), (none, 0), (two, 0)]
 
 
+@jax.jit
+def following(parameters, images, tokens, visual, length):
+    """Logits behind the first `length` tokens of each row; a module's function, so that one width is compiled once."""
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    batch = {"images": jnp.broadcast_to(images, (len(tokens), *images.shape[1:])), "tokens": tokens, "visual": visual,
+             "positions": positions, "segments": (positions < length).astype(jnp.int32)}
+    model = Geometry.of(MODEL).bind(parameters)
+    hidden = model(batch, config_lib.PARTS)
+    return model.answer_logits(hidden, jnp.full((len(tokens), 1), length - 1))[:, 0]
+
+
 class Uncached:
     """Logits of what follows a prompt and some tokens of its answer, each time by the full forward of training."""
 
     def __init__(self, parameters, generator, demo, sample, turn, limit):
-        self.arrays = generator.arrays([(sample, turn)], demo.pixels, limit)
-        self.length, width = int(self.arrays["lengths"][0]), self.arrays["tokens"].shape[1] + limit
-        self.width, geometry = width, Geometry.of(MODEL)
-
-        @jax.jit
-        def following(tokens, visual, length):
-            model = geometry.bind(parameters)
-            positions = jnp.broadcast_to(jnp.arange(width), tokens.shape)
-            images = jnp.broadcast_to(self.arrays["images"], (len(tokens), *self.arrays["images"].shape[1:]))
-            batch = {"images": images, "tokens": tokens, "visual": visual, "positions": positions,
-                     "segments": (positions < length).astype(jnp.int32)}
-            hidden = model(batch, config_lib.PARTS)
-            return model.answer_logits(hidden, jnp.full((len(tokens), 1), length - 1))[:, 0]
-
-        self._following = following
+        self.parameters, self.arrays = parameters, generator.arrays([(sample, turn)], demo.pixels, limit)
+        self.length, self.width = int(self.arrays["lengths"][0]), self.arrays["tokens"].shape[1] + limit
 
     def __call__(self, answers):
         """`[K, V]` after `[K, t]` tokens."""
@@ -77,7 +75,8 @@ class Uncached:
         visual[:, :self.length] = self.arrays["visual"][0, :self.length]
         answers = np.asarray(answers, np.int32)
         tokens[:, self.length:self.length + answers.shape[1]] = answers
-        return self._following(tokens, visual, jnp.int32(self.length + answers.shape[1]))
+        return following(self.parameters, self.arrays["images"], tokens, visual,
+                         jnp.int32(self.length + answers.shape[1]))
 
     def one_by_one(self, sampling, eos, limit):
         """Greedy, or drawn by `decoding.choose`."""

@@ -7,6 +7,7 @@ paths such as `llama/blocks/q/kernel`.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 from collections.abc import Iterable, Mapping
 
@@ -24,15 +25,17 @@ BLOCKS = "llama/blocks/"
 
 @dataclasses.dataclass(frozen=True)
 class Geometry:
-    """The structure of a model without its values. `shapes`: path -> float32 ShapeDtypeStruct, in a fixed order."""
+    """The structure of a model without its values. `shapes`: path -> float32 ShapeDtypeStruct, in a fixed order, to
+    read only: all who ask for a config get the same."""
 
     graphdef: nnx.GraphDef
     treedef: jax.tree_util.PyTreeDef
     shapes: dict[str, jax.ShapeDtypeStruct]
 
     @classmethod
+    @functools.lru_cache(maxsize=8)
     def of(cls, cfg: config_lib.Model, *, unrolled: bool = False) -> Geometry:
-        """Traces the constructor; nothing is allocated.
+        """Traces the constructor, once for a config; nothing is allocated.
 
         Args:
           unrolled: of the parameters that `unroll` returns.
