@@ -11,7 +11,7 @@ import os
 import shutil
 import tempfile
 
-# Threads of torch and numpy wait for each other by turning; with two workers on two cores they mostly do that.
+# Threads of torch and numpy wait for each other by spinning; with two workers on two cores they do little else.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # the models are tiny: compiling is what takes time
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
