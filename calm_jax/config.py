@@ -89,7 +89,7 @@ class Llama:
 class Lora:
     rank: int = field(0, "rank of the update; 0 = no LoRA", "ours (the paper tunes the LLM)")
     alpha: float = field(256.0, "scale numerator: an update is multiplied by alpha / rank", "LLaVA-1.5")
-    dropout: float = field(0.05, "dropout before the first factor, probability", "LLaVA-1.5")
+    dropout: float = field(0.05, "dropout before the first factor, probability (in steps of 1/256)", "LLaVA-1.5")
     targets: str = field(r"llama/blocks/(q|k|v|o|gate|up|down)", "regex: paths of the linear layers that get one",
                          "LLaVA-1.5")
 
@@ -111,8 +111,9 @@ class Model:
                        choices=("auto", "float32", "bfloat16"), runtime=True)
     frozen_dtype: str = field("auto", "storage of frozen parameters; auto as above", "ours",
                               choices=("auto", "float32", "bfloat16"), runtime=True)
-    remat: str = field("full", "what a block keeps for its backward pass: none (all), dots (matmul results), full "
-                       "(its input only)", "ours", choices=("none", "dots", "full"), runtime=True)
+    remat: str = field("full", "what a block keeps for its backward pass: none (all), dots (results of products and of "
+                       "attention kernels), full (its input only)", "ours", choices=("none", "dots", "full"),
+                       runtime=True)
 
     def visual_tokens(self, part: str) -> int:
         """Tokens that `part` contributes to a mention of an image."""

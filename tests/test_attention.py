@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import subprocess
 import sys
 import textwrap
@@ -11,9 +12,12 @@ import jax.numpy as jnp
 import miniature
 import numpy as np
 import pytest
+from flax import nnx
 
+from calm_jax import config as config_lib
 from calm_jax.models import attention
 from calm_jax.models.attention import attend
+from calm_jax.models.llama import Llama
 
 TILE = 32
 
@@ -218,6 +222,23 @@ def test_the_kernels_of_accelerators_compute_what_tiles_compute(kernel, length, 
     np.testing.assert_allclose(jnp.where(real, theirs(q, k, v), 0), jnp.where(real, ours(q, k, v), 0), atol=1e-5)
     for a, b in zip(jax.grad(loss(theirs), (0, 1, 2))(q, k, v), jax.grad(loss(ours), (0, 1, 2))(q, k, v), strict=True):
         np.testing.assert_allclose(a, b, atol=5e-5)
+
+
+def test_what_a_kernel_computed_is_kept_with_the_products(monkeypatch):
+    """Of the three ways to keep, only `full` computes attention again."""
+    monkeypatch.setattr(attention, "KERNELS", {"cpu": functools.partial(attention.flash, interpret=True)})
+    cfg = config_lib.Llama(vocab=8, width=128, depth=2, heads=2, kv_heads=2, mlp_width=128, positions=128)
+    graph, state = nnx.split(nnx.eval_shape(lambda: Llama(cfg, nnx.Rngs(0))))
+    x, ids = jax.ShapeDtypeStruct((1, 128, 128), jnp.bfloat16), jax.ShapeDtypeStruct((1, 128), jnp.int32)
+
+    def loss(state, x, ids, remat):
+        return nnx.merge(graph, state)(x, ids, ids, remat=remat).astype(jnp.float32).sum()
+
+    calls = {}
+    for remat in ("none", "dots", "full"):
+        program = jax.make_jaxpr(jax.grad(functools.partial(loss, remat=remat)))(state, x, ids)
+        calls[remat] = str(program).count("name=mha_forward")
+    assert 0 < calls["none"] == calls["dots"] < calls["full"], calls
 
 
 def test_the_platform_of_the_mesh_decides(monkeypatch):

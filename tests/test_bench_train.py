@@ -305,14 +305,48 @@ def test_what_does_not_fit_a_device_gets_fewer_blocks_and_only_that():
     words = bench_gpu.arguments("train", "7b", 4, 5, H100)
     depth = int(words[words.index("--depth") + 1])
     of = bench_gpu._config("finetune", "7b", "comments")
-    room = H100 - bench_gpu.FREE
-    assert bench_gpu.state(bench_train.with_depth(of, depth)) <= room < bench_gpu.state(
-        bench_train.with_depth(of, depth + 1))
+    room, each = H100 - bench_gpu.FREE, bench_gpu.TRAINED + bench_gpu.COPY
+    assert bench_gpu.state(bench_train.with_depth(of, depth), each) <= room < bench_gpu.state(
+        bench_train.with_depth(of, depth + 1), each)
     for name in ("lora", "pretrain", "inference"):
         assert "--depth" not in bench_gpu.arguments(name, "7b", 4, 5, H100)
     with pytest.raises(config_lib.ConfigError, match="one block of the language model takes"):
         bench_gpu.arguments("train", "7b", 4, 5, 2**33)
     assert sum(word.startswith("--config.") for word in bench_gpu.arguments("pretrain", "tiny", 4, 5, None)) == 2
+
+
+def test_what_a_device_holds_is_not_computed_again():
+    keeps = "--config.model.remat=dots"
+    for name, memory, kept in (("train", H200, True), ("train", H100, False), ("lora", H100, True),
+                               ("pretrain", H100, True), ("lora", 2**35, False), ("lora", None, False)):
+        assert (keeps in bench_gpu.arguments(name, "7b", 4, 5, memory)) == kept, (name, memory)
+    assert keeps not in bench_gpu.arguments("train", "small", 4, 5, H200)  # which computes nothing again anyway
+
+
+def test_torch_computes_again_what_it_cannot_hold(monkeypatch):
+    asked = []
+
+    def compete(commands, questions, rounds):
+        of = [json.loads(command[4])["model"]["remat"] for command in commands.values()]
+        asked.append(dict(zip(commands, of, strict=True)))
+        built, reply = {"seconds": 1.0, "trained": 1}, [{"seconds": 1.0, "peak": 1, "value": 1.0}]
+        device = {"platform": "gpu", "kind": "x", "count": 1, "memory": None}
+        return {name: contenders.Played(device, built, [reply] * rounds, "out of memory" if name == "torch" and
+                                        "calm_jax" in commands else "") for name in commands}
+
+    monkeypatch.setattr(contenders, "compete", compete)
+    monkeypatch.setattr(contenders, "stay_on_cpu", lambda: None)
+    for remat, runs in (("dots", [{"calm_jax": "dots", "torch": "dots"}, {"torch": "full"}]),
+                        ("full", [{"calm_jax": "full", "torch": "full"}])):
+        asked.clear()
+        result = bench_train.measure(config(remat=remat), against=True, rounds=1)
+        assert asked == runs and result["torch_checkpointed"] == (remat == "dots")
+        [[_, theirs, time, _]] = bench_train.cells(result)
+        if remat == "dots":
+            assert theirs.startswith(bench_train.CHECKPOINTED) and time == "1.00"
+            assert bench_train.CHECKPOINTED in bench_train.show(result)
+        else:
+            assert theirs == "out of memory"
 
 
 def test_what_fails_is_said_and_the_rest_goes_on(tmp_path, monkeypatch, capsys):

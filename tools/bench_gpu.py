@@ -7,7 +7,8 @@ inference, one after the other, each by the command that it prints. What fails i
 The folder gets NAME.json of each, `table.md` with rows as docs/benchmarks.md has them, and `log.txt`.
 
 Where the device does not hold parameters, gradients and moments, the language model gets as many blocks as it holds,
-and the result says so. On CPU, with `--size tiny`, the same commands show that everything is in place.
+and the result says so. Where it holds the results of all products besides, they are kept, not computed again. On CPU,
+with `--size tiny`, the same commands show that everything is in place.
 """
 
 from __future__ import annotations
@@ -30,8 +31,10 @@ from tools import bench_train, contenders
 SCRATCH = ("tiny", "small")  # sizes whose config freezes nothing
 FREEZE = ('--config.processes.self_supervised.train=("mfam/qformers/.*",)',
           '--config.processes.self_supervised.freeze=("mfam/thematic/.*","vit/.*","llama/.*")')  # as in 7b
-TRAINED, FROZEN = 18, 2  # bytes a parameter: master, gradient, two moments and a copy to compute with; or that alone
-FREE = 8 * 2 ** 30  # bytes that activations may take
+# Bytes a parameter: master, gradient and two moments; a copy to compute with, which torch keeps of all and XLA of a
+# block at a time; what is frozen is that copy.
+TRAINED, COPY = 16, 2
+FREE = 6 * 2 ** 30  # bytes that else a step may take; 3 GiB were measured with 7b
 TRAINING = {"train": ("finetune", "", "comments"), "lora": ("finetune", "+lora", "comments"),
             "pretrain": ("pretrain", "", "self_supervised")}  # name -> config, option of its variant, process
 NAMES = (*TRAINING, "inference")
@@ -50,9 +53,13 @@ def arguments(name: str, size: str, rows: int, rounds: int, memory: float | None
     if name == "inference":
         return ["inference", "--config", f"configs/finetune.py:{size}", *common]
     file, option, process = TRAINING[name]
-    depth = fitting(_config(file, size + option, process), memory) if memory else 0
+    config = _config(file, size + option, process)
+    depth = fitting(config, memory) if memory else 0
+    keep = memory and config.model.remat == "full" and state(config, TRAINED) + products(
+        config, rows) <= memory - FREE
     return ["train", "--config", f"configs/{file}.py:{size}{option}", "--process", process, *common,
             "--rows", str(rows), *(["--depth", str(depth)] if depth else []),
+            *(["--config.model.remat=dots"] if keep else []),
             *(FREEZE if file == "pretrain" and size in SCRATCH else [])]
 
 
@@ -61,24 +68,33 @@ def _config(file: str, variant: str, process: str) -> config_lib.Config:
     return config_lib.Config(model=config.model, run=(process,), processes={process: config.processes[process]})
 
 
-def state(config: config_lib.Config) -> float:
-    """Bytes that the first process keeps and makes for its parameters on an accelerator."""
+def state(config: config_lib.Config, trained: int) -> float:
+    """Bytes of the parameters of the first process on an accelerator, at `trained` for each that it teaches."""
     from calm_jax.models.parameters import Geometry
     learns = bench_train.learning(config)
-    return float(sum(math.prod(leaf.shape) * (TRAINED if learns[path] else FROZEN)
+    return float(sum(math.prod(leaf.shape) * (trained if learns[path] else COPY)
                      for path, leaf in Geometry.of(config.model).shapes.items()))
 
 
+def products(config: config_lib.Config, rows: int) -> float:
+    """Bytes of what `remat=dots` keeps of the language model, bfloat16, for so many rows of the first process: queries,
+    keys, values, attention, its projection, gate and up; nothing reads the last product of a block again."""
+    llama, [process] = config.model.llama, config.processes.values()
+    head = llama.width // llama.heads
+    widths = 3 * llama.width + 2 * head * llama.kv_heads + 2 * llama.mlp_width
+    return 2.0 * rows * process.row.tokens * llama.depth * widths
+
+
 def fitting(config: config_lib.Config, memory: float) -> int:
-    """Blocks of the language model that so much memory holds; 0 = all.
+    """Blocks of the language model that so much memory holds, with torch's copies; 0 = all.
 
     Raises:
       ConfigError: none.
     """
-    room, blocks, all_of_them = memory - FREE, config.model.llama.depth, state(config)
+    room, blocks, all_of_them = memory - FREE, config.model.llama.depth, state(config, TRAINED + COPY)
     if all_of_them <= room:
         return 0
-    one = state(bench_train.with_depth(config, 1))
+    one = state(bench_train.with_depth(config, 1), TRAINED + COPY)
     depth = 1 + math.floor((room - one) / ((all_of_them - one) / (blocks - 1)))
     if depth < 1:
         raise config_lib.ConfigError(f"one block of the language model takes {one / 2**30:.1f} GiB with all that is "

@@ -5,9 +5,12 @@
 
 Part of `python -m tools.bench train`. Ours is the project's own step, as `calm_jax.train` compiles it; theirs is in
 tools/bench_torch.py. Both have random weights of their own, teach what the process teaches, and keep frozen parts in
-the dtype of the computation. The batch is made of random pixels and words: every row is full, with as many
-conversations as pictures, all of equal length, so that neither datasets nor photographs are needed. Real rows take the
-same time, for their shapes are the same, and hold fewer tokens: training logs their `fill`.
+the dtype of the computation. Where the config keeps more of a block than its input and torch runs out of memory, it is
+measured with checkpointed blocks, and the result says so.
+
+The batch is made of random pixels and words: every row is full, with as many conversations as pictures, all of equal
+length, so that neither datasets nor photographs are needed. Real rows take the same time, having the same shapes, and
+hold fewer tokens: training logs their `fill`.
 
 Model FLOPs are those of `tools.flops`: what the process needs, whatever is computed again to save memory.
 """
@@ -30,6 +33,7 @@ from tools import contenders
 
 SECTION = "Training step"  # of docs/benchmarks.md, and the columns of its table
 COLUMNS = ("calm_jax", "torch", "time ratio", "memory ratio")
+CHECKPOINTED = "torch with checkpointed blocks, for without it runs out of memory"
 # What is in a device's name -> the chip of `tools.plan` with its peak.
 KINDS = {"h200": "h100", "h100": "h100", "a100": "a100", "v5 lite": "v5e", "v6 lite": "v6e"}
 
@@ -56,17 +60,26 @@ def measure(config: config_lib.Config, *, against: bool, rounds: int, depth: int
     learns = learning(config)
     if against:
         whole(config, learns)
-    values = json.dumps(dataclasses.asdict(dataclasses.replace(config, processes={config.run[0]: process})))
-    sides = {"calm_jax": "jax", **({"torch": "torch"} if against else {})}
+    config = dataclasses.replace(config, processes={config.run[0]: process})
     taught = json.dumps(taught_parts(learns))
-    played = contenders.compete({name: [sys.executable, "-m", "tools.bench_train", side, values, taught]
-                                 for name, side in sides.items()}, [[]], rounds + 1)
+
+    def compete(of: config_lib.Config, sides: Mapping[str, str]) -> dict[str, contenders.Played]:
+        return contenders.compete({name: [sys.executable, "-m", "tools.bench_train", side,
+                                          json.dumps(dataclasses.asdict(of)), taught]
+                                   for name, side in sides.items()}, [[]], rounds + 1)
+
+    played = compete(config, {"calm_jax": "jax", **({"torch": "torch"} if against else {})})
+    checkpointed = against and bool(played["torch"].error) and config.model.remat != "full"
+    if checkpointed:  # autograd keeps more than we do: torch computes again what it cannot hold
+        of = dataclasses.replace(config, model=dataclasses.replace(config.model, remat="full"))
+        played |= compete(of, {"torch": "torch"})
     batch = make_batch(config)
     size = {"rows": process.batch, "tokens": int((batch["segments"] > 0).sum()),
             "pictures": int(batch["images"].any((2, 3, 4)).sum())}
     work = {kind: value * process.batch for kind, value in flops.a_row(config.model, process, learns).items()}
     device = played["calm_jax"].device
     return {"what": "train", "process": config.run[0], **size, "depth": depth, "blocks": blocks, "flops": work,
+            "torch_checkpointed": checkpointed,
             "device": device, "machine": contenders.machine(device), "peak_flops": peak_flops(device),
             "numerics": played["calm_jax"].built.get("numerics", ""),
             "results": {name: row(one, size, sum(work.values()), peak_flops(device)) for name, one in played.items()}}
@@ -251,6 +264,8 @@ def show(result: Mapping[str, Any]) -> str:
                      f"{row['first_s']:>8.1f}{row['tokens_per_s']:>10.0f}{row['pictures_per_s']:>12.2f}"
                      f"{row['flop_per_s'] / 1e12:>9.3g}{share:>9}{row['peak_bytes'] / 2**30:>10.2f}"
                      f"{row['trained'] / 1e6:>11.2f}")
+    if result["torch_checkpointed"]:
+        lines.append(f"  {CHECKPOINTED}")
     if ratios := _ratios(result):
         lines.append(f"  calm_jax / torch: time {ratios[0]}, memory {ratios[1]}")
     return "\n".join(lines)
@@ -270,6 +285,8 @@ def cells(result: Mapping[str, Any]) -> list[list[str]]:
                      f"{share}, {row['peak_bytes'] / 2**30:.2f} GiB")
     if result["depth"]:
         found[0] = f"{_depth(result)}: {found[0]}"
+    if result["torch_checkpointed"]:
+        found[1] = f"{CHECKPOINTED}: {found[1]}"
     return [[*found, *(_ratios(result) or ("", ""))]]
 
 

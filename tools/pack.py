@@ -5,8 +5,9 @@
 
 The pack holds the files that git knows or would add, as they are now, and wheels in the versions of the lock files. A
 GPU machine is taken to have a Python with jax, torch and transformers, what those need, and pip (ASSUMED); what the
-benchmarks need besides (CARRIED) travels, and is installed there only where it is missing or too old. Wheels come from
-wherever pip finds packages on this machine.
+benchmarks need besides (CARRIED) travels, and is installed there only where it is missing or too old. What follows
+jax's inner interfaces (NEWEST) is the newest for that Python instead of the locked one. Wheels come from wherever pip
+finds packages on this machine.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ CARRIED = ("absl-py", "accelerate", "aiofiles", "array-record", "attrs", "cloudp
            "googleapis-common-protos", "grain", "humanize", "jaxtyping", "markdown-it-py", "mdurl", "ml-collections",
            "msgpack", "optax", "orbax-checkpoint", "peft", "portpicker", "prometheus-client", "protobuf", "pygments",
            "rich", "sentencepiece", "simplejson", "tensorstore", "treescope", "uvloop", "wadler-lindig", "zipp")
+NEWEST = ("flax",)  # reads what jax keeps to itself: the locked one knows the locked jax, the machine's may be newer
 
 
 def pins() -> dict[str, str]:
@@ -43,8 +45,9 @@ def pins() -> dict[str, str]:
     return found
 
 
-def needs() -> list[str]:
-    """Requirements that the machine must meet: of CARRIED, with the ranges of setup.cfg where it names them."""
+def needs(wheels: pathlib.Path) -> list[str]:
+    """Requirements that the machine must meet: of CARRIED, with the ranges of setup.cfg where it names them; of NEWEST
+    at least what lies in `wheels`."""
     settings = configparser.ConfigParser()
     settings.read(ROOT / "setup.cfg")
     listed = settings["options"]["install_requires"] + "".join(settings["options.extras_require"].values())
@@ -52,6 +55,7 @@ def needs() -> list[str]:
     for line in filter(None, map(str.strip, listed.splitlines())):
         name = re.split(r"[<>=!\[]", line)[0]
         ranges[name.lower().replace("_", "-")] = line
+    ranges |= {name: f"{name}>={file.name.split('-')[1]}" for name in NEWEST for file in wheels.glob(f"{name}-*.whl")}
     return [ranges.get(name, name) for name in CARRIED]
 
 
@@ -71,7 +75,8 @@ def download(folder: pathlib.Path, python: str, arch: str, glibc: int) -> None:
         [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps",
          "--only-binary=:all:", "--implementation", "cp", "--python-version", python,
          *(word for name in platforms for word in ("--platform", name)), "--dest", str(folder),
-         *(f"{name}=={known[name]}" for name in CARRIED)], text=True, stderr=subprocess.PIPE)
+         *(name if name in NEWEST else f"{name}=={known[name]}" for name in CARRIED)],
+        text=True, stderr=subprocess.PIPE)
     if done.returncode:
         errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or done.stderr.splitlines()
         raise config_lib.ConfigError(f"pip could not fetch the wheels: {errors[-1] if errors else 'it said nothing'}")
@@ -100,7 +105,7 @@ def pack(out: pathlib.Path, wheels: pathlib.Path, limit: float) -> int:
     members |= {f"wheels/{file.name}": file for file in sorted(wheels.iterdir())}
     members["run.sh"] = ROOT / "launch" / "gpu_bench.sh"
     text = wheels.parent / "needs.txt"
-    text.write_text("".join(f"{line}\n" for line in needs()))
+    text.write_text("".join(f"{line}\n" for line in needs(wheels)))
     members["needs.txt"] = text
     with tarfile.open(out, "w") as archive:
         for name, file in members.items():

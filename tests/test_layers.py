@@ -1,0 +1,33 @@
+"""Dropout of low-rank updates: how much, which, and that nothing is lost on average."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from calm_jax.models.layers import dropout
+
+
+@pytest.mark.parametrize("rate", [0.05, 0.5, 0.999])
+def test_dropout_drops_its_share_and_keeps_the_mean(rate):
+    x = jnp.ones((700, 513))  # no multiple of the four bytes of a word
+    y = np.asarray(dropout(x, rate, jax.random.key(0)))
+    assert abs((y == 0).mean() - rate) < 1 / 256
+    assert len(np.unique(y)) == 2
+    np.testing.assert_allclose(y.max(), 1 / (1 - min(round(256 * rate), 255) / 256), rtol=1e-6)
+    share, given = (y == 0).mean(0), min(round(256 * rate), 255) / 256  # of every channel, also in the last word
+    assert abs(share - given).max() < 6 * (given * (1 - given) / 700) ** 0.5
+
+
+def test_dropout_is_drawn_from_its_key_alone():
+    x = jax.random.normal(jax.random.key(1), (64, 32), jnp.bfloat16)
+    one, again, other = (dropout(x, 0.3, jax.random.key(seed)) for seed in (0, 0, 1))
+    assert one.dtype == x.dtype
+    np.testing.assert_array_equal(one, again)
+    assert (np.asarray(one == 0) != np.asarray(other == 0)).any()
+    np.testing.assert_array_equal(dropout(x, 0.0, jax.random.key(0)), x)
+    # A gradient goes where the value went.
+    grads = jax.grad(lambda x: dropout(x, 0.3, jax.random.key(0)).astype(jnp.float32).sum())(x)
+    np.testing.assert_array_equal(np.asarray(grads == 0), np.asarray(one == 0))
