@@ -1,4 +1,4 @@
-"""Dropout of low-rank updates: how much, which, and that nothing is lost on average."""
+"""Dropout of low-rank updates on each platform: how much, which, and that nothing is lost on average."""
 
 from __future__ import annotations
 
@@ -7,7 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from calm_jax.models import layers
 from calm_jax.models.layers import dropout
+
+
+@pytest.fixture(params=["cpu", "gpu"], autouse=True)
+def platform(request, monkeypatch):
+    monkeypatch.setattr(layers, "platform", lambda: request.param)
 
 
 @pytest.mark.parametrize("rate", [0.05, 0.5, 0.999])

@@ -34,18 +34,12 @@ def attend(q: Float[Array, "B T N H"], k: Float[Array, "B S K H"], v: Float[Arra
     Packed rows go to a kernel of the platform where there is one, which never holds the scores, if rows and heads
     divide among the devices; everything else, and every CPU, to `tiled`.
     """
-    kernel = KERNELS.get(_platform())
+    kernel = KERNELS.get(layers.platform())
     packed = causal and not behind and q_segments is not None and q_segments is kv_segments and not q.shape[1] % LANES
     divides = not q.shape[0] % (_split("data") * _split("fsdp")) and not k.shape[2] % _split("tensor")
     if kernel is None or not packed or not divides:
         return tiled(q, k, v, q_segments, kv_segments, causal=causal, behind=behind)
     return _on_each_device(kernel, q, k, v, q_segments)
-
-
-def _platform() -> str:
-    """Where this is going to run: on the devices of the mesh in use, which need not be there, or where JAX runs."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    return jax.default_backend() if device is None else device.platform
 
 
 def _split(axis: str) -> int:
