@@ -4,7 +4,7 @@ import miniature
 import pytest
 
 from calm_jax import config as config_lib
-from tools import bench_inference, flops
+from tools import bench_inference, contenders, flops
 
 
 def test_the_benchmark_runs_both_sides(tmp_path):
@@ -14,6 +14,22 @@ def test_the_benchmark_runs_both_sides(tmp_path):
         assert row["score_s"] > 0 and row["peak_bytes"] > 2**27
     text = bench_inference.show(result)
     assert "times as fast as torch: scoring " in text and "GFLOP a score" in text
+
+
+def test_rounds_are_compared_with_themselves():
+    """A machine that is three times slower in one round, and the prompt's time, change neither speed nor ratio."""
+    def played(score, first, token):
+        jobs = [score, *(seconds for batch in bench_inference.BATCHES for seconds in (
+            first, first + token * batch * (bench_inference.TOKENS - 1)))]
+        return contenders.Played({}, {}, [[{"seconds": seconds * slow, "peak": 2**30} for seconds in jobs]
+                                          for slow in (50, 1, 3, 1)])
+
+    names = ["score 8", *(f"{job} {batch}" for batch in bench_inference.BATCHES for job in ("first", "answer"))]
+    rows = {"calm_jax": bench_inference._row(played(4.0, 9.0, 0.01), names),
+            "torch": bench_inference._row(played(6.0, 2.0, 0.02), names)}
+    assert [rows["calm_jax"][name] for name in ("score_s", "token_s_1", "token_s_8")] == pytest.approx([0.5, .01, .01])
+    assert bench_inference._ratios(rows) == [
+        "1.50 (1.50 to 1.50)", "2.00 (2.00 to 2.00)", "2.00 (2.00 to 2.00)", "1.00"]
 
 
 def test_floors_are_those_of_the_public_geometry():

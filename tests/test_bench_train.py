@@ -281,8 +281,10 @@ def test_a_row_goes_to_the_end_of_its_table(tmp_path):
 def test_every_benchmark_fills_its_columns():
     side = {"median": 4.0, "min": 3.0, "max": 5.0}
     way = {"bytes": 2e9, "s": 4.0, "gb_per_s": 0.5, "copy_s": 2.0, "ratio": 2.0, "peak_anonymous_bytes": 2**30}
-    answers = {"score_s": 0.5, "tokens_per_s_1": 10.0, "tokens_per_s_8": 40.0, "peak_bytes": 2**30}
-    inference = {"flops_score": 1e9, "results": {"calm_jax": answers, "torch": answers | {"score_s": 1.0}}}
+    taken = {"score_s": 0.5, "token_s_1": 0.1, "token_s_8": 0.025}
+    answers = taken | {"rounds": {name: [value] for name, value in taken.items()}, "peak_bytes": 2**30}
+    slower = {"score_s": 1.0, "rounds": answers["rounds"] | {"score_s": [1.0]}}
+    inference = {"flops_score": 1e9, "results": {"calm_jax": answers, "torch": answers | slower}}
     cells = {bench_data: bench_data.cells({"cores": 2, "results": {"calm_jax": side, "torch": side | {"median": 2.0}}}),
              bench_conversion: bench_conversion.cells({"convert": way, "export": way}),
              bench_inference: bench_inference.cells(inference)}
@@ -290,7 +292,8 @@ def test_every_benchmark_fills_its_columns():
         assert all(len(row) == len(module.COLUMNS) for row in rows)
     assert cells[bench_data] == [["4.0 (3.0 to 5.0), 2.0 a core", "2.0 (3.0 to 5.0), 1.0 a core", "2.00"]]
     assert cells[bench_conversion][0] == ["convert", "2.0 GB", "4.0 s (0.50 GB/s)", "2.0 s", "2.00", "1.00 GiB"]
-    assert cells[bench_inference][2] == ["times as fast", "2.00", "1.00", "1.00", "1.00 of its"]
+    assert cells[bench_inference][2] == [
+        "times as fast", *[f"{ratio} ({ratio} to {ratio})" for ratio in ("2.00", "1.00", "1.00")], "1.00 of its"]
     inference["results"]["torch"] = {"error": "out of memory"}
     assert bench_inference.cells(inference)[1:] == [["torch", "out of memory", "", "", ""]]
 

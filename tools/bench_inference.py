@@ -66,18 +66,20 @@ def measure(config: config_lib.Config, folder: pathlib.Path, *, against: bool, r
 
 
 def _row(played: contenders.Played, names: list[str]) -> dict:
-    """A contender's figures; its `error` where it has none."""
+    """A contender's figures: medians of its `rounds`, seconds a score and a token; its `error` where it has none.
+
+    A round's answer is compared with the same round's first token: the machine is not as fast in every round, and a
+    difference of two medians would take that for decoding.
+    """
     if played.error:
         return {"error": played.error}
-    taken = {name: [replies[place]["seconds"] for replies in played.rounds[1:]]  # the first warms up
-             for place, name in enumerate(names)}
-    median = {job: statistics.median(values) for job, values in taken.items()}
-    row = {"score_s": median[f"score {SCORED}"] / SCORED, "peak_bytes": played.rounds[-1][-1]["peak"],
-           "spread": {job: [min(values), max(values)] for job, values in taken.items()}}
-    for batch in BATCHES:
-        behind = median[f"answer {batch}"] - median[f"first {batch}"]
-        row[f"tokens_per_s_{batch}"] = batch * (TOKENS - 1) / behind
-    return row
+    taken = [{name: reply["seconds"] for name, reply in zip(names, replies, strict=True)}
+             for replies in played.rounds[1:]]  # the first warms up
+    rounds = {"score_s": [took[f"score {SCORED}"] / SCORED for took in taken]} | {
+        f"token_s_{batch}": [(took[f"answer {batch}"] - took[f"first {batch}"]) / (batch * (TOKENS - 1))
+                             for took in taken] for batch in BATCHES}
+    return {**{name: statistics.median(values) for name, values in rounds.items()}, "rounds": rounds,
+            "peak_bytes": played.rounds[-1][-1]["peak"]}
 
 
 def _checkpoint(config: config_lib.Config, folder: pathlib.Path) -> pathlib.Path:
@@ -192,7 +194,7 @@ def show(result: Mapping) -> str:
             lines.append(f"  {name:<12}{row['error']}")
             continue
         lines.append(f"  {name:<12}{1 / row['score_s']:>10.2f}{result['flops_score'] / row['score_s'] / 1e9:>10.1f}"
-                     + "".join(f"{row[f'tokens_per_s_{batch}']:>14.1f}" for batch in BATCHES)
+                     + "".join(f"{1 / row[f'token_s_{batch}']:>14.1f}" for batch in BATCHES)
                      + f"{row['peak_bytes'] / 2**30:>10.2f}")
     if ratios := _ratios(result["results"]):
         scoring, *decoding, memory = ratios
@@ -210,20 +212,23 @@ def cells(result: Mapping) -> list[list[str]]:
     for name, row in result["results"].items():
         found.append([name, row["error"], "", "", ""] if "error" in row else [
             name, f"{1 / row['score_s']:.2f} ({result['flops_score'] / row['score_s'] / 1e9:.0f} GFLOP/s)",
-            *(f"{row[f'tokens_per_s_{batch}']:.1f}" for batch in BATCHES), f"{row['peak_bytes'] / 2**30:.2f} GiB"])
+            *(f"{1 / row[f'token_s_{batch}']:.1f}" for batch in BATCHES), f"{row['peak_bytes'] / 2**30:.2f} GiB"])
     if ratios := _ratios(result["results"]):
         found.append(["times as fast", *ratios[:-1], f"{ratios[-1]} of its"])
     return found
 
 
 def _ratios(results: Mapping[str, Mapping]) -> list[str]:
-    """How many times as fast as torch: scoring, decoding at each batch; and the share of its memory."""
+    """How many times as fast as torch: scoring, decoding at each batch, each the median over rounds, with the least and
+    the most; and the share of its memory."""
     if "torch" not in results or any("error" in row for row in results.values()):
         return []
     ours, theirs = results["calm_jax"], results["torch"]
-    decoding = [ours[key] / theirs[key] for key in (f"tokens_per_s_{batch}" for batch in BATCHES)]
-    return [f"{value:.2f}" for value in (theirs["score_s"] / ours["score_s"], *decoding,
-                                         ours["peak_bytes"] / theirs["peak_bytes"])]
+    found = []
+    for name, values in ours["rounds"].items():
+        ratios = [other / own for own, other in zip(values, theirs["rounds"][name], strict=True)]
+        found.append(f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
+    return [*found, f"{ours['peak_bytes'] / theirs['peak_bytes']:.2f}"]
 
 
 if __name__ == "__main__":
