@@ -15,6 +15,7 @@ from calm_jax.inference import decoding
 from calm_jax.inference.decoding import Sampling
 from calm_jax.inference.generate import Generator
 from calm_jax.inference.scorer import SAID, Tree
+from calm_jax.models import layers
 from calm_jax.models.parameters import Geometry, initial
 
 MODEL = config_lib.Model(
@@ -123,6 +124,21 @@ def talkative(parameters):
     return parameters | {"llama/head/kernel": 3 * head.at[:, Tokenizer().eos].multiply(1.7)}
 
 
+def test_kernels_may_lie_either_way(talkative, demo, monkeypatch):
+    """Transposed, as CPUs want them, or as they were trained, as accelerators have them."""
+    turned = Generator(MODEL, talkative, Tokenizer())
+    with monkeypatch.context() as patched:
+        patched.setattr(layers, "platform", lambda: "tpu")
+        plain = Generator(MODEL, talkative, Tokenizer())
+    assert [each.parameters["llama/blocks/1/gate/kernel"].shape for each in (turned, plain)] == [(96, 48), (48, 96)]
+    assert [each.parameters["llama/head/kernel"].shape for each in (turned, plain)] == [(2048, 48), (48, 2048)]
+    texts, scores = zip(*((list(each.answers(questions(), demo.pixels, limit=6, batch=4)),
+                           [score.value for score in each.scores(questions(), demo.pixels, batch=4)])
+                          for each in (turned, plain)), strict=True)
+    assert texts[0] == texts[1]
+    np.testing.assert_allclose(*scores, atol=1e-5)
+
+
 @pytest.mark.parametrize("sampling", SAMPLINGS.values(), ids=SAMPLINGS)
 def test_cached_generation_equals_the_full_forward(talkative, demo, sampling):
     generator, limit = Generator(MODEL, talkative, Tokenizer()), 12
@@ -205,6 +221,16 @@ def test_what_is_drawn_follows_the_distribution():
     np.testing.assert_allclose(shares(1.0, 0.81)[3], 0)
     assert shares(1.0, 0.01).tolist() == [1, 0, 0, 0]
     assert shares(1.0, 1.0, seed=1).tolist() != shares(1.0, 1.0).tolist()
+
+
+def test_what_is_drawn_outlives_rounding():
+    """Tokens that rounding swaps in their order, as another number of devices may, are not swapped in the answer."""
+    rng = np.random.default_rng(0)
+    logits = np.repeat(rng.normal(size=(1, 40)), 50, 1).astype(np.float32)  # 40 times 50 equals
+    rows, digests = jnp.broadcast_to(logits, (2000, 2000)), jnp.arange(2000, dtype=jnp.uint32)
+    disturbed = rows + 1e-6 * rng.normal(size=rows.shape).astype(np.float32)
+    drawn, again = (np.asarray(decoding.choose(each, digests, 3, 1.0, 0.99, 7)) for each in (rows, disturbed))
+    assert (drawn != again).mean() < 0.002 and len(np.unique(drawn)) > 500
 
 
 @pytest.mark.parametrize(("wrong", "sentence"), [

@@ -1,4 +1,5 @@
-"""Dropout of low-rank updates on each platform: how much, which, and that nothing is lost on average."""
+"""Products with transposed kernels; dropout of low-rank updates on each platform: how much, which, and that nothing is
+lost on average."""
 
 from __future__ import annotations
 
@@ -6,16 +7,31 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from calm_jax.models import layers
 from calm_jax.models.layers import dropout
 
 
-@pytest.fixture(params=["cpu", "gpu"], autouse=True)
+@pytest.mark.parametrize("shape", [(1, 1), (3, 5), (layers.FEW + 1, 1)])
+def test_a_transposed_kernel_gives_the_same(shape):
+    rngs = nnx.Rngs(0)
+    linear = layers.Linear(12, 20, bias=True, rngs=rngs)
+    linear.bias[...] = jnp.arange(20.0)
+    linear.lora = layers.Lora(jax.random.normal(rngs.params(), (12, 2)), jnp.ones((2, 20)), alpha=1.0, dropout=0.0)
+    x = jax.random.normal(jax.random.key(1), (*shape, 12))
+    plain = linear(x)
+    linear.transpose()
+    assert linear.kernel.shape == (20, 12)
+    np.testing.assert_allclose(linear(x), plain, rtol=1e-5, atol=1e-5)
+
+
+@pytest.fixture(params=["cpu", "gpu"])
 def platform(request, monkeypatch):
     monkeypatch.setattr(layers, "platform", lambda: request.param)
 
 
+@pytest.mark.usefixtures("platform")
 @pytest.mark.parametrize("rate", [0.05, 0.5, 0.999])
 def test_dropout_drops_its_share_and_keeps_the_mean(rate):
     x = jnp.ones((700, 513))  # no multiple of the four bytes of a word
@@ -27,6 +43,7 @@ def test_dropout_drops_its_share_and_keeps_the_mean(rate):
     assert abs(share - given).max() < 6 * (given * (1 - given) / 700) ** 0.5
 
 
+@pytest.mark.usefixtures("platform")
 def test_dropout_is_drawn_from_its_key_alone():
     x = jax.random.normal(jax.random.key(1), (64, 32), jnp.bfloat16)
     one, again, other = (dropout(x, 0.3, jax.random.key(seed)) for seed in (0, 0, 1))

@@ -146,15 +146,19 @@ def unended(logits: Float[Array, "... V"], count: Int[Array, ""] | int, shortest
 def choose(logits: Float[Array, "B V"], digests: UInt32[Array, "B"], count: Int[Array, ""] | int,
            temperature: Float[Array, ""] | float, top_p: Float[Array, ""] | float,
            seed: UInt32[Array, ""] | int) -> Int[Array, "B"]:
-    """Token number `count` of each answer, drawn from the nucleus of the tempered distribution."""
-    scaled = logits / temperature
-    probable, order = jax.lax.top_k(jax.nn.softmax(scaled), scaled.shape[-1])
-    before = jnp.cumsum(probable, -1) - probable  # what the more probable tokens hold already
-    ranked = jnp.where(before < top_p, jnp.log(probable), -jnp.inf)
+    """Token number `count` of each answer, drawn from the nucleus of the tempered distribution.
+
+    Chance belongs to a token, not to its rank: where rounding swaps two tokens that are nearly as probable, which other
+    devices and batch sizes do, the same one is drawn. Tokens as probable as the last of the nucleus belong to it.
+    """
+    probable = jax.nn.softmax(logits / temperature)
+    ranked = jax.lax.top_k(probable, probable.shape[-1])[0]
+    before = jnp.cumsum(ranked, -1) - ranked  # what the more probable tokens hold already
+    least = jnp.where(before < top_p, ranked, jnp.inf).min(-1, keepdims=True)
     base = jax.random.key(seed)
     keys = jax.vmap(lambda digest: jax.random.fold_in(jax.random.fold_in(base, digest), count))(digests)
-    place = jax.vmap(jax.random.categorical)(keys, ranked)
-    return jnp.take_along_axis(order, place[:, None], axis=1)[:, 0].astype(jnp.int32)
+    nucleus = jnp.where(probable >= least, jnp.log(probable), -jnp.inf)
+    return jax.vmap(jax.random.categorical)(keys, nucleus).astype(jnp.int32)
 
 
 class Beams(NamedTuple):

@@ -27,6 +27,7 @@ from calm_jax.data.tokenizer import Tokenizer
 from calm_jax.inference import decoding, scorer
 from calm_jax.inference.decoding import GREEDY, Sampling
 from calm_jax.inference.scorer import Score
+from calm_jax.models import layers
 from calm_jax.models.llama import Before
 from calm_jax.models.parameters import Geometry, Parameters, unroll
 
@@ -61,9 +62,10 @@ class Generator:
 
     def __init__(self, model: config_lib.Model, parameters: Parameters, tokenizer: Tokenizer,
                  parts: tuple[str, ...] = config_lib.PARTS, dtype: Any = jnp.float32):
-        self.tokenizer, self.parameters, self.dtype = tokenizer, unroll(parameters), dtype
+        transposed = layers.platform() == "cpu"
+        self.tokenizer, self.parameters, self.dtype = tokenizer, unroll(parameters, transposed=transposed), dtype
         self.layout, self.size, self.longest = Layout.of(model, parts), model.vit.image_size, model.llama.positions
-        self.geometry = Geometry.of(model, unrolled=True)
+        self.geometry = Geometry.of(model, unrolled=True, transposed=transposed)
         places = [leaf.sharding for leaf in self.parameters.values() if isinstance(leaf.sharding, NamedSharding)]
         self.mesh = places[0].mesh if places and places[0].mesh.size > 1 else None
         self._trees = {reader: scorer.Tree.of(tokenizer, said) for reader, said in scorer.SAID.items()}

@@ -18,6 +18,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Key
 
+FEW = 128  # rows of a product at most, with which it is better to begin with the kernel
 _ROWS: contextvars.ContextVar[tuple[str, ...]] = contextvars.ContextVar("rows", default=("data", "fsdp"))
 
 
@@ -76,20 +77,36 @@ def _placed(x: Array, *axes: Any) -> Array:
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*axes)) if "fsdp" in mesh.axis_names else x
 
 
+def _times_transposed(x: Float[Array, "... I"], kernel: Float[Array, "O I"]) -> Float[Array, "... O"]:
+    """`x @ kernel.T`. On CPU a few rows are multiplied up to twice as fast as `x @ kernel` of a kernel stored `[I, O]`,
+    if the kernel comes first: 512 x 512, eight rows, on two cores of an AMD EPYC: 12.0 GB/s, and 6.7."""
+    last = x.ndim - 1
+    if math.prod(x.shape[:-1]) > FEW:  # its result would have to be transposed
+        return jax.lax.dot_general(x, kernel, (((last,), (1,)), ((), ())))
+    return jnp.moveaxis(jax.lax.dot_general(kernel, x, (((1,), (last,)), ((), ()))), 0, -1)
+
+
 class Linear(nnx.Module):
     """`y = x @ kernel + bias`, plus a low-rank update where `models.lora.add` has put one.
 
-    Shapes: x `[..., I]`, kernel `[I, O]`, bias `[O]`, y `[..., O]` in the dtype of x. Random kernels keep the variance
-    of their input, times `gain` squared: layers that add to a residual stream of many blocks start smaller.
+    Shapes: x `[..., I]`, kernel `[I, O]` (`[O, I]` after `transpose`), bias `[O]`, y `[..., O]` in the dtype of x.
+    Random kernels keep the variance of their input, times `gain` squared: layers that add to a residual stream of many
+    blocks start smaller.
     """
 
     def __init__(self, d_in: int, d_out: int, *, bias: bool, rngs: nnx.Rngs, gain: float = 1.0):
         self.kernel = nnx.Param(gain * nnx.initializers.lecun_normal()(rngs.params(), (d_in, d_out)))
         self.bias = nnx.Param(jnp.zeros(d_out)) if bias else None
         self.lora: Lora | None = nnx.data(None)
+        self.transposed = False
+
+    def transpose(self) -> None:
+        """From here on the kernel is stored as `[O, I]`, see `_times_transposed`."""
+        self.kernel, self.transposed = nnx.Param(self.kernel[...].T), True
 
     def __call__(self, x: Float[Array, "... I"], key: Key[Array, ""] | None = None) -> Float[Array, "... O"]:
-        y = x @ _gathered(self.kernel[...].astype(x.dtype))
+        kernel = _gathered(self.kernel[...].astype(x.dtype))
+        y = _times_transposed(x, kernel) if self.transposed else x @ kernel
         if self.bias is not None:
             y = y + self.bias[...].astype(x.dtype)
         if self.lora is not None:

@@ -103,9 +103,16 @@ class Llama(nnx.Module):
         self.norm = layers.RMSNorm(cfg.width, cfg.eps)
         self.head = layers.Linear(cfg.width, cfg.vocab, bias=False, rngs=rngs)
 
-    def unroll(self) -> None:
-        """From here on `blocks` is a list of blocks that share nothing: `prefill` and `extend` slice no weights."""
+    def unroll(self, *, transposed: bool) -> None:
+        """From here on `blocks` is a list of blocks that share nothing: `prefill` and `extend` slice no weights.
+
+        Args:
+          transposed: and all kernels are, which is for CPUs.
+        """
         self.blocks = nnx.List([layers.unstack(self.blocks, index) for index in range(self.cfg.depth)])
+        for _, module in nnx.iter_modules(self):
+            if transposed and isinstance(module, layers.Linear):
+                module.transpose()
 
     def embed(self, tokens: Int[Array, "B T"], dtype: Any) -> Float[Array, "B T D"]:
         return layers.by_rows(layers.by_vocabulary(self.embedding[...].astype(dtype))[tokens])

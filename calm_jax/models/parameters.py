@@ -34,16 +34,16 @@ class Geometry:
 
     @classmethod
     @functools.lru_cache(maxsize=8)
-    def of(cls, cfg: config_lib.Model, *, unrolled: bool = False) -> Geometry:
+    def of(cls, cfg: config_lib.Model, *, unrolled: bool = False, transposed: bool = False) -> Geometry:
         """Traces the constructor, once for a config; nothing is allocated.
 
         Args:
-          unrolled: of the parameters that `unroll` returns.
+          unrolled: of the parameters that `unroll` returns, with the same `transposed`.
         """
         def make():
             model = Calm(cfg, nnx.Rngs(0))
             if unrolled:
-                model.llama.unroll()
+                model.llama.unroll(transposed=transposed)
             return model
 
         graphdef, state = nnx.split(nnx.eval_shape(make))
@@ -67,22 +67,36 @@ def initial(cfg: config_lib.Model, key: Array) -> Parameters:
     return {_name(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(state)[0]}
 
 
-def unroll(parameters: Parameters) -> Parameters:
+def unroll(parameters: Parameters, *, transposed: bool) -> Parameters:
     """The same parameters with an array of its own for each block of the language model, as decoding wants them.
 
     `llama/blocks/q/kernel` becomes `llama/blocks/0/q/kernel` and so on. To hold no weight twice, drop `parameters`.
+
+    Args:
+      transposed: the kernels of the language model become `[O, I]`, as `Llama.unroll` wants them then.
     """
     unrolled: Parameters = {}
     for path, leaf in parameters.items():
-        if not path.startswith(BLOCKS):
-            unrolled[path] = leaf
-            continue
-        place = leaf.sharding
-        if isinstance(place, jax.sharding.NamedSharding):
-            place = jax.sharding.NamedSharding(place.mesh, jax.sharding.PartitionSpec(*place.spec[1:]))
-        for index, part in enumerate(jax.jit(list, out_shardings=[place] * leaf.shape[0])(leaf)):
-            unrolled[f"{BLOCKS}{index}/{path.removeprefix(BLOCKS)}"] = part
+        turned = transposed and path.startswith("llama/") and path.endswith("/kernel")
+        if path.startswith(BLOCKS):
+            parts = _apart(leaf, leaf.shape[0], turned)
+            unrolled |= {f"{BLOCKS}{index}/{path.removeprefix(BLOCKS)}": part for index, part in enumerate(parts)}
+        else:
+            unrolled[path] = _apart(leaf, 0, True)[0] if turned else leaf
     return unrolled
+
+
+def _apart(leaf: Array, stacked: int, turned: bool) -> list[Array]:
+    """The arrays that are stacked in one (0: not stacked), transposed if `turned`, each where it was."""
+    place = leaf.sharding
+    if isinstance(place, jax.sharding.NamedSharding):
+        axes = [*place.spec, *[None] * (leaf.ndim - len(place.spec))][1 if stacked else 0:]
+        place = jax.sharding.NamedSharding(place.mesh, jax.sharding.PartitionSpec(*axes[::-1 if turned else 1]))
+    return jax.jit(_parts, static_argnums=(1, 2), out_shardings=[place] * max(stacked, 1))(leaf, stacked, turned)
+
+
+def _parts(leaf: Array, stacked: int, turned: bool) -> list[Array]:
+    return [part.T if turned else part for part in (leaf if stacked else [leaf])]
 
 
 def matches(regex: str, parameters: Iterable[str]) -> bool:
