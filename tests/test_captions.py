@@ -51,7 +51,8 @@ def demo():
 
 
 @JAVA
-@pytest.mark.parametrize("texts", [pccd if DATA else demo])
+@pytest.mark.parametrize("texts", [demo, pytest.param(pccd, marks=pytest.mark.skipif(
+    DATA is None, reason="CALM_DATA is not set"))], ids=["demo", "PCCD"])
 def test_figures_are_those_of_pycocoevalcap(texts, monkeypatch):
     from pycocoevalcap import eval as theirs
     monkeypatch.setattr(theirs, "Spice", NoSpice)

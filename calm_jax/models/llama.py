@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from calm_jax import config as config_lib
 from calm_jax.models import layers
 from calm_jax.models.attention import attend, attend_cached
+from calm_jax.models.lora import linears
 
 Cache = list[tuple[Array, Array]]  # a layer's keys and values, each [B, K, S, H]: S slots
 
@@ -110,9 +111,9 @@ class Llama(nnx.Module):
           transposed: and all kernels are, which is for CPUs.
         """
         self.blocks = nnx.List([layers.unstack(self.blocks, index) for index in range(self.cfg.depth)])
-        for _, module in nnx.iter_modules(self):
-            if transposed and isinstance(module, layers.Linear):
-                module.transpose()
+        if transposed:
+            for linear in linears(self).values():
+                linear.transpose()
 
     def embed(self, tokens: Int[Array, "B T"], dtype: Any) -> Float[Array, "B T D"]:
         return layers.by_rows(layers.by_vocabulary(self.embedding[...].astype(dtype))[tokens])
