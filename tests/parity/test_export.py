@@ -25,7 +25,7 @@ from calm_jax.data.tokenizer import SHIPPED
 from calm_jax.training import checkpoint, restore
 from tools import check_parity, convert_from_hf, export_to_hf
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 OLD = ROOT / ".venv-transformers-4.46" / "bin" / "python"
 PYTHONS = {"today's": sys.executable, "4.46": str(OLD)}
 

@@ -11,7 +11,7 @@ import pytest
 
 from tools import commands, demo
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
 def _run(*arguments, **options):

@@ -26,7 +26,7 @@ from calm_jax.models.parameters import Geometry
 from calm_jax.training import checkpoint, restore, sharding
 from tools import bench_conversion, convert_from_hf
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 QUERY_BRANCH = (r"query_tokens|(ln_vision|llm_proj|Qformer\.bert\.embeddings\.LayerNorm)\..*|"
                 r"Qformer\.bert\.encoder\.layer\.\d+\.(attention|crossattention|intermediate_query|output_query)\..*")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
