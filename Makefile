@@ -1,4 +1,4 @@
-# make env | plan-env | demo | test | lint | lock | clean. The environment is .venv, installed from the lock files; exported models
+# make env | plan-env | demo | test | test-slow | lint | lock | clean. The environment is .venv, installed from the lock files; exported models
 # are also tried with an old transformers, in an environment of its own.
 PYTHON ?= python3
 VENV := .venv
@@ -13,7 +13,7 @@ export UV_COMPILE_BYTECODE := 1
 INSTALL_OLD = VIRTUAL_ENV=$(CURDIR)/$(OLD) $(BIN)/uv pip install --quiet
 INSTALL := VIRTUAL_ENV=$(CURDIR)/$(VENV) $(BIN)/uv pip install --quiet
 
-.PHONY: env test-env plan-env demo test lint lock clean
+.PHONY: env test-env plan-env demo test test-slow lint lock clean
 
 env: $(VENV)/.installed
 test-env: $(VENV)/.installed-test $(OLD)/.installed
@@ -50,6 +50,10 @@ demo: env
 test: test-env
 	$(BIN)/ruff check .
 	$(BIN)/python -m pytest
+
+# What `make test` leaves out: faults, thorough sweeps, whole programs at work for long.
+test-slow: test-env
+	CALM_THOROUGH=1 $(BIN)/python -m pytest -m slow
 
 lint: test-env
 	$(BIN)/ruff check .
