@@ -121,7 +121,7 @@ def command(workdir: pathlib.Path, *extra: str, values: dict | None = None) -> l
 def environment(cache: pathlib.Path | None = None, devices: int = 1) -> dict[str, str]:
     """One CPU device or several simulated ones, quick compilation, and a cache, so that a restart costs little."""
     env = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-           "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
+           "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests", *sorted((ROOT / "tests").glob("[a-z]*/"))))),
            "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"}
     if cache is not None:
         env |= {"JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
