@@ -10,10 +10,14 @@ import sys
 
 import jax
 import numpy as np
+import pytest
 
 from calm_jax import config as config_lib
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
+THOROUGH = "CALM_THOROUGH" in os.environ  # set by `make test-slow`
+# A test that sweeps more widely there; in `make test` it takes one case of every kind.
+sweeps = pytest.mark.slow if THOROUGH else (lambda test: test)
 
 MODEL = config_lib.Model(
     vit=config_lib.Vit(image_size=32, patch=8, width=32, depth=2, heads=2, mlp_width=64, stem="conv"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 import pathlib
 import shutil
 import subprocess
@@ -23,7 +22,7 @@ VALUES = copy.deepcopy(miniature.SMALL)
 STEPS = 12
 VALUES["processes"]["generic"] |= {"batch": 8, "steps": STEPS, "eval_every": STEPS // 2}
 MESHES = [(4, ("--config.mesh.fsdp=2", "--config.mesh.tensor=2"))]  # devices of one process, and how they lie
-if "CALM_THOROUGH" in os.environ:
+if miniature.THOROUGH:
     MESHES += [(1, ()), (2, ()), (8, ("--config.mesh.data=2", "--config.mesh.fsdp=-1"))]
 SPEED = ("examples_per_s", "tokens_per_s")
 
@@ -92,6 +91,7 @@ def test_two_processes_learn_what_one_learns(straight, tmp_path, cache):
         assert a["loss"] == pytest.approx(b["loss"], abs=1e-5) and a.get("tokens") == b.get("tokens")
 
 
+@pytest.mark.slow
 def test_a_killed_process_is_named_and_the_run_resumes_exactly(straight, tmp_path, cache):
     workdir = tmp_path / "run"
     running = started(supervised(workdir), cache)
@@ -114,6 +114,7 @@ def test_a_killed_process_is_named_and_the_run_resumes_exactly(straight, tmp_pat
         np.testing.assert_array_equal(parameters(workdir)[path], value, err_msg=path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("whom", ["one", "supervisor"])
 def test_a_signal_to_stop_makes_all_save_the_same_step(straight, tmp_path, cache, whom):
     workdir = tmp_path / "run"
@@ -130,6 +131,7 @@ def test_a_signal_to_stop_makes_all_save_the_same_step(straight, tmp_path, cache
     assert learned(workdir) == learned(straight)
 
 
+@miniature.sweeps
 def test_what_one_mesh_saved_another_goes_on_with(straight, tmp_path, cache):
     """Two processes of four devices saved step 8; one process of 1 to 8 devices, and other meshes, go on."""
     whole = {row["step"]: row["loss"] for row in learned(straight) if row["kind"] == "train"}

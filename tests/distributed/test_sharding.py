@@ -11,7 +11,6 @@ import importlib.util
 import itertools
 import json
 import math
-import os
 import re
 import sys
 
@@ -27,8 +26,7 @@ from calm_jax.training import filters, optimizer, sharding
 from calm_jax.training.step import State, Step, compile_train
 
 MESHES = [sizes for sizes in itertools.product((1, 2, 4, 8), repeat=3) if math.prod(sizes) == 8]
-# CALM_THOROUGH=1: all ten meshes, each with and without micro-batches; else one of every kind.
-THOROUGH = "CALM_THOROUGH" in os.environ
+# Thorough: all ten meshes, each with and without micro-batches; else one of every kind.
 SOME = [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2), (1, 2, 4)]
 ROWS = 16  # divides among eight devices also in two micro-batches
 VISUAL = 96  # channels of the language model, so that a visual pool has a shape that nothing else has
@@ -128,8 +126,8 @@ def exchanged(hlo: str) -> list[tuple[str, str, list[int]]]:
 def on_eight_devices() -> None:
     """Compiles in two threads, which is what takes time, and computes in one: collectives must not interleave."""
     assert len(jax.devices()) == 8
-    meshes = {("wide", 1): MESHES if THOROUGH else SOME, ("wide", 2): MESHES if THOROUGH else [(2, 2, 2)],
-              ("odd", 1): [(1, 1, 8)]}
+    meshes = {("wide", 1): MESHES if miniature.THOROUGH else SOME,
+              ("wide", 2): MESHES if miniature.THOROUGH else [(2, 2, 2)], ("odd", 1): [(1, 1, 8)]}
     models = {"wide": WIDE, "odd": ODD}
     work = [(name, accumulate, sizes) for (name, accumulate), some in meshes.items() for sizes in (None, *some)]
     result: dict = {"differences": {}}
@@ -156,8 +154,9 @@ def measured(tmp_path_factory) -> dict:
     return json.loads(done.stdout)
 
 
+@miniature.sweeps
 def test_every_mesh_gives_the_loss_and_gradients_of_one_device(measured):
-    assert len(MESHES) == 10 and len(measured["differences"]) == (21 if THOROUGH else 7)
+    assert len(MESHES) == 10 and len(measured["differences"]) == (21 if miniature.THOROUGH else 7)
     assert measured["loss wide 1"] == pytest.approx(measured["loss wide 2"], abs=1e-5)
     assert 0.01 < measured["largest wide"] < 10  # there is something to differ in, and float32 can hold it
     wrong = {mesh: value for mesh, value in measured["differences"].items() if not value < 1e-5}

@@ -7,7 +7,6 @@ what it read (/proc/self/io) and how much anonymous memory that took; the contro
 from __future__ import annotations
 
 import json
-import os
 import pathlib
 import shutil
 import socket
@@ -27,7 +26,7 @@ from calm_jax.training import checkpoint, logging, restore, sharding
 
 MIB = 1 << 20
 # Processes that share eight devices; a single device each is the literal claim, and a minute of two cores.
-COUNTS = [2, 4, 8] if "CALM_THOROUGH" in os.environ else [4]
+COUNTS = [2, 4, 8] if miniature.THOROUGH else [4]
 
 # ---- what runs in each of several processes -----------------------------------------------------------------------
 
@@ -157,6 +156,7 @@ def joined(folder: pathlib.Path, count: int, control: bool) -> list[dict]:
     return [json.loads(text.splitlines()[-1]) for text in said]
 
 
+@miniature.sweeps
 @pytest.mark.parametrize("count", COUNTS)
 def test_each_process_reads_and_holds_its_share(large, count):
     folder, whole = large
@@ -183,6 +183,7 @@ def test_on_the_papers_geometry_little_is_read_by_everyone():
     assert sum(size for size in sizes if size < checkpoint.LARGE) < 0.001 * sum(sizes)
 
 
+@pytest.mark.slow
 def test_the_program_trains_from_it_on_eight_devices(tmp_path):
     import test_conversion
     out = converted(tmp_path, test_conversion.llama())

@@ -338,6 +338,7 @@ def test_an_interrupted_conversion_is_no_checkpoint_and_is_begun_anew(tmp_path, 
         convert_from_hf.convert(*sources, [], str(out))
 
 
+@pytest.mark.slow
 def test_a_killed_conversion_leaves_nothing_that_a_reader_accepts(tmp_path):
     sources, out = parts(tmp_path), tmp_path / "out"
     # A progress bar that takes its time, so that the blow falls in the middle of writing or of finishing.
@@ -478,6 +479,7 @@ def test_public_geometries_are_the_presets():
     assert geometry.qformer({"model_type": "blip-2", "qformer_config": {}, "num_query_tokens": 32}) == preset.qformer
 
 
+@pytest.mark.slow
 def test_the_benchmark_makes_folders_that_convert(tmp_path, monkeypatch):
     monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "0")  # an MFAM of 280 million random numbers is written
     model = config_lib.Model(

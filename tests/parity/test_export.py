@@ -28,6 +28,7 @@ from tools import check_parity, convert_from_hf, export_to_hf
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 OLD = ROOT / ".venv-transformers-4.46" / "bin" / "python"
 PYTHONS = {"today's": sys.executable, "4.46": str(OLD)}
+WRITERS = ["today's", pytest.param("4.46", marks=pytest.mark.slow)]
 
 
 def client(python, command, folder):
@@ -41,7 +42,7 @@ def client(python, command, folder):
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.fixture(scope="module", params=PYTHONS)
+@pytest.fixture(scope="module", params=WRITERS)
 def exported(request, tmp_path_factory):
     """Sources as either version writes them, the checkpoint made of them, and its export with all parts."""
     folder = tmp_path_factory.mktemp("exported")
@@ -222,6 +223,7 @@ def reader_refuses(folder):
     return True
 
 
+@pytest.mark.slow
 def test_a_killed_export_leaves_nothing_that_a_reader_accepts(tmp_path):
     source, out = miniature.saved(tmp_path / "run"), tmp_path / "hf"
     code = ("import sys, time; from tools import export_to_hf as e; t = e._tensor; "

@@ -7,6 +7,7 @@ from calm_jax import config as config_lib
 from tools import bench_inference, contenders, flops
 
 
+@pytest.mark.slow
 def test_the_benchmark_runs_both_sides(tmp_path):
     result = bench_inference.measure(miniature.config(), tmp_path, against=True, rounds=2)
     assert set(result["results"]) == {"calm_jax", "torch"}

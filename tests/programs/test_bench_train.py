@@ -231,6 +231,7 @@ def test_a_crash_and_different_devices_are_no_results(tmp_path):
 # ---- the whole -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_benchmark_runs_both_sides(capfd):
     of = CASES["lora"]
     result = bench_train.measure(of, against=True, rounds=2, depth=1)
@@ -378,6 +379,7 @@ def test_a_command_that_fails_is_told_by_its_last_line(tmp_path, monkeypatch):
         bench_gpu.run(["train", "--config", "configs/finetune.py", "--process", "nothing"], tmp_path, "train")
 
 
+@pytest.mark.slow
 def test_a_result_is_written_and_added_to_the_table(tmp_path):
     small = {name: value for name, value in miniature.SMALL.items() if name in ("model", "processes", "run")}
     page, out = tmp_path / "table.md", tmp_path / "train.json"

@@ -19,6 +19,7 @@ def _run(*arguments, **options):
                           timeout=1500, **options)
 
 
+@pytest.mark.slow
 def test_the_quick_demo_ends_with_a_page_and_goes_on_where_it_stopped(tmp_path):
     begin = time.monotonic()
     done = _run("--quick", "--workdir", str(tmp_path / "demo"))

@@ -142,6 +142,7 @@ def test_a_plan_for_simulated_devices(tmp_path):
     assert scorer["mesh"] == {"data": 1, "fsdp": 1, "tensor": 2}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not LIBTPU, reason="the TPU compiler is not here; make plan-env fetches it")
 def test_a_plan_by_the_tpu_compiler_uses_the_splash_kernel_and_holds_no_scores(tmp_path):
     length = 512

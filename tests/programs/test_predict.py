@@ -28,8 +28,7 @@ from calm_jax.predict.ratings import read_ratings
 
 CHROMIUM = next((path for path in ("/usr/bin/chromium", "/usr/bin/chromium-browser", "/usr/bin/google-chrome")
                  if os.path.exists(path)), None)
-THOROUGH = "CALM_THOROUGH" in os.environ
-MANY = 10_000 if THOROUGH else 400  # pictures of the interrupted run
+MANY = 10_000 if miniature.THOROUGH else 400  # pictures of the interrupted run
 
 
 def picture(number: int, width: int = 48, height: int = 40) -> np.ndarray:
@@ -178,6 +177,7 @@ print(json.dumps(found))
 """
 
 
+@miniature.sweeps
 def test_scores_are_the_same_on_any_number_of_devices(checkpoint, album):
     paths = [path for path in gather([str(album)], io.StringIO()) if pathlib.Path(path).name not in BAD][:7]
 
@@ -188,7 +188,7 @@ def test_scores_are_the_same_on_any_number_of_devices(checkpoint, album):
         return json.loads(done.stdout.splitlines()[-1])
 
     one = on(1)
-    for devices in (2, 8) if THOROUGH else (8,):
+    for devices in (2, 8) if miniature.THOROUGH else (8,):
         found = on(devices)
         for reader in ("expectation", "levels", "personal"):
             np.testing.assert_allclose(found[reader], one[reader], atol=1e-4)
@@ -374,7 +374,8 @@ def test_wrong_use_is_answered_in_a_sentence(words, sentence):
     assert len(done.stderr.strip().splitlines()) == 1
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL, *([signal.SIGTERM] if THOROUGH else [])])
+@miniature.sweeps
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL, *([signal.SIGTERM] if miniature.THOROUGH else [])])
 def test_a_stopped_run_goes_on_without_loss_or_repetition(checkpoint, tmp_path, how):
     """Memory is watched on the way: it does not grow with the number of pictures."""
     folder, out = tmp_path / "many", tmp_path / "scores.jsonl"

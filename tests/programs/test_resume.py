@@ -6,7 +6,6 @@ Real processes of the training program on the demo dataset, with a model so smal
 from __future__ import annotations
 
 import logging
-import os
 import random
 import shutil
 import signal
@@ -25,7 +24,7 @@ from calm_jax.training import checkpoint
 from calm_jax.training import logging as logs
 
 STEPS = miniature.SMALL["processes"]["generic"]["steps"]
-KILLS = 10 if "CALM_THOROUGH" in os.environ else 5
+KILLS = 10 if miniature.THOROUGH else 5
 SPEED = ("examples_per_s", "tokens_per_s")
 
 
@@ -135,6 +134,7 @@ def test_a_run_killed_after_ten_steps_ends_like_an_unbroken_one(straight, env, t
     assert_identical(tmp_path / "run", straight)
 
 
+@pytest.mark.slow
 def test_random_kills_also_while_checkpoints_are_written_leave_no_trace(straight, env, tmp_path):
     rng = random.Random(0)
     number, killed, during, reached = 0, 0, 0, []

@@ -472,6 +472,7 @@ store.prepare(folder.Folder(sys.argv[1]), sys.argv[2], shard=10, workers=2, long
 """
 
 
+@pytest.mark.slow
 def test_a_killed_build_goes_on_and_ends_in_the_same_bytes(tmp_path):
     for number in range(150):
         picture(tmp_path / "source" / f"{number:03d}.png", (600, 500), seed=number, compress_level=1)

@@ -281,6 +281,7 @@ def test_an_empty_split_is_refused(demo):
         make_rows(Empty())
 
 
+@pytest.mark.slow
 def test_the_benchmark_runs_both_sides(tmp_path):
     config = config_lib.Config(model=MODEL, run=("p",), processes={"p": PROCESS})
     process = dataclasses.replace(PROCESS, dataset="folder", tasks={"attributes": 1.0, "comparisons": 1.0})
