@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 import typing
 
+from calm_jax import jaxlib_guard
+
 if typing.TYPE_CHECKING:
     from calm_jax.api import Model
 
 __version__ = "0.1.0"
+jaxlib_guard.apply()
 
 
 def load(checkpoint: str | os.PathLike) -> Model:

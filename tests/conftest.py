@@ -23,4 +23,6 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 if importlib.metadata.version("jaxlib").startswith("0.10.") and "xla_cpu_use_fusion_emitters" not in os.environ.get(
         "XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false".strip()
+import calm_jax  # noqa: F401  what a jaxlib computes wrongly is switched off before its backend starts
+
 gc.set_threshold(50_000, 20, 50)  # tracing makes many objects that live: looking through them is 5 % of the time

@@ -14,6 +14,7 @@ PROGRAMS = {"train", "supervise", "evaluate", "predict", "command", "api"}
 INFERENCE_MAY = {f"data.{name}" for name in ("images", "prompts", "samples", "scale", "tokenizer")}
 # part -> the parts of the package that it may import; a part with a dot is a single module.
 MAY: dict[str, set[str]] = {
+    "jaxlib_guard": set(),
     "config": set(),
     "models": {"config", "models"},
     "data": {"config", "data"},
@@ -120,6 +121,16 @@ def test_training_loads_no_foreign_framework():
             "log = logging.Log(tempfile.mkdtemp(), 'p', start=0, steps=1, title='t'); "
             "log.write(1, 'train', {'loss': 1.0}); log.close(); "
             f"print(sorted({FOREIGN!r} & set(sys.modules)))")
+    done = subprocess.run([sys.executable, "-c", code], cwd=miniature.ROOT, env=miniature.environment(), text=True,
+                          capture_output=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_the_package_and_its_interface_start_without_what_they_may_never_need():
+    """Each of these takes from a tenth of a second to several seconds to import."""
+    late = {*FOREIGN, "openai", "matplotlib", "sklearn", "skimage", "scipy.stats", "pandas", "pyarrow", "jinja2"}
+    code = ("import sys; import calm_jax; assert 'jax' not in sys.modules; import calm_jax.api; "
+            f"print(sorted({late!r} & set(sys.modules)))")
     done = subprocess.run([sys.executable, "-c", code], cwd=miniature.ROOT, env=miniature.environment(), text=True,
                           capture_output=True, check=True)
     assert done.stdout.strip() == "[]"
