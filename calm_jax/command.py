@@ -12,6 +12,8 @@ from ml_collections import config_flags
 
 from calm_jax import config as config_lib
 
+POINTLESS = 3  # exit code: it cannot go on, and would end in the same way if it were started again
+
 
 def define_config() -> flags.FlagHolder:
     """Defines `--config FILE[:VARIANT]` with its `--config.a.b=value` overrides."""
@@ -44,7 +46,8 @@ def require(*names: str) -> flags.FlagValues:
 
 
 def run(main: Callable[..., int | None], *, words: bool = False) -> None:
-    """Parses the flags, runs `main`, and turns the project's errors into one sentence and exit code 2 (use) or 1.
+    """Parses the flags, runs `main`, and turns the project's errors into one sentence and an exit code: 2 (use), 1, or
+    3 (training cannot go on, and would end here again).
 
     Args:
       words: `main` takes the words of the command line that are no flags; else there must be none.
@@ -84,7 +87,8 @@ def run(main: Callable[..., int | None], *, words: bool = False) -> None:
             from calm_jax.training.loop import TrainingError
             if not isinstance(error, (BadRecord, CheckpointError, TrainingError)):
                 raise
-            _fail(str(error), 1)
+            # The code that tells a supervisor that to try again is pointless.
+            _fail(str(error), POINTLESS if isinstance(error, TrainingError) else 1)
 
     app.run(guarded, flags_parser=parse)
 

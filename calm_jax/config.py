@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
+import operator
 import re
 import typing
 from typing import Any
@@ -23,23 +25,49 @@ class ConfigError(ValueError):
     """A configuration that cannot be used; the message names the field and the remedy."""
 
 
-def field(default: Any, doc: str, source: str, *, choices: tuple = (), runtime: bool = False) -> Any:
-    """A documented dataclass field. `runtime` fields may change between a run and its resumption."""
-    metadata = {"doc": doc, "source": source, "choices": choices, "runtime": runtime}
+def field(default: Any, doc: str, source: str, *, choices: tuple = (), runtime: bool = False,
+          least: float | None = None, above: float | None = None, most: float | None = None,
+          below: float | None = None) -> Any:
+    """A documented dataclass field. `runtime` fields may change between a run and its resumption; a number lies within
+    its bounds, of which `least` and `most` are allowed values, `above` and `below` are not."""
+    bounds = {"at least": least, "above": above, "at most": most, "below": below}
+    metadata = {"doc": doc, "source": source, "choices": choices, "runtime": runtime,
+                "bounds": {words: bound for words, bound in bounds.items() if bound is not None}}
     if isinstance(default, dict) or dataclasses.is_dataclass(default):
         return dataclasses.field(default_factory=lambda: default, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
 
 
+HOLDS = {"at least": operator.ge, "above": operator.gt, "at most": operator.le, "below": operator.lt}
+
+
+def check_number(name: str, value: float, bounds: typing.Mapping[str, float]) -> None:
+    """Raises ConfigError for a number that is not finite or outside of its bounds, such as {"at least": 1}."""
+    if not (math.isfinite(value) and all(HOLDS[words](value, bound) for words, bound in bounds.items())):
+        allowed = " and ".join(f"{words} {bound:g}" for words, bound in bounds.items())
+        raise ConfigError(f"{name}={value!r} cannot be used; give a number {allowed}" if allowed else
+                          f"{name}={value!r} cannot be used; give a finite number")
+
+
+class Checked:
+    """Base of the groups of fields: every number is finite and within the bounds that its field declares."""
+
+    def __post_init__(self):
+        for entry in dataclasses.fields(self):
+            value = getattr(self, entry.name)
+            if type(value) in (int, float):
+                check_number(entry.name, value, entry.metadata["bounds"])
+
+
 @dataclasses.dataclass(frozen=True)
-class Vit:
-    image_size: int = field(336, "side of the square the encoder sees, pixels", "CLIP ViT-L/14-336")
-    patch: int = field(14, "side of a patch, pixels", "CLIP ViT-L/14-336")
-    width: int = field(1024, "channels of a patch feature", "CLIP ViT-L/14-336")
-    depth: int = field(24, "blocks", "CLIP ViT-L/14-336")
-    heads: int = field(16, "attention heads", "CLIP ViT-L/14-336")
-    mlp_width: int = field(4096, "hidden channels of the MLP", "CLIP ViT-L/14-336")
-    eps: float = field(1e-5, "LayerNorm epsilon", "CLIP ViT-L/14-336")
+class Vit(Checked):
+    image_size: int = field(336, "side of the square the encoder sees, pixels", "CLIP ViT-L/14-336", least=1)
+    patch: int = field(14, "side of a patch, pixels", "CLIP ViT-L/14-336", least=1)
+    width: int = field(1024, "channels of a patch feature", "CLIP ViT-L/14-336", least=1)
+    depth: int = field(24, "blocks", "CLIP ViT-L/14-336", least=1)
+    heads: int = field(16, "attention heads", "CLIP ViT-L/14-336", least=1)
+    mlp_width: int = field(4096, "hidden channels of the MLP", "CLIP ViT-L/14-336", least=1)
+    eps: float = field(1e-5, "LayerNorm epsilon", "CLIP ViT-L/14-336", above=0)
     stem: str = field("patch", "patch: one linear map a patch (CLIP); conv: strided 3x3 convolutions, for encoders "
                       "trained from scratch", "ours", choices=("patch", "conv"))
 
@@ -50,22 +78,25 @@ class Vit:
 
 
 @dataclasses.dataclass(frozen=True)
-class QFormer:
-    width: int = field(768, "channels of a query", "BLIP-2")
-    depth: int = field(12, "blocks", "BLIP-2")
-    heads: int = field(12, "attention heads", "BLIP-2")
-    mlp_width: int = field(3072, "hidden channels of the MLP", "BLIP-2")
-    cross_every: int = field(2, "one block in so many also attends to the picture, the first of each group", "BLIP-2")
-    queries: int = field(32, "learned queries a level", "BLIP-2; the paper's count is not known")
-    eps: float = field(1e-12, "LayerNorm epsilon", "BLIP-2")
+class QFormer(Checked):
+    width: int = field(768, "channels of a query", "BLIP-2", least=1)
+    depth: int = field(12, "blocks", "BLIP-2", least=1)
+    heads: int = field(12, "attention heads", "BLIP-2", least=1)
+    mlp_width: int = field(3072, "hidden channels of the MLP", "BLIP-2", least=1)
+    cross_every: int = field(2, "one block in so many also attends to the picture, the first of each group", "BLIP-2",
+                             least=1)
+    queries: int = field(32, "learned queries a level", "BLIP-2; the paper's count is not known", least=1)
+    eps: float = field(1e-12, "LayerNorm epsilon", "BLIP-2", above=0)
 
 
 @dataclasses.dataclass(frozen=True)
-class Depths:
-    low: float = field(1 / 4, "encoder depth read by the low-level Q-Former, fraction of its blocks", "ours")
-    middle: float = field(1 / 2, "encoder depth read by the middle-level Q-Former, fraction", "ours")
-    high: float = field(3 / 4, "encoder depth read by the high-level Q-Former, fraction", "ours")
-    thematic: float = field(23 / 24, "encoder depth read by the fully connected layer, fraction", "LLaVA-1.5")
+class Depths(Checked):
+    low: float = field(1 / 4, "encoder depth read by the low-level Q-Former, fraction of its blocks", "ours",
+                       above=0, most=1)
+    middle: float = field(1 / 2, "encoder depth read by the middle-level Q-Former, fraction", "ours", above=0, most=1)
+    high: float = field(3 / 4, "encoder depth read by the high-level Q-Former, fraction", "ours", above=0, most=1)
+    thematic: float = field(23 / 24, "encoder depth read by the fully connected layer, fraction", "LLaVA-1.5",
+                            above=0, most=1)
 
     def block(self, part: str, depth: int) -> int:
         """The number of encoder blocks run before `part` reads, for an encoder of `depth` blocks."""
@@ -73,34 +104,36 @@ class Depths:
 
 
 @dataclasses.dataclass(frozen=True)
-class Llama:
-    vocab: int = field(32_000, "tokens of the vocabulary", "Vicuna-7B v1.5")
-    width: int = field(4096, "channels of a token", "Vicuna-7B v1.5")
-    depth: int = field(32, "blocks", "Vicuna-7B v1.5")
-    heads: int = field(32, "query heads", "Vicuna-7B v1.5")
-    kv_heads: int = field(32, "key and value heads; fewer than `heads` is grouped-query attention", "Vicuna-7B v1.5")
-    mlp_width: int = field(11_008, "hidden channels of the gated MLP", "Vicuna-7B v1.5")
-    eps: float = field(1e-5, "RMSNorm epsilon", "Vicuna-7B v1.5")
-    rope_theta: float = field(1e4, "rotary base", "Vicuna-7B v1.5")
-    positions: int = field(4096, "longest conversation, tokens", "Vicuna-7B v1.5")
+class Llama(Checked):
+    vocab: int = field(32_000, "tokens of the vocabulary", "Vicuna-7B v1.5", least=1)
+    width: int = field(4096, "channels of a token", "Vicuna-7B v1.5", least=1)
+    depth: int = field(32, "blocks", "Vicuna-7B v1.5", least=1)
+    heads: int = field(32, "query heads", "Vicuna-7B v1.5", least=1)
+    kv_heads: int = field(32, "key and value heads; fewer than `heads` is grouped-query attention", "Vicuna-7B v1.5",
+                          least=1)
+    mlp_width: int = field(11_008, "hidden channels of the gated MLP", "Vicuna-7B v1.5", least=1)
+    eps: float = field(1e-5, "RMSNorm epsilon", "Vicuna-7B v1.5", above=0)
+    rope_theta: float = field(1e4, "rotary base", "Vicuna-7B v1.5", above=0)
+    positions: int = field(4096, "longest conversation, tokens", "Vicuna-7B v1.5", least=1)
 
 
 @dataclasses.dataclass(frozen=True)
-class Lora:
-    rank: int = field(0, "rank of the update; 0 = no LoRA", "ours (the paper tunes the LLM)")
-    alpha: float = field(256.0, "scale numerator: an update is multiplied by alpha / rank", "LLaVA-1.5")
-    dropout: float = field(0.05, "dropout before the first factor, probability (in steps of 1/256)", "LLaVA-1.5")
+class Lora(Checked):
+    rank: int = field(0, "rank of the update; 0 = no LoRA", "ours (the paper tunes the LLM)", least=0)
+    alpha: float = field(256.0, "scale numerator: an update is multiplied by alpha / rank", "LLaVA-1.5", above=0)
+    dropout: float = field(0.05, "dropout before the first factor, probability (in steps of 1/256)", "LLaVA-1.5",
+                           least=0, below=1)
     targets: str = field(r"llama/blocks/(q|k|v|o|gate|up|down)", "regex: paths of the linear layers that get one",
                          "LLaVA-1.5")
 
 
 @dataclasses.dataclass(frozen=True)
-class ScoreHead:
-    width: int = field(0, "hidden channels of the regression head; 0 = no head", "ours")
+class ScoreHead(Checked):
+    width: int = field(0, "hidden channels of the regression head; 0 = no head", "ours", least=0)
 
 
 @dataclasses.dataclass(frozen=True)
-class Model:
+class Model(Checked):
     vit: Vit = field(Vit(), "visual encoder", "paper: a visual encoder; ours: CLIP")
     depths: Depths = field(Depths(), "where each part reads the encoder", "ours")
     qformer: QFormer = field(QFormer(), "each of the three Q-Formers", "paper: three Q-Formers; BLIP-2")
@@ -121,88 +154,92 @@ class Model:
 
 
 @dataclasses.dataclass(frozen=True)
-class Mesh:
-    data: int = field(1, "devices along which only the batch is split", "ours", runtime=True)
+class Mesh(Checked):
+    data: int = field(1, "devices along which only the batch is split", "ours", runtime=True, least=-1)
     fsdp: int = field(-1, "devices along which batch and parameters are split; -1 = all that remain", "ours",
-                      runtime=True)
-    tensor: int = field(1, "devices along which heads and MLP channels are split", "ours", runtime=True)
+                      runtime=True, least=-1)
+    tensor: int = field(1, "devices along which heads and MLP channels are split", "ours", runtime=True, least=-1)
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
-    tokens: int = field(2048, "T: positions of a row", "LLaVA-1.5 (its length)")
-    images: int = field(2, "I: images a row owns", "ours")
-    answers: int = field(256, "K: supervised positions of a row", "ours")
-    candidates: int = field(1, "C: tokens a soft target may spread over at one position", "ours")
+class Row(Checked):
+    tokens: int = field(2048, "T: positions of a row", "LLaVA-1.5 (its length)", least=1)
+    images: int = field(2, "I: images a row owns", "ours", least=1)
+    answers: int = field(256, "K: supervised positions of a row", "ours", least=1)
+    candidates: int = field(1, "C: tokens a soft target may spread over at one position", "ours", least=1)
 
 
 @dataclasses.dataclass(frozen=True)
-class Optimizer:
-    peak_lr: float = field(1e-3, "learning rate after warm-up", "paper: 1e-3, 1e-3, 2.5e-5, 7e-5 for the processes")
-    warmup: float = field(0.03, "linear warm-up, fraction of the steps", "paper: linear warm-up; LLaVA-1.5: 3 %")
-    final: float = field(0.0, "learning rate at the end, fraction of the peak", "paper: cosine annealing; end is ours")
-    b1: float = field(0.9, "Adam first-moment decay", "paper: Adam; value is ours")
-    b2: float = field(0.999, "Adam second-moment decay", "paper: Adam; value is ours")
-    eps: float = field(1e-8, "Adam epsilon", "ours")
-    weight_decay: float = field(0.0, "decoupled weight decay of matrices", "LLaVA-1.5")
-    clip: float = field(1.0, "largest global gradient norm; 0 = no clipping", "ours")
+class Optimizer(Checked):
+    peak_lr: float = field(1e-3, "learning rate after warm-up", "paper: 1e-3, 1e-3, 2.5e-5, 7e-5 for the processes",
+                           above=0)
+    warmup: float = field(0.03, "linear warm-up, fraction of the steps", "paper: linear warm-up; LLaVA-1.5: 3 %",
+                          least=0, most=1)
+    final: float = field(0.0, "learning rate at the end, fraction of the peak", "paper: cosine annealing; end is ours",
+                         least=0, most=1)
+    b1: float = field(0.9, "Adam first-moment decay", "paper: Adam; value is ours", least=0, below=1)
+    b2: float = field(0.999, "Adam second-moment decay", "paper: Adam; value is ours", least=0, below=1)
+    eps: float = field(1e-8, "Adam epsilon", "ours", above=0)
+    weight_decay: float = field(0.0, "decoupled weight decay of matrices", "LLaVA-1.5", least=0)
+    clip: float = field(1.0, "largest global gradient norm; 0 = no clipping", "ours", least=0)
     scale: tuple[str, ...] = field((), "REGEX=FACTOR: parameters whose learning rate is multiplied; the first match "
                                    "counts", "ours")
 
     def __post_init__(self):
+        super().__post_init__()
         for entry in self.scale:
             regex, _, factor = entry.rpartition("=")
             try:
                 re.compile(regex)
-                float(factor)
-            except (re.error, ValueError):
+                check_number("factor", float(factor), {"at least": 0})
+            except (re.error, ValueError):  # of which ConfigError is one
                 raise ConfigError(f"scale={entry!r} is not REGEX=FACTOR, such as 'vit/.*=0.1'") from None
 
 
 @dataclasses.dataclass(frozen=True)
-class Process:
+class Process(Checked):
     dataset: str = field("demo", "name of the dataset", "ours")
     tasks: dict[str, float] = field({"attributes": 1.0}, "task -> weight in the mixture; DATASET:TASK takes another "
                                     "dataset than the process's own", "ours")
     support: tuple[int, ...] = field((2, 8), "fewest and most rated pictures shown before a personal question",
                                      "paper: in context; numbers are ours")
     score_spread: float = field(0.0, "standard deviation of the Gaussian that replaces the one right digit of a score, "
-                                "on the scale 1-10; 0 = none", "ours")
+                                "on the scale 1-10; 0 = none", "ours", least=0)
     rater_spread: bool = field(False, "where a picture's raters are known, take their standard deviation instead",
                                "ours")
     score_head: float = field(0.0, "weight of the regression head's loss, a mean over the conversations with a score, "
-                              "beside that of the words; 0 = it learns nothing", "ours")
+                              "beside that of the words; 0 = it learns nothing", "ours", least=0)
     compose: bool = field(False, "captions and comments are composed of what is known and measured where nobody wrote "
                           "any", "ours")
     cues: str = field("", "file of further phrases about attributes, from tools.make_cues; '' = only the written",
                       "paper: GPT-3.5 wrote them; ours: most are written by hand")
     phrasings: int = field(0, "of each written question and answer about attributes and measurements only so many "
-                           "are used; 0 = all", "ours")
+                           "are used; 0 = all", "ours", least=0)
     parts: tuple[str, ...] = field(PARTS, "parts of an image that this process computes", "paper: all, in this order",
                                    choices=PARTS)
     train: tuple[str, ...] = field((".*",), "regexes: parameters that learn", "paper (table of processes)")
     freeze: tuple[str, ...] = field((), "regexes: parameters that stay; every parameter matches exactly one list",
                                     "paper (table of processes)")
     row: Row = field(Row(), "shape of a packed row", "ours")
-    batch: int = field(128, "rows a step, all devices together", "ours (LLaVA-1.5: 256 and 128 examples)")
-    accumulate: int = field(1, "micro-batches a step", "ours")
-    steps: int = field(1000, "optimizer steps", "ours")
+    batch: int = field(128, "rows a step, all devices together", "ours (LLaVA-1.5: 256 and 128 examples)", least=1)
+    accumulate: int = field(1, "micro-batches a step", "ours", least=1)
+    steps: int = field(1000, "optimizer steps", "ours", least=1)
     optimizer: Optimizer = field(Optimizer(), "Adam, warm-up, cosine", "paper")
-    eval_every: int = field(500, "steps between validations; 0 = only at the end", "ours")
-    eval_batches: int = field(8, "validation batches", "ours")
-    train_share: float = field(1.0, "share of the training records that is used, the same ones in every epoch", "ours")
+    eval_every: int = field(500, "steps between validations; 0 = only at the end", "ours", least=0)
+    eval_batches: int = field(8, "validation batches", "ours", least=1)
+    train_share: float = field(1.0, "share of the training records that is used, the same ones in every epoch", "ours",
+                               above=0, most=1)
     shuffle_labels: bool = field(False, "control: every conversation is about the pictures of another record", "ours")
 
     def __post_init__(self):
-        if self.batch % max(self.accumulate, 1) or self.accumulate < 1:
+        super().__post_init__()
+        if self.batch % self.accumulate:
             raise ConfigError(f"batch={self.batch} does not divide into accumulate={self.accumulate} micro-batches; "
                               "choose a divisor")
-        if not 0 < self.train_share <= 1:
-            raise ConfigError(f"train_share={self.train_share} is no share; give a number above 0 and at most 1")
         if not self.tasks:
             raise ConfigError("a process needs at least one task, such as tasks.attributes=1.0")
         for name, weight in self.tasks.items():
-            if not weight > 0:
+            if not 0 < weight < math.inf:
                 raise ConfigError(f"tasks.{name}={weight} is no weight; give a number above 0, or leave the task out")
         if len(self.support) != 2 or not 1 <= self.support[0] <= self.support[1]:
             raise ConfigError(f"support={self.support} is not (fewest, most), such as (2, 8)")
@@ -226,27 +263,30 @@ class Process:
 
 
 @dataclasses.dataclass(frozen=True)
-class Checkpoint:
-    every_steps: int = field(500, "steps between checkpoints; 0 = only at the end", "ours", runtime=True)
-    every_minutes: float = field(30.0, "minutes between checkpoints; 0 = off", "ours", runtime=True)
-    keep: int = field(2, "newest checkpoints kept (the best one is kept besides)", "ours", runtime=True)
+class Checkpoint(Checked):
+    every_steps: int = field(500, "steps between checkpoints; 0 = only at the end", "ours", runtime=True, least=0)
+    every_minutes: float = field(30.0, "minutes between checkpoints; 0 = off", "ours", runtime=True, least=0)
+    keep: int = field(2, "newest checkpoints kept (the best one is kept besides)", "ours", runtime=True, least=0)
     keep_every_steps: int = field(0, "checkpoints at multiples of this are kept for ever; 0 = none", "ours",
-                                  runtime=True)
+                                  runtime=True, least=0)
 
 
 @dataclasses.dataclass(frozen=True)
-class Data:
+class Data(Checked):
     dir: str = field("", "folder of datasets that tools.prepare_data stored; only `demo` needs none", "ours",
                      runtime=True)
-    workers: int = field(0, "data processes; 0 = threads of the training process", "ours", runtime=True)
-    threads: int = field(4, "rows prepared at the same time", "ours", runtime=True)
-    cache_mb: int = field(0, "decoded pictures kept in memory, megabytes a process; 0 = none", "ours", runtime=True)
-    max_bad_share: float = field(0.01, "share of unreadable records above which the run stops", "ours", runtime=True)
+    workers: int = field(0, "data processes; 0 = threads of the training process", "ours", runtime=True, least=0)
+    threads: int = field(4, "rows prepared at the same time", "ours", runtime=True, least=1)
+    cache_mb: int = field(0, "decoded pictures kept in memory, megabytes a process; 0 = none", "ours", runtime=True,
+                          least=0)
+    max_bad_share: float = field(0.01, "share of unreadable records above which the run stops", "ours", runtime=True,
+                                 least=0, most=1)
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
-    seed: int = field(0, "seed of initialisation, data order, augmentation and dropout", "ours")
+class Config(Checked):
+    seed: int = field(0, "seed of initialisation, data order, augmentation and dropout", "ours",
+                      least=0, most=2**32 - 1)
     init: str = field("", "where parameters come from: a workdir or checkpoint folder; empty = random", "ours")
     model: Model = field(Model(), "geometry and numerics", "paper and ours")
     tokenizer: str = field("", "path of a SentencePiece model; empty = the small one that ships", "ours")
@@ -255,9 +295,10 @@ class Config:
     processes: dict[str, Process] = field({}, "name -> training process", "paper")
     checkpoint: Checkpoint = field(Checkpoint(), "when to save, what to keep", "ours", runtime=True)
     data: Data = field(Data(), "how the pipeline runs", "ours", runtime=True)
-    log_every: int = field(10, "steps between logged metrics", "ours", runtime=True)
+    log_every: int = field(10, "steps between logged metrics", "ours", runtime=True, least=1)
 
     def __post_init__(self):
+        super().__post_init__()
         for name in self.run:
             if name not in self.processes:
                 raise ConfigError(f"run names the process {name!r}, which `processes` does not define"

@@ -25,6 +25,7 @@ from calm_jax.models.calm import Calm
 from calm_jax.models.llama import Before, Cache
 from calm_jax.models.parameters import Geometry, Parameters
 
+COLDEST = 1e-3  # temperature; below it a token is drawn as 0 takes it, and logits divided by it overflow in the end
 UNLIKELY = -1e9  # of a score that must not win; finite, because such scores are compared and divided
 
 
@@ -33,7 +34,8 @@ class Sampling:
     """How answers are chosen.
 
     Attributes:
-      temperature: 0 = the most probable token (greedy); else logits are divided by it and a token is drawn.
+      temperature: 0 = the most probable token (greedy); else, from .001 to 1,000, logits are divided by it and a token
+        is drawn.
       top_p: drawn from the fewest most probable tokens that hold this share of the probability.
       beams: > 1 = beam search as Hugging Face's `generate` does it (no early stopping); needs temperature 0.
       shortest: fewest tokens of an answer: before, it cannot end.
@@ -49,16 +51,12 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self):
-        if not self.temperature >= 0:
-            raise config_lib.ConfigError(f"temperature={self.temperature} is negative; 0 takes the most probable token")
-        if not 0 < self.top_p <= 1:
-            raise config_lib.ConfigError(f"top_p={self.top_p} is not above 0 and at most 1")
-        if self.beams < 1:
-            raise config_lib.ConfigError(f"beams={self.beams} is not positive; 1 is no beam search")
-        if self.shortest < 0:
-            raise config_lib.ConfigError(f"shortest={self.shortest} is negative; 0 lets an answer end at once")
-        if not 0 <= self.seed < 2 ** 32:
-            raise config_lib.ConfigError(f"seed={self.seed} is not from 0 to 2**32 - 1")
+        if self.temperature:  # logits are divided by it in float32
+            config_lib.check_number("temperature", self.temperature, {"at least": COLDEST, "at most": 1 / COLDEST})
+        for name, bounds in (("top_p", {"above": 0, "at most": 1}), ("beams", {"at least": 1}),
+                             ("shortest", {"at least": 0}), ("seed", {"at least": 0, "at most": 2 ** 32 - 1}),
+                             ("length_penalty", {"at least": -100, "at most": 100})):
+            config_lib.check_number(name, getattr(self, name), bounds)
         if self.beams > 1 and self.temperature > 0:
             raise config_lib.ConfigError(f"beams={self.beams} and temperature={self.temperature}: beam search draws "
                                          "nothing; leave one of them out")

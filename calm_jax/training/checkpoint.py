@@ -425,7 +425,7 @@ def write_json(path: pathlib.Path, value: Any) -> None:
     """Atomic: readers see the old file or the new one."""
     partial = path.with_name(path.name + ".partial")
     with partial.open("w") as stream:
-        json.dump(value, stream, indent=1)
+        json.dump(value, stream, indent=1, allow_nan=False)
         stream.flush()
         os.fsync(stream.fileno())
     partial.replace(path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import pathlib
 import sys
@@ -46,8 +47,10 @@ class Log:
         """Appends a line and the TensorBoard scalars of a step."""
         if not self.active:
             return
-        record = {"process": self.process, "step": step, "kind": kind, **values}
-        self._file.write(json.dumps(record) + "\n")
+        # JSON has no nan: what cannot be measured is null.
+        record = {"process": self.process, "step": step, "kind": kind,
+                  **{name: value if math.isfinite(value) else None for name, value in values.items()}}
+        self._file.write(json.dumps(record, allow_nan=False) + "\n")
         for name, value in values.items():
             self._board.add_scalar(f"{kind}/{name}", value, step)
 

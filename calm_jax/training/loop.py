@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.experimental import multihost_utils
+from jaxtyping import Array, Bool
 
 from calm_jax import config as config_lib
 from calm_jax.data import pipeline
@@ -31,7 +32,7 @@ UNTRACED = 5  # first steps of a process, which compile and warm up
 
 
 class TrainingError(RuntimeError):
-    """Training cannot go on; the message says why and where to resume."""
+    """Training cannot go on, and would end here again if it were resumed; the message says why."""
 
 
 class Interrupted(SystemExit):
@@ -66,7 +67,7 @@ def run_process(run: Run, name: str, datasets: Mapping[str, Dataset]) -> None:
     """Trains process `name` from where it stands to its last step; updates `run.parameters` and `run.trained`.
 
     Raises:
-      TrainingError: the loss is not finite, or too many records are bad.
+      TrainingError: loss, parameters or validation loss are not finite, or too many records are bad.
       Interrupted: SIGTERM or SIGINT came; everything is saved.
       ConfigError, CheckpointError: what was asked for cannot be done, said in one sentence.
     """
@@ -110,6 +111,7 @@ def run_process(run: Run, name: str, datasets: Mapping[str, Dataset]) -> None:
     state = jax.device_put(state, setup.placements)
     train_step = setup.compiled()
     eval_step = jax.jit(setup.step.evaluate, out_shardings=setup.placements.step)
+    finite = jax.jit(all_finite, out_shardings=setup.placements.step)
     key = jax.random.key(config.seed)
     start = int(state.step)
     own = sharding.own_rows(mesh, process.batch)
@@ -124,6 +126,8 @@ def run_process(run: Run, name: str, datasets: Mapping[str, Dataset]) -> None:
     log = logging.Log(run.workdir, name, start=start, steps=process.steps,
                       title=f"[{config.run.index(name) + 1}/{len(config.run)}] {name}")
     best = saved.meta["best"] if saved is not None else None
+    if best is not None and not math.isfinite(best):  # said by a version that did not look
+        best = None
     meter = Meter(log, process, rows, config, store)
     trace = logging.Trace(run.workdir / "profile" / name, run.profile, start + UNTRACED + 1)
 
@@ -142,7 +146,11 @@ def run_process(run: Run, name: str, datasets: Mapping[str, Dataset]) -> None:
             sums = eval_step(state.trained, frozen, sharding.put(batch, mesh, process.batch))
             totals = sums if not totals else jax.tree.map(jnp.add, totals, sums)
         totals = jax.device_get(totals)
-        values = {"loss": float(totals["loss"] / max(totals["weight"], 1e-6)),
+        if not totals["weight"] > 0:
+            reasons = "; ".join(f"{key}: {reason}" for key, reason in list(held_out.bad.items())[:1])
+            raise TrainingError(f"no answer of the {process.eval_batches} validation batches of {name} can be judged"
+                                f"{f' ({reasons})' if reasons else ''}; mend the pictures, or raise eval_batches")
+        values = {"loss": float(totals["loss"] / totals["weight"]),
                   "accuracy": float(totals["right"] / max(totals["answers"], 1))}
         if "score_error" in totals:
             values["score_error"] = float(totals["score_error"] / max(totals["scores"], 1))
@@ -169,10 +177,15 @@ def run_process(run: Run, name: str, datasets: Mapping[str, Dataset]) -> None:
                 validates = last or (process.eval_every and number % process.eval_every == 0)
                 if not (validates or stopping or due):
                     continue
-                meter.read()  # a state is judged before it is saved
+                meter.read()
+                # The loss is that of the weights before the step: those that would be saved are judged themselves.
+                if not bool(finite(state)):
+                    raise meter.diverged(f"after step {number} parameters or moments are not finite")
                 is_best = False
                 if validates:
                     values = validate()
+                    if not math.isfinite(values["loss"]):
+                        raise meter.diverged(f"the validation loss after step {number} is {values['loss']}")
                     log.write(number, "validation", values)
                     log.say(f"{name} step {number}: validation loss {values['loss']:.4f}, "
                             f"token accuracy {values['accuracy']:.3f}")
@@ -215,12 +228,7 @@ class Meter:
         self.pending = None
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         if not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):
-            self.store.wait()
-            good = [path for path in checkpoint.folders(self.store.folder) if checkpoint.is_complete(path)]
-            where = f"the last good checkpoint is {good[-1]}" if good else "no checkpoint was saved before"
-            raise TrainingError(f"the loss of step {number} is {values['loss']} (gradient norm {values['grad_norm']}); "
-                                f"{where}. Lower optimizer.peak_lr or optimizer.clip and run again in a new workdir "
-                                "with --config.init set to it")
+            raise self.diverged(f"the loss of step {number} is {values['loss']} (gradient norm {values['grad_norm']})")
         self.examples += values["examples"]
         self.bad += values["bad"]
         if self.examples >= MIN_EXAMPLES and self.bad > self.config.data.max_bad_share * self.examples:
@@ -237,6 +245,21 @@ class Meter:
             self.log.write(number, "train", values | rates | {"fill": fill})
             self.log.show({"loss": f"{values['loss']:.3f}", "examples/s": f"{rates['examples_per_s']:.1f}",
                            "tokens/s": f"{rates['tokens_per_s']:.0f}", "fill": f"{fill:.0%}"})
+
+
+    def diverged(self, what: str) -> TrainingError:
+        """The error that says where training was still good: what is saved has been judged before."""
+        self.store.wait()
+        good = [path for path in checkpoint.folders(self.store.folder) if checkpoint.is_complete(path)]
+        where = f"the last good checkpoint is {good[-1]}" if good else "no checkpoint was saved before"
+        return TrainingError(f"{what}; {where}. Lower optimizer.peak_lr or optimizer.clip and run again in a new "
+                             f"workdir{' with --config.init set to it' if good else ''}")
+
+
+def all_finite(tree: Any) -> Bool[Array, ""]:
+    """Whether every number of every array is finite."""
+    leaves = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
+    return jnp.stack([jnp.isfinite(leaf).all() for leaf in leaves]).all()
 
 
 class StopSignal:

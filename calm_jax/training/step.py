@@ -114,7 +114,7 @@ class Step:
         grads, metrics = self.gradients(state.trained, frozen, batch, key)
         updates, optimizer = self.tx.update(grads, state.optimizer, state.trained)
         trained = optax.apply_updates(state.trained, updates)
-        metrics |= {"grad_norm": optax.global_norm(grads), "lr": self.schedule(state.step)}
+        metrics |= {"grad_norm": optax.tree.norm(grads), "lr": self.schedule(state.step)}
         return State(state.step + 1, trained, optimizer), metrics
 
     def evaluate(self, trained: Parameters, frozen: Parameters, batch: Mapping[str, Array]) -> dict[str, Array]:

@@ -233,6 +233,36 @@ def test_a_huge_learning_rate_ends_in_that_sentence(tmp_path, coloured):
         program.train(miniature.config(processes={"only": process}), tmp_path / "run")
 
 
+@pytest.mark.parametrize("rate", [1e20, 1e38])
+def test_weights_that_are_saved_are_judged_and_not_those_before_them(trained, tmp_path, coloured, rate):
+    """One step from good weights: its loss is finite, and what it leaves behind is not."""
+    coloured()
+    process = miniature.process(optimizer=config_lib.Optimizer(peak_lr=rate, clip=0.0), steps=1, eval_every=0)
+    with pytest.raises(loop.TrainingError, match="after step 1"):
+        program.train(miniature.config(processes={"only": process}, init=str(trained)), tmp_path / "run")
+    folder = tmp_path / "run" / "checkpoints" / "only"
+    assert not checkpoint.folders(folder) and not (folder / "best.json").exists()
+
+
+def test_a_best_of_nan_from_an_earlier_version_is_beaten(trained, tmp_path, coloured):
+    coloured()
+    workdir = again(trained, tmp_path, 2)
+    folder = workdir / "checkpoints" / "only" / "00000002"
+    meta = json.loads((folder / "meta.json").read_text())
+    (folder / "meta.json").write_text(json.dumps(meta | {"best": float("nan")}))
+    checkpoint.write_marker(folder)
+    program.train(only(), workdir)
+    assert checkpoint.best_step(folder.parent) == 4
+    assert np.isfinite(checkpoint.find(workdir).meta["best"])
+
+
+def test_a_validation_of_which_nothing_can_be_judged_is_no_best_one(tmp_path, coloured):
+    coloured(broken=range(32, 36))
+    with pytest.raises(loop.TrainingError, match="picture-3"):
+        program.train(only(), tmp_path / "run")
+    assert not checkpoint.folders(tmp_path / "run" / "checkpoints" / "only")
+
+
 def test_a_truncated_checkpoint_is_named_and_the_run_goes_on_from_the_one_before(trained, tmp_path, coloured, caplog):
     coloured()
     workdir = again(trained, tmp_path, 2, 4)

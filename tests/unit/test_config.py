@@ -161,3 +161,42 @@ def test_differences_leave_runtime_fields_out():
     assert config_lib.differences(old, changed("seed", 1)) == ["config.seed: 0 -> 1"]
     assert config_lib.differences(old, changed("processes.scores.optimizer.peak_lr", 1.0)) == [
         "config.processes.scores.optimizer.peak_lr: 7e-05 -> 1.0"]
+
+
+@pytest.mark.parametrize(("path", "values"), [
+    ("processes.scores.optimizer.peak_lr", (float("nan"), float("inf"), 0.0, -1e-3)),
+    ("processes.scores.optimizer.warmup", (-0.1, 1.5)), ("processes.scores.optimizer.b2", (1.0, float("nan"))),
+    ("processes.scores.optimizer.weight_decay", (-0.1, float("inf"))),
+    ("processes.scores.optimizer.scale", (("vit/.*=nan",), ("vit/.*=-1",))),
+    ("processes.scores.steps", (0, -1)), ("processes.scores.batch", (0, -4)), ("processes.scores.accumulate", (0,)),
+    ("processes.scores.eval_batches", (0,)), ("processes.scores.row.images", (0,)),
+    ("processes.scores.train_share", (0.0, 1.5)), ("processes.scores.score_spread", (float("nan"), -1.0)),
+    ("processes.scores.tasks.score", (0.0, float("inf"), float("nan"))),
+    ("model.vit.heads", (0,)), ("model.vit.patch", (0,)), ("model.qformer.cross_every", (0,)),
+    ("model.llama.kv_heads", (0,)), ("model.llama.eps", (0.0,)), ("model.llama.rope_theta", (float("inf"),)),
+    ("model.lora.rank", (-1,)), ("model.lora.dropout", (1.0, -0.5)), ("model.depths.low", (0.0, 1.1)),
+    ("data.max_bad_share", (float("nan"), 2.0)), ("data.threads", (0,)), ("log_every", (0,)), ("seed", (-1, 2 ** 32)),
+    ("checkpoint.every_minutes", (float("nan"), -1.0))], ids=lambda item: item if isinstance(item, str) else "")
+def test_a_number_that_cannot_be_meant_is_refused_by_its_name(path, values):
+    *above, last = path.split(".")
+    for value in values:
+        tree = dataclasses.asdict(load("finetune", "tiny"))
+        node = tree
+        for name in above:
+            node = node[name]
+        node[last] = value
+        with pytest.raises(config_lib.ConfigError, match=last):
+            config_lib.from_config_dict(tree)
+
+
+def test_every_number_declares_its_bounds():
+    """A field that takes any finite number has to say so here."""
+    def free(kind):
+        hints = typing.get_type_hints(kind)
+        for entry in dataclasses.fields(kind):
+            if dataclasses.is_dataclass(hints[entry.name]):
+                yield from free(hints[entry.name])
+            elif hints[entry.name] in (int, float) and not entry.metadata["bounds"]:
+                yield entry.name
+
+    assert not [*free(config_lib.Config), *free(config_lib.Process)]

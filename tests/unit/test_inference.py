@@ -233,12 +233,15 @@ def test_what_is_drawn_outlives_rounding():
     assert (drawn != again).mean() < 0.002 and len(np.unique(drawn)) > 500
 
 
-@pytest.mark.parametrize(("wrong", "sentence"), [
-    ({"temperature": -1}, "temperature=-1 is negative"), ({"top_p": 0}, "top_p=0 is not above 0"),
-    ({"shortest": -2}, "shortest=-2 is negative"), ({"seed": -1}, "seed=-1 is not from 0"),
-    ({"beams": 0}, "beams=0 is not positive"), ({"beams": 2, "temperature": 1}, "beam search draws nothing")])
-def test_impossible_sampling_is_refused(wrong, sentence):
-    with pytest.raises(config_lib.ConfigError, match=sentence):
+NAN = float("nan")
+
+
+@pytest.mark.parametrize("wrong", [
+    {"temperature": -1.0}, {"temperature": 1e-40}, {"temperature": NAN}, {"temperature": float("inf")}, {"top_p": 0.0},
+    {"top_p": NAN}, {"shortest": -2}, {"seed": -1}, {"beams": 0}, {"length_penalty": NAN},
+    {"beams": 2, "temperature": 1.0}], ids=str)
+def test_impossible_sampling_is_refused_by_the_name_of_its_field(wrong):
+    with pytest.raises(config_lib.ConfigError, match=next(iter(wrong))):
         Sampling(**wrong)
 
 
