@@ -86,7 +86,7 @@ def lineage(saved: checkpoint.Saved) -> tuple[list[dict[str, Any]], list[tuple[s
                          "tasks": [task for task, share in process["tasks"].items() if share]})
         history = done + history
         try:
-            at = checkpoint.find(config["init"]) if config["init"] else None
+            at = checkpoint.base(at)
         except checkpoint.CheckpointError:
             history.insert(0, {"process": f"{config['init']} (no longer there)", "steps": "", "batch": "",
                                "dataset": "", "tasks": []})

@@ -7,6 +7,7 @@ import re
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array, Float
 
 from calm_jax import config as config_lib
 from calm_jax.models.layers import Linear, Lora
@@ -37,7 +38,26 @@ def merge(model: nnx.Module) -> None:
     """Adds every update to its kernel, in float32, and removes it: the same outputs without LoRA."""
     for linear in linears(model).values():
         if linear.lora is not None:
-            a, b = linear.lora.a[...].astype(jnp.float32), linear.lora.b[...].astype(jnp.float32)
-            update = (a @ b) * (linear.lora.alpha / a.shape[-1])
-            linear.kernel[...] = (linear.kernel[...].astype(jnp.float32) + update).astype(linear.kernel.dtype)
+            a, b, scale = linear.lora.a[...], linear.lora.b[...], linear.lora.alpha / linear.lora.a.shape[-1]
+            linear.kernel[...] = merged(linear.kernel[...], a, b, scale, linear.kernel.dtype)
             linear.lora = nnx.data(None)
+
+
+def merged(kernel: Float[Array, "*s I O"], a: Float[Array, "*s I R"], b: Float[Array, "*s R O"], scale: float,
+           dtype: jnp.dtype) -> Float[Array, "*s I O"]:
+    """`kernel + scale * a @ b`, computed in float32 and then rounded to `dtype`; of a stack one matrix at a time, so
+    that no second one of its size is needed."""
+    def one(matrices):
+        kernel, a, b = (matrix.astype(jnp.float32) for matrix in matrices)
+        return (kernel + scale * jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)).astype(dtype)
+
+    if kernel.ndim == 2:
+        return one((kernel, a, b))
+    stacked = tuple(leaf.reshape(-1, *leaf.shape[-2:]) for leaf in (kernel, a, b))
+    return jax.lax.map(one, stacked).reshape(kernel.shape)
+
+
+def factors(kernel: str) -> tuple[str, str]:
+    """The paths of the two factors that update the kernel at a path, such as `llama/blocks/q/kernel`."""
+    above = kernel.removesuffix("/kernel")
+    return f"{above}/lora/a", f"{above}/lora/b"

@@ -3,8 +3,13 @@
 A checkpoint is a folder `NAME/00000120/` that holds
 
   arrays/         Orbax (OCDBT): {"parameters": what was ever trained, "optimizer": state of this process}
-  meta.json       step, process, metrics, config, code version, tokenizer, and the base that was never trained
+  meta.json       step, process, metrics, config, code version, tokenizer, fingerprints of the data, the base it began
+                  from, and for every parameter that is not held here where its value is (`training.restore`)
   COMPLETE.json   size and SHA-256 of every file above, written last; a folder without it does not exist for readers
+  needed_by/      notes of checkpoints elsewhere that read weights of this one, which pruning therefore keeps
+
+Another checkpoint is always named by a `Pin`: its folder, its step and the digest of its marker, which changes with any
+of its bytes. One that was moved is found again through the environment variable CALM_BASE.
 
 Orbax restores a flipped byte silently and accepts a folder whose commit marker is gone, hence the checksums: they
 are verified before anything is read, and the newest folder that verifies is the one that counts.
@@ -13,6 +18,7 @@ are verified before anything is read, and the newest folder that verifies is the
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import errno
 import hashlib
@@ -26,7 +32,7 @@ import shutil
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -39,7 +45,9 @@ import calm_jax
 from calm_jax import config as config_lib
 from calm_jax.models.parameters import Parameters
 
-MARKER, META, ARRAYS, BEST = "COMPLETE.json", "meta.json", "arrays", "best.json"
+MARKER, META, ARRAYS, BEST, NEEDED = "COMPLETE.json", "meta.json", "arrays", "best.json", "needed_by"
+BASE = "CALM_BASE"  # environment: folders, with os.pathsep between, in which moved checkpoints are looked for
+TRIES = 5  # how often a reader looks again for a checkpoint when training has pruned the one it had found
 LARGE = 1 << 22  # leaves from this many bytes on are cut into chunks
 TICK = 16  # steps after which several processes compare their clocks
 VERIFYING = 4 * 3600  # seconds that processes wait for the first one to verify a checkpoint, which reads all of it
@@ -50,22 +58,52 @@ class CheckpointError(RuntimeError):
     """A checkpoint that cannot be written or must not be read; the message names the folder and the remedy."""
 
 
+class Vanished(CheckpointError):
+    """A checkpoint that was there is gone: training has pruned it, or somebody has removed it."""
+
+    def __init__(self, path: pathlib.Path):
+        super().__init__(f"the checkpoint {path} was removed or replaced while it was read (training keeps its newest "
+                         "and its best one); run the same command again: it takes the one that is there now")
+
+
+@dataclasses.dataclass(frozen=True)
+class Pin:
+    """The name of one checkpoint for ever: the folder where it was, its step, and the digest of its marker, which
+    stands for all of its bytes. Its fields are JSON values."""
+
+    path: str
+    step: int
+    digest: str
+
+    def __str__(self) -> str:
+        return f"{self.path} (step {self.step}, digest {self.digest[:12]})"
+
+
 @dataclasses.dataclass(frozen=True)
 class Saved:
-    """A checkpoint whose checksums hold."""
+    """A checkpoint whose checksums hold. `digest` is that of its marker."""
 
     path: pathlib.Path
     meta: dict[str, Any]
+    digest: str
 
     @property
     def step(self) -> int:
         return self.meta["step"]
 
     @property
+    def pin(self) -> Pin:
+        return Pin(str(self.path.resolve()), self.step, self.digest)
+
+    @property
     def identity(self) -> dict[str, Any]:
-        """What tells it from any other, also from one that a later training put in its place: JSON values."""
-        made = (self.path / META).stat().st_mtime_ns
-        return {"checkpoint": str(self.path.resolve()), "step": self.step, "made": made}
+        """What tells it from any other, with whatever other weights it reads: JSON values."""
+        known = {"checkpoint": str(self.path.resolve()), "step": self.step, "digest": self.digest}
+        if not unpinned(self.meta):  # the digest covers the pins of the checkpoints below
+            return known
+        with contextlib.suppress(CheckpointError):  # needed or not: who reads weights there will say so
+            known["base"] = sole(self).identity
+        return known
 
 
 class Checkpoints:
@@ -156,17 +194,19 @@ class Checkpoints:
             self._orbax.close()
 
     def _prune(self) -> None:
+        """Readers may be at work in what goes: whatever cannot be removed now is removed the next time."""
         steps = [int(path.name) for path in folders(self.folder) if is_complete(path)]
         for path in folders(self.folder):
             if not is_complete(path):  # left by a crash while it was being pruned
-                shutil.rmtree(path)
+                shutil.rmtree(path, ignore_errors=True)
         keep = set(sorted(steps)[-max(self.policy.keep, 1):]) | {best_step(self.folder)}
         if self.policy.keep_every_steps:
             keep |= {step for step in steps if step % self.policy.keep_every_steps == 0}
         for step in set(steps) - keep:
             path = self.folder / f"{step:08d}"
-            (path / MARKER).unlink()  # first, so that a crash in between leaves nothing that looks complete
-            shutil.rmtree(path)
+            if not needed(path):
+                (path / MARKER).unlink(missing_ok=True)  # first: a crash in between leaves nothing that looks complete
+                shutil.rmtree(path, ignore_errors=True)
 
     def latest(self) -> Saved | None:
         """The newest checkpoint that verifies. Damaged ones are set aside with a warning, unfinished ones removed.
@@ -181,13 +221,15 @@ class Checkpoints:
     def _latest(self) -> Saved | None:
         for path in reversed(folders(self.folder)):
             if not is_complete(path):
-                shutil.rmtree(path)
+                shutil.rmtree(path, ignore_errors=True)
                 continue
             try:
                 saved = read(path)
                 if saved.meta["is_best"] and best_step(self.folder) != saved.step:  # it died before it could say so
                     write_json(self.folder / BEST, {"step": saved.step})
                 return saved
+            except Vanished:
+                continue
             except CheckpointError as error:
                 logging.warning("%s; trying the one before it", error)
                 aside = path.with_name(f"{path.name}.damaged-{int(time.time())}")
@@ -233,8 +275,21 @@ def find(path: str | os.PathLike) -> Saved:
 
 
 def _find(path: pathlib.Path) -> Saved:
+    for _ in range(TRIES):
+        chosen = _choose(path)
+        try:
+            return read(chosen)
+        except CheckpointError as error:
+            gone = isinstance(error, Vanished) or not is_complete(chosen)
+            if chosen == path or not gone:
+                raise
+    raise Vanished(chosen)
+
+
+def _choose(path: pathlib.Path) -> pathlib.Path:
+    """The checkpoint that a folder stands for, not yet verified."""
     if (path / ARRAYS).is_dir() or (path / MARKER).exists():
-        return read(path)
+        return path
     candidates = [path]
     if (path / "config.json").is_file():
         try:
@@ -246,7 +301,7 @@ def _find(path: pathlib.Path) -> Saved:
         complete = [p for p in folders(candidate) if is_complete(p)]
         if complete:
             chosen = [p for p in complete if int(p.name) == best_step(candidate)]
-            return read((chosen or complete)[-1])
+            return (chosen or complete)[-1]
     raise CheckpointError(f"there is no complete checkpoint in {path}; give a workdir of calm_jax.train, or a folder "
                           f"that holds {MARKER}")
 
@@ -255,10 +310,10 @@ def _by_the_first(work: Callable[[], Saved | None]) -> Saved | None:
     """The checkpoint that `work()` finds, which only the first process does, in every process."""
     def found():
         saved = work()
-        return None if saved is None else {"path": str(saved.path), "meta": saved.meta}
+        return None if saved is None else {"path": str(saved.path), "meta": saved.meta, "digest": saved.digest}
 
     outcome = _of_the_first(found)
-    return None if outcome is None else Saved(pathlib.Path(outcome["path"]), outcome["meta"])
+    return None if outcome is None else Saved(pathlib.Path(outcome["path"]), outcome["meta"], outcome["digest"])
 
 
 def _of_the_first(work: Callable[[], Any]) -> Any:
@@ -286,12 +341,16 @@ def read(path: pathlib.Path) -> Saved:
     """Verifies every file against the marker and returns the meta data; arrays are read by `restore`.
 
     Raises:
-      CheckpointError: a file is missing, truncated or changed, or the marker is.
+      CheckpointError: a file is missing, truncated or changed, or the marker is; Vanished if the folder went meanwhile.
     """
     try:
         marker = json.loads((path / MARKER).read_text())
         files, digest = marker["files"], marker["digest"]
         valid = digest == _digest(files)
+    except FileNotFoundError:
+        if not path.exists():
+            raise Vanished(path) from None
+        valid = False
     except (OSError, ValueError, KeyError, TypeError):
         valid = False
     if not valid:
@@ -300,19 +359,165 @@ def read(path: pathlib.Path) -> Saved:
     def problem(item):
         name, (size, checksum) = item
         file = path / name
-        if not file.is_file():
+        try:
+            found = file.stat().st_size
+            if found != size:
+                return f"{name} has {found} bytes instead of {size}"
+            return None if _checksum(file) == checksum else f"{name} was changed"
+        except FileNotFoundError:
             return f"{name} is missing"
-        if file.stat().st_size != size:
-            return f"{name} has {file.stat().st_size} bytes instead of {size}"
-        return None if _checksum(file) == checksum else f"{name} was changed"
+        except OSError as error:
+            return f"{name} cannot be read ({error.strerror or error})"
 
     with concurrent.futures.ThreadPoolExecutor() as pool:
         problems = [text for text in pool.map(problem, files.items()) if text]
+    if problems and digest_of(path) != digest:
+        raise Vanished(path)
     if problems:
         raise CheckpointError(f"the checkpoint {path} is damaged: {problems[0]}"
                               + (f" (and {len(problems) - 1} more files)" if len(problems) > 1 else "")
                               + "; use another one")
-    return Saved(path, json.loads((path / META).read_text()))
+    try:
+        return Saved(path, json.loads((path / META).read_text()), digest)
+    except FileNotFoundError:
+        raise Vanished(path) from None
+
+
+def digest_of(path: pathlib.Path) -> str:
+    """The digest in a checkpoint's marker, without verifying anything; empty where there is none."""
+    try:
+        return str(json.loads((path / MARKER).read_text())["digest"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
+
+
+@contextlib.contextmanager
+def reading(saved: Saved) -> Iterator[None]:
+    """What is read inside was read from this very checkpoint.
+
+    Raises:
+      Vanished: it was removed or replaced meanwhile, whatever the reader met then.
+    """
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except Exception as error:
+        if digest_of(saved.path) == saved.digest:
+            raise
+        raise Vanished(saved.path) from error
+    if digest_of(saved.path) != saved.digest:
+        raise Vanished(saved.path)
+
+
+# ---- checkpoints that others read weights of ----------------------------------------------------------------------
+
+
+def pinned(pin: Pin, reader: str) -> Saved:
+    """The very checkpoint of a pin, verified, from where it was or from a folder that CALM_BASE names.
+
+    Of several processes all must call it, as `find`.
+
+    Args:
+      reader: who needs it, for the message.
+
+    Raises:
+      CheckpointError: it is gone, or another one lies in its place, or it is damaged.
+    """
+    def look():
+        if (found := located(pin)) is not None:
+            return read(found)
+        other = digest_of(pathlib.Path(pin.path))
+        what = (f"there lies another one now (digest {other[:12]}), made by a later training" if other else
+                "it is no longer there")
+        given = os.environ.get(BASE)
+        raise CheckpointError(f"{reader} needs weights of the checkpoint {pin}, but {what}; bring it back, or name the "
+                              f"folder to which it was moved in the environment variable {BASE}"
+                              + (f" (it is not in {BASE}={given})" if given else ""))
+
+    saved = _by_the_first(look)
+    assert saved is not None
+    return saved
+
+
+def located(pin: Pin) -> pathlib.Path | None:
+    """Where the checkpoint of a pin lies now: the folder whose marker has its digest, if there is one."""
+    moved = [pathlib.Path(folder).absolute() for folder in os.environ.get(BASE, "").split(os.pathsep) if folder]
+    for folder in (pathlib.Path(pin.path), *moved):
+        for place in (folder, *folders(folder), *(path for process in sorted(folder.glob("checkpoints/*"))
+                                                  for path in folders(process))):
+            if digest_of(place) == pin.digest:
+                return place
+    return None
+
+
+def protect(pin: Pin, reader: pathlib.Path) -> None:
+    """Notes in the checkpoint of a pin that `reader`, a folder of checkpoints, reads weights of it. Training that goes
+    on there does not prune it as long as that folder exists. The first process alone does so."""
+    if jax.process_index() or (place := located(pin)) is None:
+        return
+    reader = reader.resolve()
+    note = place / NEEDED / hashlib.sha256(str(reader).encode()).hexdigest()[:16]
+    try:
+        note.parent.mkdir(exist_ok=True)
+        note.write_text(f"{reader}\n")
+    except OSError as error:
+        logging.warning("%s cannot be marked as needed by %s (%s): see that no training that goes on there prunes it",
+                        place, reader, error.strerror)
+
+
+def needed(path: pathlib.Path) -> bool:
+    """Whether a folder that `protect` has noted there still exists."""
+    for note in (path / NEEDED).glob("*"):
+        with contextlib.suppress(OSError):
+            if pathlib.Path(note.read_text().rstrip("\n")).exists():
+                return True
+    return False
+
+
+def unpinned(meta: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint names its base by a path alone, as those of before 2026-11-27 do."""
+    return isinstance(meta.get("base"), str) and bool(meta["base"])
+
+
+def base(saved: Saved) -> Saved | None:
+    """The checkpoint that a run began from, not verified; None where it began from nothing.
+
+    Raises:
+      CheckpointError: it is gone.
+    """
+    if not saved.meta["base"] or unpinned(saved.meta):
+        return sole(saved) if saved.meta["base"] else None
+    pin = Pin(**saved.meta["base"])
+    if (place := located(pin)) is None:
+        raise CheckpointError(f"{saved.path} was trained from {pin}, which is no longer there")
+    return Saved(place, json.loads((place / META).read_text()), pin.digest)
+
+
+def sole(saved: Saved) -> Saved:
+    """The base of a checkpoint that names it by a path alone, not verified: the only checkpoint that this can mean.
+
+    Raises:
+      CheckpointError: there is none or several, or the one there is younger than `saved`.
+    """
+    folder = pathlib.Path(saved.meta["base"])
+    try:
+        chosen = _choose(folder)
+        others = [path for path in folders(chosen.parent) if is_complete(path)] if chosen != folder else [chosen]
+        younger = (chosen / MARKER).stat().st_mtime > (saved.path / MARKER).stat().st_mtime
+        base = Saved(chosen, json.loads((chosen / META).read_text()), digest_of(chosen))
+    except (CheckpointError, OSError, ValueError):
+        raise CheckpointError(f"the checkpoint {saved.path} needs weights of {folder}, where there is none now; bring "
+                              "it back there (a relative path is one from the folder where training was started)"
+                              ) from None
+    if younger or len(others) > 1:
+        raise CheckpointError(f"the checkpoint {saved.path} names its base by the path {folder} alone, and "
+                              + ("what lies there is younger" if younger else f"{len(others)} checkpoints lie there")
+                              + "; leave only the one there that it was trained from, or train it again")
+    return base
+
+
+# ---- arrays -------------------------------------------------------------------------------------------------------
 
 
 def restore(saved: Saved, abstract: Mapping[str, Any]) -> dict[str, Any]:
@@ -336,7 +541,7 @@ def restore(saved: Saved, abstract: Mapping[str, Any]) -> dict[str, Any]:
         if present[name] != tuple(leaf.shape):
             raise CheckpointError(f"{name} is {list(present[name])} in the checkpoint {saved.path} and "
                                   f"{list(leaf.shape)} in this config; use the config it was trained with")
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as orbax:
+    with reading(saved), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as orbax:
         result = orbax.restore(saved.path / ARRAYS, args=ocp.args.PyTreeRestore(
             tree, restore_args=ocp.checkpoint_utils.construct_restore_args(tree), partial_restore=True))
     arrays: dict[str, Any] = {"parameters": unnest(result.get("parameters", {}))}
@@ -348,19 +553,21 @@ def restore(saved: Saved, abstract: Mapping[str, Any]) -> dict[str, Any]:
 
 def shapes(saved: Saved) -> dict[str, tuple[int, ...]]:
     """path -> shape of every parameter a checkpoint holds."""
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as orbax:
+    with reading(saved), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as orbax:
         tree = orbax.metadata(saved.path / ARRAYS).item_metadata.tree
     return {path: tuple(leaf.shape) for path, leaf in unnest(tree["parameters"]).items()}
 
 
 def arrays(saved: Saved) -> dict[str, tensorstore.TensorStore]:
-    """path -> every parameter a checkpoint holds, still on disk: `array[index].read().result()` reads that part."""
+    """path -> every parameter a checkpoint holds, still on disk: `array[index].read().result()` reads that part, inside
+    `reading`."""
     found = {}
     for path in shapes(saved):
         place = {"driver": "ocdbt", "base": f"file://{saved.path / ARRAYS}/",
                  "path": f"parameters.{path.replace('/', '.')}/"}
         found[path] = tensorstore.open({"driver": "zarr", "kvstore": place}, open=True, read=True)
-    return {path: future.result() for path, future in found.items()}
+    with reading(saved):
+        return {path: future.result() for path, future in found.items()}
 
 
 def nest(flat: Mapping[str, Any]) -> dict[str, Any]:

@@ -21,8 +21,7 @@ from calm_jax.data import pipeline
 from calm_jax.data.samples import Dataset
 from calm_jax.data.tokenizer import Tokenizer
 from calm_jax.models.parameters import Geometry, Parameters
-from calm_jax.training import checkpoint, filters, logging, sharding
-from calm_jax.training.restore import load
+from calm_jax.training import checkpoint, filters, logging, restore, sharding
 from calm_jax.training.setup import Setup
 from calm_jax.training.startup import Startup
 from calm_jax.training.step import State
@@ -42,8 +41,9 @@ class Interrupted(SystemExit):
 @dataclasses.dataclass
 class Run:
     """What the processes of a run share. `parameters` are current once any process has begun; `trained` names
-    those that some process of this run has trained, which every later checkpoint therefore holds. `startup` is there
-    until it has reported the first step; `profile` steps of each process are traced into the workdir."""
+    those that some process of this run has trained, which every later checkpoint therefore holds; `origins` says where
+    all others are, and `base` which checkpoint the run began from. `startup` is there until it has reported the first
+    step; `profile` steps of each process are traced into the workdir."""
 
     config: config_lib.Config
     workdir: pathlib.Path
@@ -52,6 +52,8 @@ class Run:
     tokenizer: Tokenizer
     parameters: Parameters | None = None
     trained: frozenset[str] = frozenset()
+    origins: restore.Origins = dataclasses.field(default_factory=dict)
+    base: dict[str, Any] | str = ""
     startup: Startup | None = None
     profile: int = 0
 
@@ -83,14 +85,15 @@ def run_process(run: Run, name: str, datasets: Mapping[str, Dataset]) -> None:
     # ---- what learns, where it lives --------------------------------------------------------------------------
     setup = Setup.of(config, name, run.geometry, mesh, run.trained)
     run.trained |= setup.trained.keys()
+    # Of an adapter both factors are held, even where one alone learns: they are of no use without each other.
+    run.trained |= {path[:-1] + other for path in run.trained if "/lora/" in path for other in "ab"}
     say(f"{name}: {process.steps} steps of {process.batch} rows on {mesh.devices.size} device(s); {setup.why}")
     say(filters.table(run.geometry.shapes, setup.learns))
 
     # ---- parameters and optimizer state: carried on, resumed, or made anew --------------------------------------
-    if saved is not None:
-        run.parameters = load(saved, run.geometry, config, setup.kept)
-    elif run.parameters is None:
-        run.parameters = load(_before(run, name), run.geometry, config, setup.kept)
+    if saved is not None or run.parameters is None:
+        within = saved is not None or config.run.index(name) > 0
+        _begin(run, saved or _before(run, name), setup, within=within)
     parameters = {path: jax.device_put(run.parameters.pop(path).astype(leaf.dtype), leaf.sharding)
                   for path, leaf in setup.kept.items()}
     trained = {path: parameters[path] for path in setup.trained}
@@ -135,8 +138,9 @@ def run_process(run: Run, name: str, datasets: Mapping[str, Dataset]) -> None:
         everything = {path: (state.trained | frozen)[path] for path in sorted(run.trained)}
         store.save(number, {"parameters": everything, "optimizer": state.optimizer}, {
             "process": name, "rows": number * process.batch, "best": best, "trained": sorted(run.trained),
-            "base": config.init, "seed": config.seed, "config": dataclasses.asdict(config),
-            "tokenizer": run.tokenizer.fingerprint, "cursor": cursor}, best=is_best)
+            "base": run.base, "borrowed": restore.borrowed(run.origins, run.trained), "seed": config.seed,
+            "config": dataclasses.asdict(config), "tokenizer": run.tokenizer.fingerprint,
+            "cursor": cursor}, best=is_best)
 
     def validate() -> dict[str, float]:
         totals: dict[str, Any] = {}
@@ -299,6 +303,19 @@ def say(text: str) -> None:
     """A line for the person at the terminal, from the first process only."""
     if jax.process_index() == 0:
         print(text, flush=True)
+
+
+def _begin(run: Run, saved: checkpoint.Saved | None, setup: Setup, *, within: bool) -> None:
+    """Reads the parameters of `saved`, a checkpoint `within` this run or the one that it begins from, or draws them."""
+    if saved is not None:
+        run.base = dataclasses.asdict(saved.pin) if not within else "" if checkpoint.unpinned(
+            saved.meta) else saved.meta["base"]
+    run.origins = restore.origins(saved, run.config)
+    for line in restore.changes(saved, run.config):
+        say(line)
+    for pin in restore.lenders({path: origin for path, origin in run.origins.items() if path not in run.trained}):
+        checkpoint.protect(pin, run.workdir)
+    run.parameters = restore.read(run.origins, setup.kept, run.config.model, saved)
 
 
 def _before(run: Run, name: str) -> checkpoint.Saved | None:
