@@ -1,4 +1,4 @@
-"""Checkpoints that read weights of others: adapters that differ are merged, a base is known by its bytes, not its path."""
+"""Checkpoints that read weights of others: adapters that differ are merged, a base is its bytes and not its path."""
 
 from __future__ import annotations
 
@@ -235,7 +235,7 @@ def test_a_base_that_was_moved_is_named_again(trained, copied, tmp_path, monkeyp
                 np.testing.assert_array_equal(found[path], value, path)
         again(tmp_path / "other", 4)
         monkeypatch.setenv("CALM_BASE", str(tmp_path / "other" / "00000004"))
-        with pytest.raises(checkpoint.CheckpointError, match="is not in CALM_BASE=.*00000004"):
+        with pytest.raises(checkpoint.CheckpointError, match=r"is not in CALM_BASE=.*00000004"):
             restore.model(copied)
     finally:
         os.rename(moved, trained / "base")
