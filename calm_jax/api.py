@@ -23,7 +23,7 @@ import PIL.Image
 from calm_jax import config as config_lib
 from calm_jax.data import attributes as attributes_lib
 from calm_jax.data import pictures
-from calm_jax.data.cues import bank
+from calm_jax.data.cues import bank, fingerprint
 from calm_jax.data.samples import Answer, ImageRef, Mention, Sample, Turn
 from calm_jax.data.scale import HIGHEST, LOWEST, READERS, mapped
 from calm_jax.data.tasks import instructions
@@ -69,6 +69,8 @@ class Model:
         restored = restore.model(checkpoint)
         process = restored.config.processes.get(restored.saved.meta["process"])
         self.path, self.identity, self.batch = restored.saved.path, restored.saved.identity, batch
+        if process and process.cues:
+            self.identity["cues"] = fingerprint(process.cues)
         self.parts = process.parts if process else config_lib.PARTS
         self.phrases = bank(process.cues, process.phrasings) if process else bank()
         model, parameters, tokenizer, dtype = (restored.config.model, restored.parameters, restored.tokenizer,

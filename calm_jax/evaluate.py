@@ -23,7 +23,7 @@ from absl import flags
 
 from calm_jax import command
 from calm_jax import config as config_lib
-from calm_jax.data import builders, scale
+from calm_jax.data import builders, cues, scale
 from calm_jax.data.samples import Dataset
 from calm_jax.evaluation import charts, peers, personalised, protocols, suggesting
 from calm_jax.evaluation.replies import Replies
@@ -66,26 +66,28 @@ def evaluate(path: str, options: Options, file: pathlib.Path) -> dict[str, Any]:
     Replies of the model are kept beside `file`, where the result will be, so that an interrupted evaluation goes on.
     """
     dataset = builders.load(options.dataset, options.data_dir)
+    saved = checkpoint.find(path)
+    control = checkpoint.find(options.control) if options.control else None
+    asked = _asked(path, options, dataset, saved, control)
     indices = dataset.indices(options.split)
     if options.records:
         places = np.linspace(0, len(indices) - 1, min(options.records, len(indices))).round().astype(int)
         indices = indices[np.unique(places)]
-    ask = functools.partial(_answers, options=options, dataset=dataset, indices=indices)
+    ask = functools.partial(_answers, options=options, dataset=dataset, indices=indices, asked=asked)
     mine, theirs = _kept(file)
-    answered = ask(path, replies=mine)
-    control = ask(options.control, replies=theirs) if options.control and options.task in (
-        "attributes", "suggesting") else ()
+    answered = ask(saved, replies=mine)
+    beside = ask(control, replies=theirs) if control and options.task in ("attributes", "suggesting") else ()
     if options.task == "attributes":
-        table = protocols.attribute_table(answered, control)
+        table = protocols.attribute_table(answered, beside)
     elif options.task == "scoring":
         table = protocols.score_table(answered, options.threshold)
     elif options.task == "suggesting":
-        table = suggesting.suggestion_table(answered, control)
+        table = suggesting.suggestion_table(answered, beside)
     elif options.task == "personalised":
         table = personalised.personal_table(answered)
     else:
         table = protocols.comment_table(answered, dataset, options.spice)
-    return _asked(path, options) | {"table": _plain(table), "answers": [
+    return asked | {"table": _plain(table), "answers": [
         _plain(dataclasses.asdict(item)) for item in answered]}
 
 
@@ -94,21 +96,25 @@ def _kept(file: pathlib.Path) -> tuple[pathlib.Path, pathlib.Path]:
     return file.with_suffix(".replies.jsonl"), file.with_suffix(".control.replies.jsonl")
 
 
-def _asked(path: str, options: Options) -> dict[str, Any]:
-    """What a result is an answer to."""
-    beside = checkpoint.find(options.control).identity if options.control else None
-    return json.loads(json.dumps({"model": str(path), **checkpoint.find(path).identity, "beside": beside,
-                                  **dataclasses.asdict(options)}))
+def _asked(path: str, options: Options, dataset: Dataset, saved: checkpoint.Saved,
+           control: checkpoint.Saved | None) -> dict[str, Any]:
+    """What a result is an answer to: the options, and the content of everything that they name."""
+    process = saved.meta["config"]["processes"].get(saved.meta["process"], {})
+    asked_in = cues.fingerprint(process.get("cues", "")) if options.task == "attributes" else ""
+    return json.loads(json.dumps({
+        "model": str(path), **saved.identity, "beside": control.identity if control else None,
+        "data": dataset.fingerprint, "cues": asked_in, **dataclasses.asdict(options)}))
 
 
-def _answers(path: str, options: Options, dataset: Dataset, indices: Sequence[int], replies: pathlib.Path) -> list:
-    model = restore.model(path)
+def _answers(saved: checkpoint.Saved, options: Options, dataset: Dataset, indices: Sequence[int],
+             replies: pathlib.Path, asked: Mapping[str, Any]) -> list:
+    model = restore.whole(saved)
     trained = model.config.processes.get(model.saved.meta["process"])
     if trained is None:
         raise config_lib.ConfigError(f"{model.saved.path} was converted and never trained; train from it first")
     parts = trained.parts if options.task != "attributes" else config_lib.LEVELS
     generator = Replies(Generator(model.config.model, model.parameters, model.tokenizer, parts, model.dtype), replies,
-                        _asked(path, options))
+                        {**asked, "replies": saved.identity})
     del model  # the generator holds its weights in arrays of its own
     if options.task == "attributes":
         return protocols.attributes(generator, dataset, indices, cues=trained.cues, phrasings=trained.phrasings)
@@ -266,16 +272,30 @@ def result_name(task: str, dataset: str, split: str, reader: str = "text") -> st
 
 
 def _once(path: str, options: Options, file: pathlib.Path) -> dict[str, Any]:
+    """As `_measured`, of the checkpoint that is there: training may go on, and prune the one that was found."""
+    for _ in range(checkpoint.TRIES):
+        try:
+            return _measured(path, options, file)
+        except checkpoint.Vanished as error:
+            vanished = error
+    raise vanished
+
+
+def _measured(path: str, options: Options, file: pathlib.Path) -> dict[str, Any]:
     """The result in a file, if it is an answer to just this; else a new one, written whole or not at all."""
     if file.is_file():
         try:
             found = json.loads(file.read_text())
         except ValueError:
             found = {}
-        asked = _asked(path, options)
-        if asked == {name: found.get(name) for name in asked} and "table" in found:
+        asked = _asked(path, options, builders.load(options.dataset, options.data_dir), checkpoint.find(path),
+                       checkpoint.find(options.control) if options.control else None)
+        other = [name for name in asked if name not in found or asked[name] != found[name]]
+        if not other and "table" in found:
             print(f"known already from {file}")
             return found
+        print(f"measured anew: what is in {file} answers to another {' and '.join(map(_in_words, other))}"
+              if other else f"measured anew: {file} is damaged")
     result = evaluate(path, options, file)
     partial = file.with_name(file.name + ".partial")
     partial.write_text(json.dumps(result, indent=1))
@@ -283,6 +303,11 @@ def _once(path: str, options: Options, file: pathlib.Path) -> dict[str, Any]:
     for kept in _kept(file):
         kept.unlink(missing_ok=True)
     return result
+
+
+def _in_words(name: str) -> str:
+    return {"data": "content of the dataset", "digest": "state of the model", "beside": "state of the control",
+            "cues": "content of the file of cues"}.get(name, name)
 
 
 if __name__ == "__main__":

@@ -131,6 +131,10 @@ class Dataset(Protocol):
 
     name: str
 
+    @property
+    def fingerprint(self) -> str:
+        """Of the whole content: splits, keys, labels and pictures. It changes when any of them does, and only then."""
+
     def indices(self, split: str) -> np.ndarray:
         """Record numbers of a split, int64 `[n]`, in a fixed order."""
 

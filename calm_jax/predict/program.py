@@ -143,6 +143,8 @@ def main(words: Sequence[str]) -> int:
     asked = {"verb": name, **model.identity}
     for option in verb.options:
         value = given[option]
+        if option == "rated":  # a picture counts as the same while its size and time of change are
+            value = [(path, score, *stamp(path)) for path, score in value]
         asked |= dataclasses.asdict(value) if dataclasses.is_dataclass(value) else {option: value}
     out = pathlib.Path(values["out"]) if values["out"] else None
     journal = Journal(out.with_name(out.name + ".journal") if out else None, asked)

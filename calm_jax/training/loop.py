@@ -17,7 +17,7 @@ from jax.experimental import multihost_utils
 from jaxtyping import Array, Bool
 
 from calm_jax import config as config_lib
-from calm_jax.data import pipeline
+from calm_jax.data import cues, pipeline
 from calm_jax.data.samples import Dataset
 from calm_jax.data.tokenizer import Tokenizer
 from calm_jax.models.parameters import Geometry, Parameters
@@ -40,10 +40,17 @@ class Interrupted(SystemExit):
 
 @dataclasses.dataclass
 class Run:
-    """What the processes of a run share. `parameters` are current once any process has begun; `trained` names
-    those that some process of this run has trained, which every later checkpoint therefore holds; `origins` says where
-    all others are, and `base` which checkpoint the run began from. `startup` is there until it has reported the first
-    step; `profile` steps of each process are traced into the workdir."""
+    """What the processes of a run share.
+
+    Attributes:
+      parameters: current once any process has begun.
+      trained: those that some process of this run has trained, which every later checkpoint therefore holds.
+      origins: where all others are.
+      base: the checkpoint that the run began from, as the fields of a Pin.
+      data: fingerprints of what the run has learned from.
+      startup: is there until it has reported the first step.
+      profile: so many steps of each process are traced into the workdir.
+    """
 
     config: config_lib.Config
     workdir: pathlib.Path
@@ -54,6 +61,7 @@ class Run:
     trained: frozenset[str] = frozenset()
     origins: restore.Origins = dataclasses.field(default_factory=dict)
     base: dict[str, Any] | str = ""
+    data: dict[str, str] = dataclasses.field(default_factory=dict)
     startup: Startup | None = None
     profile: int = 0
 
@@ -79,8 +87,11 @@ def run_process(run: Run, name: str, datasets: Mapping[str, Dataset]) -> None:
     if saved is not None and saved.step >= process.steps:
         store.close()
         run.parameters, run.trained = None, frozenset(saved.meta["trained"])
+        run.data |= saved.meta.get("data", {})
         say(f"{name}: complete ({saved.step} steps)")
         return
+
+    _same_content(run, name, datasets, saved)
 
     # ---- what learns, where it lives --------------------------------------------------------------------------
     setup = Setup.of(config, name, run.geometry, mesh, run.trained)
@@ -140,7 +151,7 @@ def run_process(run: Run, name: str, datasets: Mapping[str, Dataset]) -> None:
             "process": name, "rows": number * process.batch, "best": best, "trained": sorted(run.trained),
             "base": run.base, "borrowed": restore.borrowed(run.origins, run.trained), "seed": config.seed,
             "config": dataclasses.asdict(config), "tokenizer": run.tokenizer.fingerprint,
-            "cursor": cursor}, best=is_best)
+            "data": run.data, "cursor": cursor}, best=is_best)
 
     def validate() -> dict[str, float]:
         totals: dict[str, Any] = {}
@@ -306,8 +317,17 @@ def say(text: str) -> None:
 
 
 def _begin(run: Run, saved: checkpoint.Saved | None, setup: Setup, *, within: bool) -> None:
-    """Reads the parameters of `saved`, a checkpoint `within` this run or the one that it begins from, or draws them."""
+    """Reads the parameters of `saved`, a checkpoint `within` this run or the one that it begins from, or draws them.
+
+    Raises:
+      ConfigError: the tokenizer is not the one of `saved`, whose word embeddings would be of other words.
+      CheckpointError: as `restore.origins` and `restore.read`.
+    """
     if saved is not None:
+        if saved.meta["tokenizer"] != run.tokenizer.fingerprint:
+            raise config_lib.ConfigError(f"the checkpoint {saved.path} was trained with another tokenizer than "
+                                         f"{run.tokenizer.path}; set --config.tokenizer to "
+                                         f"{restore.tokenizer(saved).path}")
         run.base = dataclasses.asdict(saved.pin) if not within else "" if checkpoint.unpinned(
             saved.meta) else saved.meta["base"]
     run.origins = restore.origins(saved, run.config)
@@ -316,6 +336,27 @@ def _begin(run: Run, saved: checkpoint.Saved | None, setup: Setup, *, within: bo
     for pin in restore.lenders({path: origin for path, origin in run.origins.items() if path not in run.trained}):
         checkpoint.protect(pin, run.workdir)
     run.parameters = restore.read(run.origins, setup.kept, run.config.model, saved)
+
+
+def _same_content(run: Run, name: str, datasets: Mapping[str, Dataset], saved: checkpoint.Saved | None) -> None:
+    """Notes what process `name` learns from.
+
+    Raises:
+      ConfigError: it is not what this run has learned from so far.
+    """
+    cues_file = run.config.processes[name].cues
+    found = {f"dataset {key}": dataset.fingerprint for key, dataset in datasets.items()}
+    found |= {f"file of cues {cues_file}": cues.fingerprint(cues_file)} if cues_file else {}
+    found["tokenizer"] = run.tokenizer.fingerprint
+    known = run.data | (saved.meta.get("data", {}) if saved is not None else {})
+    for what, fingerprint in found.items():
+        if known.get(what, fingerprint) != fingerprint:
+            newest = f"--config.init={saved.path}" if saved is not None else f"--config.init={run.workdir}"
+            raise config_lib.ConfigError(
+                f"the {what} has changed since {run.workdir} was trained on it (fingerprint {known[what]} then, "
+                f"{fingerprint} now): give it back its content to resume, or train on the new one in another --workdir"
+                f", from what was learned with {newest} or from the start")
+    run.data = known | found
 
 
 def _before(run: Run, name: str) -> checkpoint.Saved | None:

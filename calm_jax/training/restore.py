@@ -338,13 +338,14 @@ def model(path: str | os.PathLike) -> Restored:
     for _ in range(checkpoint.TRIES if jax.process_count() == 1 else 1):
         saved = checkpoint.find(path)
         try:
-            return _model(saved)
+            return whole(saved)
         except checkpoint.Vanished as error:
             vanished = error
     raise vanished
 
 
-def _model(saved: checkpoint.Saved) -> Restored:
+def whole(saved: checkpoint.Saved) -> Restored:
+    """The model of a verified checkpoint; raises as `model`."""
     config = config_lib.from_config_dict(saved.meta["config"])
     geometry = Geometry.of(config.model)
     layout = sharding.parameters(geometry.shapes, sharding.inference_mesh(config.model))

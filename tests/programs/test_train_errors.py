@@ -7,6 +7,7 @@ import dataclasses
 import errno
 import json
 import logging
+import pathlib
 import shutil
 import sys
 
@@ -46,8 +47,8 @@ class Coloured:
 
     name = "coloured"
 
-    def __init__(self, broken=()):
-        self.broken = set(broken)
+    def __init__(self, broken=(), fingerprint="0123"):
+        self.broken, self.fingerprint = set(broken), fingerprint
 
     def indices(self, split: str) -> np.ndarray:
         return np.arange(32) if split == "train" else np.arange(32, 36)
@@ -179,6 +180,18 @@ def test_a_start_that_is_no_checkpoint_is_refused(tmp_path, coloured):
         program.train(miniature.config(init=str(tmp_path / "nothing")), tmp_path / "run")
 
 
+def test_a_start_with_another_tokenizer_is_refused(tmp_path, coloured):
+    coloured()
+    base = pathlib.Path(miniature.saved(tmp_path / "base")) / "00000003"
+    meta = json.loads((base / "meta.json").read_text())
+    (base / "tokenizer.model").write_bytes(b"another one")
+    (base / "meta.json").write_text(json.dumps(meta | {"tokenizer": "0123456789ab"}))
+    checkpoint.write_marker(base)
+    with pytest.raises((config_lib.ConfigError, checkpoint.CheckpointError), match="tokenizer"):
+        program.train(miniature.config(init=str(base)), tmp_path / "run")
+    assert not (tmp_path / "run" / "checkpoints" / "only").exists()
+
+
 # ---- while it runs ----------------------------------------------------------------------------------------------
 
 
@@ -200,6 +213,21 @@ def again(trained, tmp_path, *steps: int):
         if int(path.name) not in steps:
             shutil.rmtree(path)
     return workdir
+
+
+def test_training_is_not_resumed_on_other_content(trained, tmp_path, coloured):
+    """Of the same name: the data set, its name and the remedy are said, and the checkpoints stay as they are."""
+    workdir = again(trained, tmp_path, 2)
+    (workdir / "checkpoints" / "only" / checkpoint.BEST).unlink()  # of a step that is no longer there
+    before = {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()}
+    coloured(fingerprint="4567")
+    with pytest.raises(config_lib.ConfigError, match=r"dataset demo .*0123.*4567.*--workdir.*00000002"):
+        program.train(miniature.config(checkpoint=config_lib.Checkpoint(every_steps=2)), workdir)
+    after = {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file() and path.name != checkpoint.BEST}
+    assert before == after
+    coloured()
+    program.train(miniature.config(checkpoint=config_lib.Checkpoint(every_steps=2)), workdir)
+    assert checkpoint.find(workdir).meta["data"] == checkpoint.find(trained).meta["data"]
 
 
 def only(**changes) -> config_lib.Config:

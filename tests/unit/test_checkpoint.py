@@ -6,6 +6,8 @@ import dataclasses
 import errno
 import json
 import math
+import pathlib
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -165,6 +167,83 @@ def test_what_a_crash_left_half_pruned_is_removed_by_the_next_save(store):
 def test_an_unfinished_folder_of_the_same_step_is_written_anew(store):
     (store.folder / "00000005" / "arrays").mkdir(parents=True)
     assert save(store, 5).step == 5
+
+
+# ---- readers beside a training that prunes -----------------------------------------------------------------------
+
+
+def test_what_is_pruned_while_it_is_verified_is_looked_for_again(store, monkeypatch):
+    save(store, 1)
+    checksum, store.policy = checkpoint._checksum, config_lib.Checkpoint(keep=1)
+
+    def meanwhile(file):
+        if file.is_relative_to(store.folder / "00000001") and is_first.pop():
+            save(store, 2)
+        return checksum(file)
+
+    is_first = [False] * 100 + [True]
+    monkeypatch.setattr(checkpoint, "_checksum", meanwhile)
+    assert checkpoint.find(store.folder).step == 2
+    with pytest.raises(checkpoint.CheckpointError, match="00000001") as error:  # asked for by its own name: it is gone
+        checkpoint.find(store.folder / "00000001")
+    assert "\n" not in str(error.value)
+
+
+def test_what_is_pruned_or_replaced_before_it_is_read_is_one_sentence(store):
+    saved = save(store, 1)
+    want = abstract(arrays())
+    (saved.path / checkpoint.MARKER).unlink()  # pruned in part
+    for call in (lambda: checkpoint.restore(saved, want), lambda: checkpoint.shapes(saved),
+                 lambda: checkpoint.arrays(saved)):
+        with pytest.raises(checkpoint.Vanished, match="00000001 was removed or replaced while it was read"):
+            call()
+    save(store, 1)  # another training, in the same place
+    saved = dataclasses.replace(saved, digest="0" * 64)
+    with pytest.raises(checkpoint.Vanished):
+        checkpoint.restore(saved, want)
+
+
+def test_a_model_is_read_from_the_checkpoint_that_is_there(tmp_path, monkeypatch):
+    """Pruned after it was found, in the middle of its arrays: the newer one is taken, whole."""
+    folder = pathlib.Path(miniature.saved(tmp_path / "run"))
+    read, met = checkpoint.restore, []
+
+    def meanwhile(saved, *rest):
+        if saved.step == 3:
+            met.append(saved)
+            if not (folder / "00000007").exists():
+                shutil.copytree(saved.path, folder / "00000007")
+                meta = json.loads((saved.path / "meta.json").read_text())
+                (folder / "00000007" / "meta.json").write_text(json.dumps(meta | {"step": 7}))
+                checkpoint.write_marker(folder / "00000007")
+            shutil.rmtree(saved.path / "arrays")
+            (saved.path / checkpoint.MARKER).unlink()
+        return read(saved, *rest)
+
+    monkeypatch.setattr(checkpoint, "restore", meanwhile)
+    assert restore.model(folder).saved.step == 7 and len(met) == 1
+
+
+def test_pruning_survives_what_it_cannot_remove(store, monkeypatch):
+    """A reader on a network file system keeps files in a folder alive, or somebody was quicker."""
+    remove = checkpoint.shutil.rmtree
+
+    def busy(path, ignore_errors=False):
+        if not ignore_errors:
+            raise OSError(errno.ENOTEMPTY, "Directory not empty")
+        if str(path).endswith("00000001"):
+            return
+        remove(path, ignore_errors=True)
+
+    monkeypatch.setattr(checkpoint.shutil, "rmtree", busy)
+    for step in (1, 2, 3, 4):
+        if step == 4:
+            remove(store.folder / "00000002")
+        save(store, step)
+    assert checkpoint.find(store.folder).step == 4
+    monkeypatch.undo()
+    save(store, 5)
+    assert steps(store) == [4, 5]
 
 
 # ---- a full disk ------------------------------------------------------------------------------------------------

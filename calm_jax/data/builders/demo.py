@@ -13,6 +13,8 @@ penalty for each of them. They show that the machinery learns what it is taught;
 from __future__ import annotations
 
 import dataclasses
+import functools
+import hashlib
 import importlib.util
 import re
 from pathlib import Path
@@ -247,6 +249,14 @@ class Demo:
     def __len__(self) -> int:
         """Records of all splits together."""
         return len(self._records)
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Of all records and of the files of the photographs, which belong to other packages."""
+        digest = hashlib.sha256(repr((self._splits, self._records)).encode())
+        for path in self._paths:
+            digest.update(hashlib.sha256(path.read_bytes()).digest())
+        return digest.hexdigest()[:16]
 
     def indices(self, split: str) -> np.ndarray:
         """Record numbers of a split, int64 `[n]`. Raises ConfigError when there is no such split."""

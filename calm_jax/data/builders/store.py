@@ -6,7 +6,7 @@
       labels/SPLIT.jsonl  labels/SPLIT.npy       the labels alone, a line a record, and where each line begins; here
                                                  also the tenths of what `data.statistics` measures on the pictures, and
                                                  the attributes that they are unfit for
-      manifest.json  skipped.jsonl               how it was made, and what could not be used
+      manifest.json  skipped.jsonl               how it was made, checksums of the shards, and what could not be used
 
 Rows of training are planned from the labels before any picture is read, so they lie apart and are mapped into memory:
 a dataset of any size opens at once. Until all is written the folder is called `1.0.0.partial`, which no reader
@@ -40,7 +40,7 @@ from PIL import Image
 from calm_jax import config as config_lib
 from calm_jax.data import pictures, statistics
 from calm_jax.data.builders.labels import SPLITS, Entry, Source
-from calm_jax.data.builders.stored import VERSION
+from calm_jax.data.builders.stored import VERSION, checksums
 from calm_jax.data.samples import BadRecord, Record
 
 QUALITY = 95  # of pictures that are encoded anew
@@ -353,7 +353,7 @@ class _Build:
             "entries": sum(len(shard.entries) for shard in self.shards),
             "skipped": {kind: sum(item["kind"] == kind for item in skipped) for kind in ("missing", "unreadable")},
             "rows": {"read": source.rows, "malformed": len(source.malformed)},
-            "left_out": dict(sorted(source.left_out.items())),
+            "left_out": dict(sorted(source.left_out.items())), "pictures": checksums(self.partial),
             "homepage": source.homepage, "licence": source.licence, "citation": source.citation}
         _write(self.partial / "manifest.json", json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
         (self.partial / "plan.json").unlink()  # it is in the manifest

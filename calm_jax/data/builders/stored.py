@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import concurrent.futures
+import functools
+import hashlib
 import json
 import mmap
 from pathlib import Path
@@ -23,6 +26,17 @@ def names(data_dir: Path | str) -> tuple[str, ...]:
     return tuple(sorted(path.parent.parent.name for path in Path(data_dir).glob(f"*/{VERSION}/manifest.json")))
 
 
+def checksums(folder: Path) -> dict[str, tuple[int, str]]:
+    """Name -> size in bytes and SHA-256 of every file of pictures in a dataset's folder."""
+    def checksum(path):
+        with path.open("rb") as stream:
+            return path.stat().st_size, hashlib.file_digest(stream, "sha256").hexdigest()
+
+    paths = sorted(folder.glob("*.array_record-*-of-*[0-9]"))
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        return {path.name: found for path, found in zip(paths, pool.map(checksum, paths), strict=True)}
+
+
 class Stored:
     """A prepared dataset; records are read from the labels alone, pictures when they are asked for.
 
@@ -39,6 +53,7 @@ class Stored:
             manifest = json.loads((self.folder / "manifest.json").read_text())
             self._scale = tuple(manifest["plan"]["scale"]) or (1.0, 10.0)
             self._counts = {split: int(count) for split, count in manifest["splits"].items()}
+            self._checksums = manifest.get("pictures")
         except FileNotFoundError:
             state = "is not finished" if self.folder.with_name(f"{VERSION}.partial").exists() else "is not there"
             raise config_lib.ConfigError(f"the dataset {name!r} {state} in {data_dir}; prepare it: {remedy}") from None
@@ -59,6 +74,16 @@ class Stored:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_open": {}}  # files are opened anew in each process
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Of splits, scale and labels as they are now, and of the pictures as the manifest says they were stored. A
+        manifest of before 2026-11-27 does not say it: then all of them are read."""
+        pictures_now = self._checksums or checksums(self.folder)
+        digest = hashlib.sha256(json.dumps([self._scale, self._counts, pictures_now], sort_keys=True).encode())
+        for split in sorted(self._counts):
+            digest.update(hashlib.sha256(self._labels(split)[1]).digest())
+        return digest.hexdigest()[:16]
 
     def indices(self, split: str) -> Int64[np.ndarray, "n"]:
         """Record numbers of a split, none where the dataset has no such part.

@@ -49,6 +49,11 @@ def bank(path: str = "", phrasings: int = 0) -> Mapping[str, Cues]:
         for name, cues in CUES.items()}
 
 
+def fingerprint(path: str) -> str:
+    """Of the phrases in a file of `tools.make_cues`; empty for none. Raises as `bank`."""
+    return stored.fingerprint(path, CUES) if path else ""
+
+
 def variations(text: str) -> tuple[str, ...]:
     """A comparison answer with `{which}` filled in, in the order of CHOICES."""
     return tuple(text.format(which=which) for which in CHOICES)

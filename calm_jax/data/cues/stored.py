@@ -6,6 +6,7 @@ The file is JSON: `phrases` is a list of {attribute, kind, grade, text, request}
 
 from __future__ import annotations
 
+import hashlib
 import json
 import pathlib
 from collections.abc import Iterator, Mapping
@@ -72,6 +73,11 @@ def read(path: str, bank: Mapping[str, Cues]) -> dict[Place, tuple[str, ...]]:
         seen.add(normal(text))
         found.setdefault(place, []).append(text)
     return {place: tuple(texts) for place, texts in found.items()}
+
+
+def fingerprint(path: str, bank: Mapping[str, Cues]) -> str:
+    """Of the phrases in a file, whatever else it says; raises as `read`."""
+    return hashlib.sha256(repr(sorted(read(path, bank).items(), key=repr)).encode()).hexdigest()[:16]
 
 
 def _check(where: str, place: Place, text: object, known: Mapping[Place, object]) -> None:
