@@ -4,13 +4,15 @@
 
 The same command again resumes, and takes its compiled programs from a cache. One of several processes finds the others
 by its environment (`training.processes`); calm_jax.supervise starts processes, and starts them again. A workdir belongs
-to one config; another config in it is refused with the difference.
+to one config; another config in it is refused with the difference, and so is a second training at the same time.
+
+Exit codes: 0 done; 143, 130 or 129 stopped by SIGTERM, Ctrl-C or SIGHUP, and saved; 2 what was asked for is wrong;
+3 the training itself cannot go on (it diverged, or too many records are bad): the same command would end so again;
+1 something else failed, such as a full disk. SIGUSR1 makes it write the stacks of its threads to stderr.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import pathlib
 
 import jax
@@ -21,8 +23,9 @@ from calm_jax import config as config_lib
 from calm_jax.data import builders
 from calm_jax.data.tokenizer import Tokenizer
 from calm_jax.models.parameters import Geometry
-from calm_jax.training import loop, processes, sharding
+from calm_jax.training import filters, loop, processes, sharding
 from calm_jax.training.startup import Startup, keep_programs
+from calm_jax.training.workdir import check, claim, held
 
 
 def train(config: config_lib.Config, workdir: pathlib.Path, *, startup: Startup | None = None, profile: int = 0
@@ -34,47 +37,32 @@ def train(config: config_lib.Config, workdir: pathlib.Path, *, startup: Startup 
       profile: so many steps of each process are traced, into `workdir/profile/PROCESS`.
 
     Raises:
-      ConfigError: the config does not fit the workdir, the devices, the tokenizer or the data.
+      ConfigError: the config does not fit the workdir, the devices, the tokenizer or the data; or another training
+        works in the workdir.
       CheckpointError, TrainingError: see `training.loop.run_process`.
     """
-    claim(workdir, config)
-    tokenizer = Tokenizer(config.tokenizer)
-    if tokenizer.vocab != config.model.llama.vocab:
-        raise config_lib.ConfigError(f"the tokenizer {tokenizer.path} has {tokenizer.vocab} pieces and "
-                                     f"model.llama.vocab is {config.model.llama.vocab}; set one to fit the other")
-    mesh = sharding.make_mesh(config.mesh)
-    geometry = Geometry.of(config.model)
-    loop.say(f"devices: {mesh.devices.size} x {mesh.devices.flat[0].device_kind} of {jax.process_count()} process(es), "
-             f"mesh {dict(mesh.shape)}")
-    loop.say(sharding.table(geometry.shapes, mesh))
-    run = loop.Run(config, workdir, mesh, geometry, tokenizer, startup=startup, profile=profile)
-    for name in config.run:
-        datasets = {dataset: builders.load(dataset, config.data.dir) for dataset in config.processes[name].datasets}
-        loop.run_process(run, name, datasets)
-    loop.say(f"done: {', '.join(config.run)} in {workdir}")
-
-
-def claim(workdir: pathlib.Path, config: config_lib.Config) -> None:
-    """Writes the config into an unused workdir; refuses one that belongs to another config."""
-    path = workdir / "config.json"
-    ours = json.loads(json.dumps(dataclasses.asdict(config)))
-    if path.is_file():
-        try:
-            theirs = json.loads(path.read_text())
-        except ValueError:
-            raise config_lib.ConfigError(f"{path} is damaged; restore it, or choose another --workdir") from None
-        lines = config_lib.differences(theirs, ours)
-        if lines:
-            raise config_lib.ConfigError(f"the workdir {workdir} belongs to another config ({'; '.join(lines)}); "
-                                         "choose another --workdir, or take the change back to resume")
-    elif jax.process_index() == 0:
-        if (workdir / "checkpoints").exists():
-            raise config_lib.ConfigError(f"the workdir {workdir} holds checkpoints but no config.json; choose another "
-                                         "--workdir")
-        workdir.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(ours, indent=1))
-        partial.replace(path)
+    with held(workdir):
+        check(workdir, config)
+        tokenizer = Tokenizer(config.tokenizer)
+        if tokenizer.vocab != config.model.llama.vocab:
+            raise config_lib.ConfigError(f"the tokenizer {tokenizer.path} has {tokenizer.vocab} pieces and "
+                                         f"model.llama.vocab is {config.model.llama.vocab}; set one to fit the other")
+        mesh = sharding.make_mesh(config.mesh)
+        geometry = Geometry.of(config.model)
+        datasets = {}
+        for name in config.run:  # all of them now: a mistake in the last process should not wait for its turn
+            process = config.processes[name]
+            sharding.check_batch(process, mesh, name)
+            filters.trainable(geometry.shapes, process)
+            datasets[name] = {dataset: builders.load(dataset, config.data.dir) for dataset in process.datasets}
+        loop.say(f"devices: {mesh.devices.size} x {mesh.devices.flat[0].device_kind} of {jax.process_count()} "
+                 f"process(es), mesh {dict(mesh.shape)}")
+        loop.say(sharding.table(geometry.shapes, mesh))
+        run = loop.Run(config, workdir, mesh, geometry, tokenizer, startup=startup, profile=profile,
+                       begun=lambda: claim(workdir, config))
+        for name in config.run:
+            loop.run_process(run, name, datasets[name])
+        loop.say(f"done: {', '.join(config.run)} in {workdir}")
 
 
 def cli() -> None:
@@ -88,6 +76,7 @@ def cli() -> None:
                                    "WORKDIR/profile, for XProf and Perfetto; 0 = none", lower_bound=0)
 
     def main():
+        processes.supervised()
         startup = Startup()
         config = command.config(chosen)
         keep_programs()

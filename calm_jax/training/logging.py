@@ -2,16 +2,43 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import pathlib
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import tqdm
+
+
+class Terminal:
+    """Standard error or output, whose reader may go away: the training goes on, unheard."""
+
+    def __init__(self, stream: Any):
+        self._stream, self.encoding = stream, getattr(stream, "encoding", None)
+
+    def _tried(self, act: Callable[[], Any]) -> None:
+        try:
+            act()
+        except OSError:
+            with contextlib.suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+
+    def write(self, text: str) -> None:
+        self._tried(lambda: self._stream.write(text))
+
+    def flush(self) -> None:
+        self._tried(self._stream.flush)
+
+    def isatty(self) -> bool:
+        return self._stream.isatty()
+
+    def fileno(self) -> int:
+        return self._stream.fileno()
 
 
 class Log:
@@ -30,8 +57,9 @@ class Log:
         cut(self._path, process, start)
         self._file = self._path.open("a", buffering=1)
         self._board = _tensorboard().SummaryWriter(str(folder / "tensorboard" / process), purge_step=start + 1)
-        self._bar = tqdm.tqdm(total=steps, initial=start, desc=title, unit="step", file=sys.stderr, mininterval=0.5,
-                              maxinterval=30, dynamic_ncols=True)
+        self._terminal = Terminal(sys.stderr)
+        self._bar = tqdm.tqdm(total=steps, initial=start, desc=title, unit="step", file=self._terminal,
+                              mininterval=0.5, maxinterval=30, dynamic_ncols=True)
 
     def advance(self) -> None:
         """One more step is done."""
@@ -57,7 +85,7 @@ class Log:
     def say(self, text: str) -> None:
         """A line above the bar."""
         if self.active:
-            self._bar.write(text, file=sys.stderr)
+            self._bar.write(text, file=self._terminal)
 
     def close(self) -> None:
         if self.active:

@@ -6,9 +6,10 @@ import dataclasses
 import math
 import pathlib
 import signal
+import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -21,7 +22,7 @@ from calm_jax.data import cues, pipeline
 from calm_jax.data.samples import Dataset
 from calm_jax.data.tokenizer import Tokenizer
 from calm_jax.models.parameters import Geometry, Parameters
-from calm_jax.training import checkpoint, filters, logging, restore, sharding
+from calm_jax.training import checkpoint, filters, logging, processes, restore, sharding
 from calm_jax.training.setup import Setup
 from calm_jax.training.startup import Startup
 from calm_jax.training.step import State
@@ -49,6 +50,8 @@ class Run:
       base: the checkpoint that the run began from, as the fields of a Pin.
       data: fingerprints of what the run has learned from.
       startup: is there until it has reported the first step.
+      begun: is called once, when the first step has run.
+      progress: what a supervisor sees.
       profile: so many steps of each process are traced into the workdir.
     """
 
@@ -63,6 +66,8 @@ class Run:
     base: dict[str, Any] | str = ""
     data: dict[str, str] = dataclasses.field(default_factory=dict)
     startup: Startup | None = None
+    begun: Callable[[], None] | None = None
+    progress: processes.Progress = dataclasses.field(default_factory=processes.Progress)
     profile: int = 0
 
     def reached(self, phase: str) -> None:
@@ -78,10 +83,12 @@ def run_process(run: Run, name: str, datasets: Mapping[str, Dataset]) -> None:
 
     Raises:
       TrainingError: loss, parameters or validation loss are not finite, or too many records are bad.
-      Interrupted: SIGTERM or SIGINT came; everything is saved.
+      Interrupted: SIGTERM, SIGINT or SIGHUP came; everything is saved.
       ConfigError, CheckpointError: what was asked for cannot be done, said in one sentence.
     """
     config, process, mesh = run.config, run.config.processes[name], run.mesh
+    place = config.run.index(name)
+    run.progress(place)
     store = run.checkpoints(name)
     saved = store.latest()
     if saved is not None and saved.step >= process.steps:
@@ -128,6 +135,7 @@ def run_process(run: Run, name: str, datasets: Mapping[str, Dataset]) -> None:
     finite = jax.jit(all_finite, out_shardings=setup.placements.step)
     key = jax.random.key(config.seed)
     start = int(state.step)
+    run.progress(place, start, start)
     own = sharding.own_rows(mesh, process.batch)
     rows = pipeline.Rows(process, datasets, run.tokenizer, config.model, seed=config.seed, split="train",
                          cache_mb=config.data.cache_mb)
@@ -138,7 +146,7 @@ def run_process(run: Run, name: str, datasets: Mapping[str, Dataset]) -> None:
 
     # ---- the loop: metrics are read one step late, so that the device never waits for the host --------------------
     log = logging.Log(run.workdir, name, start=start, steps=process.steps,
-                      title=f"[{config.run.index(name) + 1}/{len(config.run)}] {name}")
+                      title=f"[{place + 1}/{len(config.run)}] {name}")
     best = saved.meta["best"] if saved is not None else None
     if best is not None and not math.isfinite(best):  # said by a version that did not look
         best = None
@@ -159,6 +167,7 @@ def run_process(run: Run, name: str, datasets: Mapping[str, Dataset]) -> None:
                                       own=own):
             del batch["cursor"]
             sums = eval_step(state.trained, frozen, sharding.put(batch, mesh, process.batch))
+            run.progress()
             totals = sums if not totals else jax.tree.map(jnp.add, totals, sums)
         totals = jax.device_get(totals)
         if not totals["weight"] > 0:
@@ -181,11 +190,16 @@ def run_process(run: Run, name: str, datasets: Mapping[str, Dataset]) -> None:
                 meter.read()
                 meter.pending = (number, metrics)
                 log.advance()
-                if run.startup is not None:
+                if run.startup is not None or run.begun is not None:
                     jax.block_until_ready(metrics)
+                if run.begun is not None:
+                    run.begun()
+                    run.begun = None
+                if run.startup is not None:
                     run.reached("first step")
                     log.say(run.startup.report())
                     run.startup = None
+                run.progress(place, start, number)
                 if trace.after(number, metrics):
                     log.say(f"{name}: steps {trace.first} to {number} are traced in {trace.folder}")
                 last, stopping, due = number == process.steps, stop.now(number), store.due(number)
@@ -278,7 +292,8 @@ def all_finite(tree: Any) -> Bool[Array, ""]:
 
 
 class StopSignal:
-    """Notes SIGTERM and SIGINT instead of dying, so that the loop can save first. `received` is the signal's name.
+    """Notes SIGTERM, SIGINT and SIGHUP instead of dying, so that the loop can save first. `received` is the signal's
+    name. A signal that is ignored, such as SIGHUP under nohup, stays ignored.
 
     With several processes a SIGTERM to one of them stops all, at one step, which JAX's preemption service agrees on; it
     listens for the signal itself.
@@ -296,8 +311,9 @@ class StopSignal:
     def __enter__(self):
         self._old = {}
         if threading.current_thread() is threading.main_thread() and jax.process_count() == 1:
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self._old[number] = signal.signal(number, self._note)
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+                if signal.getsignal(number) != signal.SIG_IGN:
+                    self._old[number] = signal.signal(number, self._note)
         return self
 
     def _note(self, number, _):
@@ -313,7 +329,7 @@ class StopSignal:
 def say(text: str) -> None:
     """A line for the person at the terminal, from the first process only."""
     if jax.process_index() == 0:
-        print(text, flush=True)
+        print(text, file=logging.Terminal(sys.stdout), flush=True)
 
 
 def _begin(run: Run, saved: checkpoint.Saved | None, setup: Setup, *, within: bool) -> None:

@@ -1,4 +1,5 @@
-"""The environment of a process in; a place among the processes of one job out (jax.distributed).
+"""The environment of a process in; a place among the processes of one job out (jax.distributed), and what its
+supervisor sees of it.
 
 A job is described by our own variables (calm_jax.supervise sets them), by SLURM, by GKE and Cloud TPU, or not at all:
 then this process is all there is. On a TPU pod one process runs on each host and owns its devices; on GPUs one process
@@ -8,6 +9,7 @@ a host as well, which owns all GPUs of it.
 from __future__ import annotations
 
 import ctypes
+import faulthandler
 import os
 import signal
 import sys
@@ -18,6 +20,8 @@ import jax
 from calm_jax import config as config_lib
 
 COORDINATOR, COUNT, INDEX = "CALM_COORDINATOR", "CALM_PROCESSES", "CALM_PROCESS"
+SUPERVISOR, PROGRESS = "CALM_SUPERVISOR", "CALM_PROGRESS"  # its pid, and the file in which it looks for progress
+DUMP = signal.SIGUSR1  # makes a training process write the stacks of all its threads to stderr
 HEARTBEAT = 30  # seconds of silence after which a process counts as gone, and the others end
 JOINING = 900  # seconds that a process waits for the others: hosts of a slice do not begin at the same time
 MODES = ("auto", "on", "off")
@@ -42,7 +46,6 @@ def join(mode: str = "auto", environment: Mapping[str, str] = os.environ) -> str
     shared = {"heartbeat_timeout_seconds": HEARTBEAT, "initialization_timeout": JOINING}
     try:
         if found == COORDINATOR:
-            _end_with_parent()
             jax.distributed.initialize(environment[COORDINATOR], int(environment[COUNT]), int(environment[INDEX]),
                                        **shared)
         elif found == "SLURM":
@@ -80,7 +83,35 @@ def described(environment: Mapping[str, str]) -> str:
     return "MEGASCALE" if environment.get("MEGASCALE_COORDINATOR_ADDRESS") else ""
 
 
-def _end_with_parent() -> None:
-    """A process whose supervisor is gone is told to stop: nobody else would."""
-    if sys.platform == "linux":
+def supervised(environment: Mapping[str, str] = os.environ) -> None:
+    """To be called first, from the main thread: on SIGUSR1 the stacks of all threads go to stderr; and a process whose
+    supervisor is gone is told to stop, by SIGTERM, for nobody else would."""
+    faulthandler.register(DUMP, all_threads=True)
+    parent = environment.get(SUPERVISOR, "")
+    if parent.isdigit() and sys.platform == "linux":
+        # The kernel sends it when the thread ends that started this process: the supervisor's main thread.
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+        if os.getppid() != int(parent):  # it went before this line
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+class Progress:
+    """What a supervisor sees of a training process: a line in the file that it names in the environment, or nothing.
+
+    The line holds `place`, the number of the training process in the run; `start`, the step that it began behind;
+    `step`, the last one that was begun; and a count, so that every call is seen. It costs some microseconds.
+    """
+
+    def __init__(self, environment: Mapping[str, str] = os.environ):
+        path = environment.get(PROGRESS)
+        self._file = os.open(path, os.O_WRONLY | os.O_CREAT, 0o600) if path else None
+        self._where, self._count = (0, 0, 0), 0
+
+    def __call__(self, place: int | None = None, start: int = 0, step: int = 0) -> None:
+        """The process is there; without arguments where it was before."""
+        if self._file is None:
+            return
+        if place is not None:
+            self._where = place, start, step
+        self._count += 1
+        os.pwrite(self._file, f"{' '.join(map(str, self._where))} {self._count}\n".ljust(80).encode(), 0)

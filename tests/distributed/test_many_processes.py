@@ -150,67 +150,6 @@ def test_what_one_mesh_saved_another_goes_on_with(straight, tmp_path, cache):
         assert all(again[step] == pytest.approx(whole[step], abs=2e-5) for step in whole)
 
 
-# ---- the supervisor alone ----------------------------------------------------------------------------------------
-
-
-def supervise(*words: str, **options) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-m", "calm_jax.supervise", *words], cwd=miniature.ROOT, text=True,
-                          capture_output=True, timeout=120, **options)
-
-
-def test_what_is_wrong_is_not_tried_again():
-    done = supervise("--processes", "2", "--", "-m", "calm_jax.train", "--config", "configs/nothing.py",
-                     env=miniature.environment())
-    assert done.returncode == 2 and done.stderr.count("there is no configuration file") == 2
-    assert "begin again" not in done.stderr
-    for words in ((), ("--",), ("--processes", "0", "--", "-c", "1")):
-        assert supervise(*words).returncode == 2
-
-
-def test_a_job_that_always_crashes_is_given_up():
-    done = supervise("--restarts", "2", "--", "-c", "import os; os.abort()")
-    assert done.returncode == 1 and done.stderr.count("process 0 of 1 (pid ") == 3
-    assert "was killed by SIGABRT" in done.stderr and "given up after 3 crashes" in done.stderr
-
-
-def test_a_host_of_a_larger_job_says_which_peer_it_missed():
-    words = "E0101 coordination_service.cc: The following tasks are unhealthy (stopped sending heartbeats):\\n" \
-            "/job:jax_worker/replica:0/task:3"
-    done = supervise("--restarts", "0", "--", "-c",
-                     f"import os, sys; print('''{words}''', file=sys.stderr, flush=True); os.abort()")
-    assert done.returncode == 1 and "it missed process 3 of its job" in done.stderr
-
-
-def test_a_line_is_not_written_behind_a_progress_bar():
-    """A bar ends without a newline; what another process and the supervisor say still begins at the left."""
-    program = ("import os, sys, time; first = os.environ['CALM_PROCESS'] == '0'; "
-               "sys.stderr.write('\\r 42%|####' if first else ''); sys.stderr.flush(); time.sleep(1); "
-               "first or print('a word', file=sys.stderr, flush=True); first or os.abort(); time.sleep(100)")
-    done = supervise("--processes", "2", "--restarts", "0", "--", "-c", program)
-    lines = done.stderr.splitlines()
-    assert done.returncode == 1 and " 42%|####" in lines and "[process 1] a word" in lines
-    assert any(line.startswith("supervisor: process 1 of 2 (pid ") for line in lines)
-
-
-def test_processes_do_not_outlive_their_supervisor(tmp_path):
-    """Children of a supervisor that was killed with -9 are told to stop."""
-    program = ("import os, sys, time; from calm_jax.training.processes import _end_with_parent as end; end(); "
-               "open(sys.argv[1] + os.environ['CALM_PROCESS'], 'w').write(str(os.getpid())); time.sleep(100)")
-    running = subprocess.Popen([sys.executable, "-m", "calm_jax.supervise", "--processes", "2", "--", "-c", program,
-                                f"{tmp_path}/"], cwd=miniature.ROOT, env=miniature.environment())
-    end = time.monotonic() + 60
-    while not all((tmp_path / name).is_file() and (tmp_path / name).read_text() for name in "01"):
-        assert time.monotonic() < end
-        time.sleep(0.05)
-    children = [int((tmp_path / name).read_text()) for name in "01"]
-    running.kill()
-    running.wait()
-    end = time.monotonic() + 10
-    while any(psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie" for pid in children):
-        assert time.monotonic() < end
-        time.sleep(0.05)
-
-
 # ---- the environment ---------------------------------------------------------------------------------------------
 
 

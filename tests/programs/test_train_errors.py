@@ -7,6 +7,7 @@ import dataclasses
 import errno
 import json
 import logging
+import os
 import pathlib
 import shutil
 import sys
@@ -24,6 +25,7 @@ from calm_jax.data.samples import BadRecord, ImageRef, Record
 from calm_jax.data.tokenizer import Tokenizer
 from calm_jax.training import checkpoint, loop
 from calm_jax.training import logging as logs
+from calm_jax.training import workdir as workdirs
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -138,6 +140,39 @@ def test_a_workdir_that_is_damaged_or_not_ours_is_refused(tmp_path):
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(config_lib.ConfigError, match=r"config.json is damaged; restore it, or choose another"):
         program.claim(tmp_path, miniature.config())
+
+
+def test_a_workdir_in_which_another_training_works_is_refused_and_free_when_that_ends(tmp_path):
+    with workdirs.held(tmp_path / "run"):
+        with pytest.raises(config_lib.ConfigError, match=f"{tmp_path / 'run'} .*pid {os.getpid()} ") as error:
+            program.train(miniature.config(), tmp_path / "run")
+        assert str(error.value).count("\n") == 0
+        with workdirs.held(tmp_path / "other"):
+            pass
+    with workdirs.held(tmp_path / "run"):
+        pass
+    (tmp_path / "file").touch()
+    with pytest.raises(config_lib.ConfigError, match=f"{tmp_path / 'file'}"):
+        program.train(miniature.config(), tmp_path / "file")
+
+
+@pytest.mark.parametrize("wrong", [
+    {"processes": {"only": miniature.process(dataset="dmeo")}}, {"init": "/nothing"}, {"tokenizer": "absent.model"},
+    {"processes": {"only": miniature.process(row=config_lib.Row(tokens=40, images=2, answers=64))}}])
+def test_a_start_that_fails_leaves_the_workdir_to_the_corrected_command(tmp_path, wrong):
+    with pytest.raises((config_lib.ConfigError, checkpoint.CheckpointError)):
+        program.train(miniature.config(**wrong), tmp_path / "run")
+    workdirs.check(tmp_path / "run", miniature.config())
+    assert not (tmp_path / "run" / "config.json").exists()
+
+
+def test_a_mistake_in_the_last_process_is_found_before_the_first_begins(tmp_path):
+    for wrong in ({"dataset": "dmeo"}, {"train": ("mfam/.*",)}):
+        config = miniature.config(run=("one", "two"), processes={"one": miniature.PROCESS,
+                                                                 "two": miniature.process(**wrong)})
+        with pytest.raises(config_lib.ConfigError, match=r"dmeo|matches none of train"):
+            program.train(config, tmp_path / "run")
+        assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
 # ---- before the first step --------------------------------------------------------------------------------------
