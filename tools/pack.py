@@ -3,7 +3,7 @@
     python -m tools.pack --out pack.tar [--python 3.12] [--arch x86_64] [--glibc 35] [--limit 60]
     tar xf pack.tar && calm_jax-pack/run.sh --size 7b              # there; run.sh is launch/gpu_bench.sh
 
-The pack holds the files that git knows or would add, as they are now, and wheels in the versions of the lock files. A
+The pack holds the files that git knows or would add, as they are now, and wheels in the versions of the lock file. A
 GPU machine is taken to have a Python with jax, torch and transformers, what those need, and pip (ASSUMED); what the
 benchmarks need besides (CARRIED) travels, and is installed there only where it is missing or too old. What follows
 jax's inner interfaces (NEWEST) is the newest for that Python instead of the locked one. Wheels come from wherever pip
@@ -14,13 +14,13 @@ from __future__ import annotations
 
 import configparser
 import pathlib
-import re
 import subprocess
 import sys
 import tarfile
 import tempfile
 
 from absl import flags
+from packaging.requirements import Requirement
 
 from calm_jax import command
 from calm_jax import config as config_lib
@@ -37,38 +37,41 @@ CARRIED = ("absl-py", "accelerate", "aiofiles", "array-record", "attrs", "cloudp
 NEWEST = ("flax",)  # reads what jax keeps to itself: the locked one knows the locked jax, the machine's may be newer
 
 
-def pins() -> dict[str, str]:
-    """package -> its version in the lock files."""
-    found = {}
-    for file in ("requirements-test.lock", "requirements.lock"):
-        found |= dict(line.split("==") for line in (ROOT / file).read_text().splitlines() if "==" in line)
-    return found
+def pins(python: str, arch: str = "x86_64") -> dict[str, str]:
+    """package -> its version in the lock file, on Linux with such a Python ("3.12") and processor."""
+    minor = ".".join(python.split(".")[:2])
+    machine = {"python_version": minor, "python_full_version": python if python.count(".") == 2 else f"{python}.0",
+               "sys_platform": "linux", "platform_system": "Linux", "os_name": "posix", "platform_machine": arch,
+               "platform_python_implementation": "CPython", "implementation_name": "cpython"}
+    lines = map(Requirement, (ROOT / "requirements-parity.lock").read_text().splitlines())
+    return {line.name: str(line.specifier).removeprefix("==") for line in lines
+            if line.marker is None or line.marker.evaluate(machine)}
 
 
 def needs(wheels: pathlib.Path) -> list[str]:
-    """Requirements that the machine must meet: of CARRIED, with the ranges of setup.cfg where it names them; of NEWEST
-    at least what lies in `wheels`."""
+    """Requirements that the machine must meet, lines for pip: of CARRIED, with the ranges of setup.cfg where it names
+    them; of NEWEST at least what lies in `wheels`."""
     settings = configparser.ConfigParser()
     settings.read(ROOT / "setup.cfg")
     listed = settings["options"]["install_requires"] + "".join(settings["options.extras_require"].values())
-    ranges = {}
+    ranges: dict[str, list[str]] = {}  # a package may have several, for different Pythons
     for line in filter(None, map(str.strip, listed.splitlines())):
-        name = re.split(r"[<>=!\[]", line)[0]
-        ranges[name.lower().replace("_", "-")] = line
-    ranges |= {name: f"{name}>={file.name.split('-')[1]}" for name in NEWEST for file in wheels.glob(f"{name}-*.whl")}
-    return [ranges.get(name, name) for name in CARRIED]
+        if line[0] != "#":
+            ranges.setdefault(Requirement(line).name.lower().replace("_", "-"), []).append(line)
+    ranges |= {name: [f"{name}>={file.name.split('-')[1]}"] for name in NEWEST for file in wheels.glob(f"{name}-*.whl")}
+    return [line for name in CARRIED for line in ranges.get(name, [name])]
 
 
 def download(folder: pathlib.Path, python: str, arch: str, glibc: int) -> None:
     """The wheels of CARRIED for another machine.
 
     Raises:
-      ConfigError: a lock file lacks one, or pip finds no such wheel.
+      ConfigError: the lock file lacks one, or pip finds no such wheel.
     """
-    known = pins()
+    known = pins(python, arch)
     missing = [name for name in CARRIED if name not in known]
     if missing:
-        raise config_lib.ConfigError(f"the lock files have no version of {', '.join(missing)}; run: make lock")
+        raise config_lib.ConfigError(f"the lock file has no version of {', '.join(missing)}; run: make lock")
     platforms = [f"manylinux_2_{minor}_{arch}" for minor in range(glibc, 4, -1)]
     platforms += [f"manylinux{year}_{arch}" for year in ("2014", "2010", "1")]
     done = subprocess.run(

@@ -124,7 +124,7 @@ class Topology:
         if not self.tpu:
             return jax.devices()
         if importlib.util.find_spec("libtpu") is None:
-            beside = pathlib.Path(__file__).parents[1] / ".libtpu"
+            beside = pathlib.Path(sys.prefix) / "libtpu"  # of each environment its own: it has to fit its JAX
             if not beside.is_dir():
                 raise config_lib.ConfigError("planning for a TPU needs its compiler, not a TPU; run: make plan-env")
             sys.path.append(str(beside))

@@ -15,8 +15,6 @@ import miniature
 import ml_dtypes
 import numpy as np
 import pytest
-import safetensors.torch
-import torch
 import transformers
 
 from calm_jax import config as config_lib
@@ -26,6 +24,8 @@ from calm_jax.models.parameters import Geometry
 from calm_jax.training import checkpoint, restore, sharding
 from tools import bench_conversion, convert_from_hf
 
+torch = pytest.importorskip("torch", reason="torch is not here; make test has it")
+safetensors_torch = pytest.importorskip("safetensors.torch")
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 QUERY_BRANCH = (r"query_tokens|(ln_vision|llm_proj|Qformer\.bert\.embeddings\.LayerNorm)\..*|"
                 r"Qformer\.bert\.encoder\.layer\.\d+\.(attention|crossattention|intermediate_query|output_query)\..*")
@@ -82,9 +82,9 @@ def parts(folder, form="safetensors", dtype="float32", **sizes):
 def with_queries(folder, context=24, form="safetensors"):
     """A Q-Former's folder as Blip2ForConditionalGeneration writes it: queries and geometry of the whole beside it."""
     write(qformer(context), folder, form)
-    state = dict(safetensors.torch.load_file(folder / "model.safetensors"))
+    state = dict(safetensors_torch.load_file(folder / "model.safetensors"))
     state["query_tokens"] = torch.randn(1, 6, 16)
-    safetensors.torch.save_file(state, folder / "model.safetensors")
+    safetensors_torch.save_file(state, folder / "model.safetensors")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(
         {"model_type": "blip-2", "num_query_tokens": 6, "qformer_config": config}))
@@ -407,9 +407,9 @@ def harm(folder, what):
         change(folder / "vit", hidden_size=32)
         return r"(?s)wrong shape: .*class_embedding is \(24,\), the model needs \(32,\)"
     if what == "tensor of the wrong shape":
-        state = dict(safetensors.torch.load_file(vit_file))
+        state = dict(safetensors_torch.load_file(vit_file))
         name = next(name for name in state if name.endswith("class_embedding"))
-        safetensors.torch.save_file(state | {name: torch.zeros(23)}, vit_file)
+        safetensors_torch.save_file(state | {name: torch.zeros(23)}, vit_file)
         return r"wrong shape: .*class_embedding is \(23,\), the model needs \(24,\)"
     if what == "unknown architecture":
         change(folder / "llm", model_type="mamba")
@@ -422,7 +422,7 @@ def harm(folder, what):
         (folder / "vit" / "pytorch_model.bin").write_bytes(pickle.dumps(print))
         return "is a pickle of other things than weights, and is not opened"
     if what == "truncated bin":
-        state = safetensors.torch.load_file(vit_file)
+        state = safetensors_torch.load_file(vit_file)
         vit_file.unlink()
         torch.save(state, folder / "vit" / "pytorch_model.bin")
         content = (folder / "vit" / "pytorch_model.bin").read_bytes()

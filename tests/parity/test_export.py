@@ -14,7 +14,6 @@ import miniature
 import numpy as np
 import pytest
 import safetensors.numpy
-import torch
 import transformers
 from PIL import Image
 from test_conversion import bits, parts, with_queries
@@ -25,6 +24,7 @@ from calm_jax.data.tokenizer import SHIPPED
 from calm_jax.training import checkpoint, restore
 from tools import check_parity, convert_from_hf, export_to_hf
 
+torch = pytest.importorskip("torch", reason="torch is not here; make test has it")
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 OLD = ROOT / ".venv-transformers-4.46" / "bin" / "python"
 PYTHONS = {"today's": sys.executable, "4.46": str(OLD)}

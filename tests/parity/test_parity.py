@@ -13,7 +13,6 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-import torch
 import transformers
 from flax import nnx
 
@@ -27,6 +26,7 @@ from calm_jax.models.parameters import Geometry
 from calm_jax.models.qformer import QFormer
 from calm_jax.models.vit import MEAN, STD, ConvStem, Vit
 
+torch = pytest.importorskip("torch", reason="torch is not here; make test has it")
 torch.set_num_threads(1)  # the operations are so small that threads only wait for one another
 
 TOLERANCE = 1e-4  # measured: at most 1e-5

@@ -9,6 +9,7 @@ from tools import bench_inference, contenders, flops
 
 @pytest.mark.slow
 def test_the_benchmark_runs_both_sides(tmp_path):
+    pytest.importorskip("torch", reason="torch is not here; make test has it")
     result = bench_inference.measure(miniature.config(), tmp_path, against=True, rounds=2)
     assert set(result["results"]) == {"calm_jax", "torch"}
     for row in result["results"].values():

@@ -13,7 +13,6 @@ import jax
 import miniature
 import numpy as np
 import pytest
-import torch
 
 from calm_jax import config as config_lib
 from calm_jax.data import pipeline
@@ -26,12 +25,14 @@ from tools import (
     bench_gpu,
     bench_inference,
     bench_page,
-    bench_torch,
     bench_train,
     contenders,
     flops,
     plan,
 )
+
+torch = pytest.importorskip("torch", reason="torch is not here; make test has it")
+bench_torch = pytest.importorskip("tools.bench_torch")
 
 ALL = {"train": (r".*",), "freeze": ()}
 SELF_SUPERVISED = {"train": (r"mfam/qformers/.*",), "freeze": (r"mfam/thematic/.*", r"vit/.*", r"llama/.*")}

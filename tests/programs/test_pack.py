@@ -46,6 +46,7 @@ def normal(name: str) -> str:
 
 def test_what_is_carried_and_assumed_is_all_that_the_benchmarks_load():
     """By the modules that are loaded, and by what the carried packages say of themselves."""
+    pytest.importorskip("peft", reason="peft is not here; make test has it")
     known = {*pack.CARRIED, *pack.ASSUMED}
     code = ("import sys, tools.bench, tools.bench_gpu, tools.export_to_hf, tools.flops, calm_jax.training.setup, "
             "calm_jax.training.restore, calm_jax.inference.generate, importlib.metadata as m; "
@@ -62,16 +63,20 @@ def test_what_is_carried_and_assumed_is_all_that_the_benchmarks_load():
 
 
 def test_versions_are_those_of_the_lock_files_and_ranges_those_of_the_package(wheels):
-    assert set(pack.CARRIED) <= pack.pins().keys()
-    assert {"flax>=0.12.8", "ml_collections>=1.0", "peft>=0.17", "tensorstore"} <= set(pack.needs(wheels))
-    for line in map(Requirement, pack.needs(wheels)):
-        assert line.specifier.contains(pack.pins()[normal(line.name)])
+    assert {"ml_collections>=1.0", "peft>=0.17", "tensorstore"} <= set(pack.needs(wheels))
+    lines = list(map(Requirement, pack.needs(wheels)))
+    assert {normal(line.name) for line in lines} == set(pack.CARRIED)
+    for python in ("3.11", "3.12", "3.13.2"):
+        pins = pack.pins(python)
+        for line in lines:
+            if line.marker is None or line.marker.evaluate({"python_version": python[:4]}):
+                assert line.specifier.contains(pins[normal(line.name)]), (line, python)
 
 
 def test_what_reads_the_inside_of_jax_is_as_new_as_the_machines_jax_may_be(wheels):
-    """A machine with jax 0.11.2 could not import the flax of the lock file."""
+    """It may be newer than the lock file's, and than what the lock file's flax can read."""
     (wheels / "flax-0.99.1-py3-none-any.whl").touch()
-    assert "flax>=0.99.1" in pack.needs(wheels) and "flax>=0.12.8" not in pack.needs(wheels)
+    assert [line for line in pack.needs(wheels) if line.startswith("flax")] == ["flax>=0.99.1"]
 
 
 def test_pip_is_asked_for_wheels_of_the_other_machine(tmp_path, monkeypatch):
@@ -89,7 +94,7 @@ def test_pip_is_asked_for_wheels_of_the_other_machine(tmp_path, monkeypatch):
     assert command[command.index("--python-version") + 1] == "3.12"
     platforms = {after for word, after in itertools.pairwise(command) if word == "--platform"}
     assert {"manylinux_2_30_aarch64", "manylinux_2_17_aarch64", "manylinux2014_aarch64"} <= platforms
-    assert "manylinux_2_31_aarch64" not in platforms and f"grain=={pack.pins()['grain']}" in command
+    assert "manylinux_2_31_aarch64" not in platforms and f"grain=={pack.pins('3.12')['grain']}" in command
     assert "flax" in command and not any(word.startswith("flax==") for word in command)
 
 
@@ -123,7 +128,8 @@ def test_outside_of_a_working_tree_there_is_nothing_to_pack(tmp_path, monkeypatc
 
 def test_shellcheck_finds_nothing():
     checker = shutil.which("shellcheck", path=f"{pathlib.Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
-    done = subprocess.run([checker, str(miniature.ROOT / "launch" / "gpu_bench.sh")], text=True, capture_output=True)
+    done = subprocess.run([checker, str(miniature.ROOT / "launch" / "gpu_bench.sh"),
+                           str(miniature.ROOT / "tools" / "pythons.sh")], text=True, capture_output=True)
     assert done.returncode == 0, done.stdout
 
 

@@ -16,7 +16,7 @@ from calm_jax.models.parameters import Geometry
 from calm_jax.training import filters
 from tools import flops, plan
 
-LIBTPU = (miniature.ROOT / ".libtpu").is_dir()
+LIBTPU = (pathlib.Path(sys.prefix) / "libtpu").is_dir()
 
 HLO = """HloModule jit_train
 

@@ -283,6 +283,7 @@ def test_an_empty_split_is_refused(demo):
 
 @pytest.mark.slow
 def test_the_benchmark_runs_both_sides(tmp_path):
+    pytest.importorskip("torch", reason="torch is not here; make test has it")
     config = config_lib.Config(model=MODEL, run=("p",), processes={"p": PROCESS})
     process = dataclasses.replace(PROCESS, dataset="folder", tasks={"attributes": 1.0, "comparisons": 1.0})
     result = bench_data.measure(config, process, tmp_path / "scratch", against=True, rounds=1, seconds=0.2,
