@@ -173,3 +173,31 @@ def test_a_half_described_job_is_refused(environment):
         processes.described(environment)
     assert processes.join("off", environment) == ""
 
+
+
+# ---- beginning from other adapters -------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_several_processes_merge_the_adapters_that_one_has_trained(tmp_path, cache):
+    """Two processes of four devices learn from a base what one device learns, and both read the same model later."""
+    values = copy.deepcopy(VALUES)
+    values["processes"]["generic"] |= {"steps": 2, "eval_every": 0}
+    values["model"]["lora"] = {"rank": 2, "alpha": 40.0}
+    done = miniature.run(miniature.command(tmp_path / "base", values=values), miniature.environment(cache))
+    assert done.returncode == 0, done.stderr[-3000:]
+    values["model"]["lora"] = {"rank": 3, "alpha": 6.0, "dropout": 0.0}
+    values["init"] = str(tmp_path / "base")
+    values["processes"]["generic"] |= {"train": (r".*/lora/(a|b)",), "freeze": (
+        r"vit/.*", r"mfam/.*", r"llama/(?!.*/lora/).*")}
+    command = miniature.command(tmp_path / "one", values=values)
+    one = miniature.run(command, miniature.environment(cache))
+    many = miniature.run([command[0], "-m", "calm_jax.supervise", "--processes", "2", "--", *miniature.command(
+        tmp_path / "two", values=values)[1:]], miniature.environment(cache, 4))
+    for done in (one, many):
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert (done.stdout + done.stderr).count("merged into") == 1
+    alone, together = parameters(tmp_path / "one"), parameters(tmp_path / "two")
+    assert alone.keys() == together.keys() and all("/lora/" in path for path in alone)
+    for path, value in alone.items():
+        np.testing.assert_allclose(together[path], value, atol=1e-4, err_msg=path)
