@@ -328,10 +328,16 @@ def test_a_personal_verdict_from_a_table(album, checkpoint, model, tmp_path):
     path = album / "04.jpg"
     common = ("personalise", path, "--checkpoint", checkpoint, "--ratings", table, "--scale", "1,5",
               "--format", "jsonl")
-    done = calm(*common, "--user", "ann")
+    out = tmp_path / "own.jsonl"
+    done = calm(*common, "--user", "ann", "--out", out)
     assert done.returncode == 0, done.stderr
     own = model.personalise(rated, path, scale=(1, 5)).value
-    assert json.loads(done.stdout)["score"] == pytest.approx(own, abs=1e-4)
+    assert json.loads(out.read_text())["score"] == pytest.approx(own, abs=1e-4)
+    before = out.with_name("own.jsonl.journal").read_bytes()
+    os.utime(rated[1][0])  # a picture that was rated is another one now: so is the verdict
+    done = calm(*common, "--user", "ann", "--out", out)
+    assert done.returncode == 2 and "rated" in done.stderr and "--out" in done.stderr
+    assert out.with_name("own.jsonl.journal").read_bytes() == before
     assert "of 2 people; name one of them: --user ann" in calm(*common).stderr
     table.unlink()
 
