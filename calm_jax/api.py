@@ -25,7 +25,7 @@ from calm_jax.data import attributes as attributes_lib
 from calm_jax.data import pictures
 from calm_jax.data.cues import bank, fingerprint
 from calm_jax.data.samples import Answer, ImageRef, Mention, Sample, Turn
-from calm_jax.data.scale import HIGHEST, LOWEST, READERS, mapped
+from calm_jax.data.scale import HIGHEST, LOWEST, READERS, checked, mapped
 from calm_jax.data.tasks import instructions
 from calm_jax.data.tasks.opinions import contexts, in_context
 from calm_jax.inference.decoding import GREEDY, Sampling
@@ -135,8 +135,7 @@ class Model:
         """`score` of `count` pictures, which `pixels(0)` to `pixels(count - 1)` read ahead of the device."""
         if reader not in READERS:
             raise config_lib.ConfigError(f"there is no reader {reader!r}{config_lib.nearest(reader, READERS)}")
-        if not scale[0] < scale[1]:
-            raise config_lib.ConfigError(f"the scale {scale} does not go upwards")
+        scale = checked(scale)
         asked = self._about(count, instructions.for_reader(reader))
         for score in self.generator.scores(asked, pixels, reader=reader, batch=self.batch):
             yield score if scale == SCALE else score.on(scale)
@@ -155,7 +154,7 @@ class Model:
         """
         if not rated:
             raise config_lib.ConfigError("no picture is rated; a personal score needs at least one")
-        lowest, highest = scale
+        lowest, highest = scale = checked(scale)
         for place, (_, score) in enumerate(rated, 1):
             if not lowest <= score <= highest:
                 raise config_lib.ConfigError(f"rated picture {place} has the score {score:g}, which is not from "

@@ -6,16 +6,31 @@ gives the same score on both sides. Hence shapes are said in words here: RGB pic
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import io
 import os
+import stat
+import threading
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 PADDING = tuple(round(255 * mean) for mean in (0.48145466, 0.4578275, 0.40821073))  # CLIP's mean colour
+# Pillow knows formats that start other programs (EPS) or fetch files; a picture of these is a picture and nothing else.
+FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
 # Pillow refuses 179 megapixels and more by itself; it is asked again here in case its guard was switched off.
 MAX_PIXELS = 178_956_970
+KEPT_PIXELS = 1 << 25  # larger pictures are reduced by a whole number, strip by strip, before anything else is done
+STRIP = 1 << 22  # pixels that are converted at a time then
+BUDGET = 1 << 28  # pixels that all threads together decode at a time: a gigabyte, in Pillow's four bytes each
+
+# It warns from half of its limit on; that and the budget are ours here.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
 class BadRecord(ValueError):
@@ -41,7 +56,10 @@ def pixels(picture: str | os.PathLike | bytes | Image.Image | np.ndarray) -> np.
       BadRecord: as `read`, or an array is no RGB picture.
     """
     if isinstance(picture, Image.Image):
-        return _rgb(_upright(picture))
+        try:
+            return _rgb(_upright(picture))
+        except BadRecord as error:
+            raise BadRecord(f"an opened picture {error}") from None
     if isinstance(picture, np.ndarray):
         if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3:
             raise BadRecord(f"an array {picture.shape} of {picture.dtype} is no picture; give uint8 [H, W, 3], RGB "
@@ -53,23 +71,32 @@ def pixels(picture: str | os.PathLike | bytes | Image.Image | np.ndarray) -> np.
 def read(source: str | os.PathLike | bytes) -> np.ndarray:
     """Decodes a picture: RGB 0..255, upright (EXIF), the first frame of an animation, transparency over PADDING.
 
+    A picture of more than KEPT_PIXELS comes reduced to fewer. 16-bit grey is 0..65535; what numbers a picture of floats
+    counts in is told by most of its pixels: 0..1 where 99 % are at most 1, 0..255 where more than half
+    are above 1, 1 % above 32 and 99 % at most 255.
+    Threads share a BUDGET, so that giants are decoded one after the other.
+
     Args:
       source: a path, or the bytes of a file.
     Raises:
-      BadRecord: missing, unreadable, truncated or too large; one sentence with the name and the reason.
+      BadRecord: missing, no regular file, of no format in FORMATS, unreadable, truncated, too large, or of numbers that
+        could mean anything; one sentence with the name and the reason.
     """
     name = f"a picture of {len(source):,} bytes" if isinstance(source, bytes) else str(Path(source))
     try:
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as picture:
+        with _opened(source) as stream, Image.open(stream, formats=formats()) as picture:
             width, height = picture.size
             if width * height > MAX_PIXELS:
                 raise BadRecord(f"{name} has {width * height / 1e6:,.0f} megapixels, and pictures above "
                                 f"{MAX_PIXELS / 1e6:.0f} are not decoded; make it smaller")
-            picture.seek(0)
-            picture.load()
-            return _rgb(_upright(picture))
-    except BadRecord:
-        raise
+            with _DECODING.of(width * height):
+                picture.seek(0)
+                if width * height <= KEPT_PIXELS:
+                    picture.load()
+                    return _rgb(_upright(picture))
+                return _reduced(picture)
+    except BadRecord as error:
+        raise BadRecord(str(error) if str(error).startswith(name) else f"{name} {error}") from None
     except FileNotFoundError:
         raise BadRecord(f"{name} does not exist") from None
     except IsADirectoryError:
@@ -86,6 +113,109 @@ def read(source: str | os.PathLike | bytes) -> np.ndarray:
         raise BadRecord(f"{name} is truncated or damaged: {reason}") from error
 
 
+class _Budget:
+    """So many pixels may be under way in all threads together; one that alone is more may be so when it is alone."""
+
+    def __init__(self, pixels: int):
+        self._free, self._all, self._changed = pixels, pixels, threading.Condition()
+
+    @contextlib.contextmanager
+    def of(self, pixels: int) -> Iterator[None]:
+        pixels = min(pixels, self._all)
+        with self._changed:
+            self._changed.wait_for(lambda: self._free >= pixels)
+            self._free -= pixels
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._free += pixels
+                self._changed.notify_all()
+
+
+_DECODING = _Budget(BUDGET)
+
+
+@functools.cache
+def formats() -> list[str]:
+    """Those of FORMATS that this Pillow can read."""
+    Image.init()
+    return [name for name in FORMATS if name in Image.OPEN]
+
+
+def _opened(source: str | os.PathLike | bytes) -> BinaryIO:
+    """The bytes of a picture. A pipe, which nobody may ever write into, is not waited for."""
+    if isinstance(source, bytes):
+        return io.BytesIO(source)
+    try:
+        handle = os.open(source, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    except (FileNotFoundError, PermissionError):
+        raise
+    except (OSError, ValueError) as error:  # a name that is too long, a loop of links, a zero in a name
+        raise BadRecord(f"cannot be opened: {getattr(error, 'strerror', None) or error}") from None
+    try:
+        mode = os.fstat(handle).st_mode
+        if stat.S_ISDIR(mode):
+            raise IsADirectoryError
+        if not stat.S_ISREG(mode):
+            raise BadRecord("is no regular file but a pipe, socket or device")
+        return os.fdopen(handle, "rb")
+    except BaseException:
+        os.close(handle)
+        raise
+
+
+def _reduced(picture: Image.Image) -> np.ndarray:
+    """RGB pixels of a large picture, reduced by a whole number; besides the decoded picture only strips are held."""
+    width, height = picture.size
+    factor = next(n for n in range(2, 100) if -(-width // n) * -(-height // n) <= KEPT_PIXELS)
+    orientation = _orientation(picture)
+    picture.draft(None, (width // factor, height // factor))  # JPEG decodes to a half, a quarter or an eighth by itself
+    picture.load()
+    factor = next(n for n in range(1, 100) if -(-picture.width // n) * -(-picture.height // n) <= KEPT_PIXELS)
+    scale = _grey_scale(picture)
+    rows = max(STRIP // picture.width // factor, 1) * factor
+    out = np.empty((-(-picture.height // factor), -(-picture.width // factor), 3), np.uint8)
+    for top in range(0, picture.height, rows):
+        strip = picture.crop((0, top, picture.width, min(top + rows, picture.height)))
+        part = Image.fromarray(_rgb(strip, scale)).reduce(factor)
+        out[top // factor:top // factor + part.height] = np.asarray(part)
+    small = Image.fromarray(out)
+    small.getexif()[0x0112] = orientation
+    return np.asarray(_upright(small))
+
+
+def _orientation(picture: Image.Image) -> int:
+    try:
+        return int(picture.getexif().get(0x0112, 1))
+    except Exception:  # a damaged EXIF block spoils the rotation only, not the picture
+        return 1
+
+
+def _grey_scale(picture: Image.Image) -> float:
+    """What the numbers of a grey picture of more than eight bits are multiplied by to be 0..255; 1 for other pictures.
+
+    Raises:
+      BadRecord: they could mean anything.
+    """
+    if picture.mode == "F":
+        values = np.asarray(picture)
+        values = values[np.isfinite(values)]
+        middle, most = np.percentile(values, (50, 99)) if values.size else (0.0, 0.0)
+        if most <= 1:
+            return 255.0
+        if middle > 1 and 32 < most <= 255:
+            return 1.0
+        raise BadRecord(f"holds floats of which half are up to {middle:.4g} and 99 % up to {most:.4g}, neither 0..1 "
+                        "nor 0..255; convert it to 8 or 16 bits")
+    if picture.mode == "I" or picture.mode.startswith("I;16"):
+        low, high = picture.getextrema()
+        if low < 0 or high > 65_535:
+            raise BadRecord(f"holds numbers from {low} to {high}, not 16-bit grey; convert it to 8 or 16 bits")
+        return 1 / 257
+    return 1.0
+
+
 def _upright(picture: Image.Image) -> Image.Image:
     try:
         if picture.getexif().get(0x0112, 1) == 1:
@@ -95,15 +225,11 @@ def _upright(picture: Image.Image) -> Image.Image:
         return picture
 
 
-def _rgb(picture: Image.Image) -> np.ndarray:
-    if picture.mode in ("I", "I;16", "I;16L", "I;16B", "I;16N", "F"):
-        values = np.asarray(picture, np.float32)
-        # Pillow opens 16-bit grey as I or I;16; a float picture is 0..1 by convention, else taken as 0..255.
-        if picture.mode == "F":
-            values = values * (255.0 if values.size and values.max() <= 1.0 else 1.0)
-        else:
-            values = values / 257.0
-        grey = np.clip(np.rint(np.nan_to_num(values)), 0, 255).astype(np.uint8)
+def _rgb(picture: Image.Image, scale: float | None = None) -> np.ndarray:
+    """RGB pixels; `scale` is the `_grey_scale` of the whole that this is a part of."""
+    if picture.mode in ("I", "I;16", "I;16L", "I;16B", "I;16N", "F"):  # 16-bit grey is I or I;16
+        values = np.asarray(picture, np.float32) * (_grey_scale(picture) if scale is None else scale)
+        grey = np.clip(np.rint(np.nan_to_num(values, posinf=255)), 0, 255).astype(np.uint8)
         return np.repeat(grey[..., None], 3, 2)
     if picture.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in picture.info:
         picture = picture.convert("RGBA")

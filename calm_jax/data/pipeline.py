@@ -145,8 +145,9 @@ class Rows:
         rated: dict[str, list[int]] = {}
         if "personal" in wanted:
             for index in map(int, indices):
-                for rater in dataset.record(index).ratings:
-                    rated.setdefault(rater, []).append(index)
+                with contextlib.suppress(BadRecord):  # it is counted and named when its own turn comes
+                    for rater in dataset.record(index).ratings:
+                        rated.setdefault(rater, []).append(index)
         shares = np.asarray(list(wanted.values()))
         context = Context(
             parts=self.process.parts, bank=cues.bank(self.process.cues, self.process.phrasings),
@@ -319,7 +320,10 @@ class Rows:
 
     def _count_bad(self, example: Example, error: BadRecord) -> None:
         dataset = self.sources[example.source].dataset
-        key = f"{dataset.name}/{dataset.record(example.index).key}"
+        try:
+            key = f"{dataset.name}/{dataset.record(example.index).key}"
+        except BadRecord:  # nobody knows what it was called
+            key = f"{dataset.name}, record {example.index}"
         if key not in self.bad and len(self.bad) < NAMED:
             more = "; further ones are counted, not named" if len(self.bad) == NAMED - 1 else ""
             logging.warning("skipped %s: %s%s", key, error, more)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import math
 import re
 from collections.abc import Mapping
 from typing import Any, Protocol
@@ -125,6 +127,20 @@ class Record:
     facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     deciles: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
+    def check(self) -> None:
+        """Raises ValueError where a field is not of its kind, or a score is off the scale."""
+        texts = (self.key, self.group, *self.captions, *self.comments, *self.unfit, *itertools.chain(*self.questions),
+                 *self.ratings, *self.deciles)
+        if not all(isinstance(text, str) for text in texts):
+            raise ValueError("something that is no text stands where text should")
+        scores = (*([] if self.score is None else [self.score]), *self.ratings.values())
+        if not all(self.scale[0] <= score <= self.scale[1] for score in scores):
+            raise ValueError("a score is off the scale")
+        if self.spread is not None and not 0 <= self.spread < math.inf:
+            raise ValueError("the standard deviation is none")
+        if not all(type(decile) is int and 0 <= decile <= 9 for decile in self.deciles.values()):
+            raise ValueError("a decile is not from 0 to 9")
+
 
 class Dataset(Protocol):
     """Random access to records without reading pixels, and to pixels. Splits are train, validation and test."""
@@ -139,7 +155,7 @@ class Dataset(Protocol):
         """Record numbers of a split, int64 `[n]`, in a fixed order."""
 
     def record(self, index: int) -> Record:
-        """What is known of record `index`."""
+        """What is known of record `index`. Raises BadRecord when that is damaged."""
 
     def pixels(self, index: int) -> UInt8[np.ndarray, "H W 3"]:
         """The stored picture, RGB 0..255, before window and edits. Raises BadRecord when it cannot be read."""

@@ -8,9 +8,11 @@ from __future__ import annotations
 import math
 import re
 import types
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
+
+from calm_jax import config as config_lib
 
 LOWEST, HIGHEST = 1.0, 10.0  # of the conversation's scale
 TENTHS = np.arange(10, 101)  # every score that can be said, in tenths
@@ -19,7 +21,25 @@ READERS = ("expectation", "text", "levels", "head")  # ways to read a score from
 # The five words of opinion studies (ITU-T P.800), at even distances on the scale.
 LEVELS: Mapping[str, float] = types.MappingProxyType({"Bad": 1.0, "Poor": 3.25, "Fair": 5.5, "Good": 7.75,
                                                       "Excellent": 10.0})
-_DECIMAL = re.compile(r"(?<![\d.])\d{1,2}(?:\.\d+)?(?!\d)")
+# A number on its own: no part of a longer one, of a word (3rd, f2.8), of a fraction's end, and not negative.
+_DECIMAL = re.compile(r"(?<![\w.,/\-\u2212])\d{1,2}(?:\.\d+|,\d{1,2})?(?!\w|[.,]\d)")
+
+
+def checked(values: Sequence[object], name: str = "scale") -> tuple[float, float]:
+    """Lowest and highest score of a scale, from numbers or their texts.
+
+    Raises:
+      ConfigError: they are not two finite numbers that go upwards; `name` is what the sentence calls them.
+    """
+    try:
+        lowest, highest = (float(value) for value in values)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        lowest = highest = math.nan
+    if not (lowest < highest and math.isfinite(highest - lowest)):
+        said = ",".join(f"{value:g}" if isinstance(value, float) else str(value) for value in values)
+        raise config_lib.ConfigError(f"{name}={said} is no scale; give its lowest and its highest score, two finite "
+                                     "numbers that go upwards, such as 1,10")
+    return lowest, highest
 
 
 def mapped(score: float, scale: tuple[float, float]) -> float:
@@ -40,10 +60,12 @@ def score_text(target: float) -> str:
 
 
 def read_score(text: str) -> float | None:
-    """The first decimal from 1 to 10 in an answer such as "6.5."; None when there is none (a parse failure)."""
+    """The first decimal from 1 to 10 in an answer such as "6.5." or "6,5"; None when there is none (a parse failure):
+    neither "-3.5" nor "the 3rd" nor "1,000" holds one."""
     for found in _DECIMAL.findall(text):
-        if LOWEST <= float(found) <= HIGHEST:
-            return float(found)
+        value = float(found.replace(",", "."))
+        if LOWEST <= value <= HIGHEST:
+            return value
     return None
 
 

@@ -27,7 +27,7 @@ from absl import flags
 
 from calm_jax import command
 from calm_jax import config as config_lib
-from calm_jax.data.scale import READERS
+from calm_jax.data.scale import READERS, checked
 from calm_jax.predict import output
 from calm_jax.predict.gather import gather
 from calm_jax.predict.journal import Journal, Row, stamp
@@ -182,13 +182,7 @@ def main(words: Sequence[str]) -> int:
 
 def _check(name: str, values: dict[str, Any]) -> None:
     """Raises ConfigError for flags that do not go together."""
-    try:
-        lowest, highest = map(float, values["scale"])
-    except ValueError:
-        raise config_lib.ConfigError(f"--scale {','.join(values['scale'])} is not LOWEST,HIGHEST, such as 0,100"
-                                     ) from None
-    if not lowest < highest:
-        raise config_lib.ConfigError(f"--scale {lowest:g},{highest:g} does not go upwards")
+    checked(values["scale"], "--scale")
     if values["format"] == "html" and not values["out"]:
         raise config_lib.ConfigError("a contact sheet is a file with small pictures beside it; name it: --out "
                                      "pictures.html")

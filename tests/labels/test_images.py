@@ -1,9 +1,15 @@
 """calm_jax.data.images: every kind of file becomes upright RGB or one sentence; a square holds the whole window."""
 
 import io
+import os
+import re
 import struct
+import sys
+import threading
+import time
 import zlib
 
+import miniature
 import numpy as np
 import pytest
 from PIL import Image
@@ -143,3 +149,105 @@ def test_doubtful_attributes_are_noted(gradient):
     assert images.render_noting(images.Fitter(gradient), ImageRef(0, None, (Edit("saturation", 0),)), 48)[1] == set()
     blank = np.full((20, 20, 3), 9, np.uint8)
     assert "sharpness" in images.render_noting(images.Fitter(blank), ImageRef(0), 48)[1]
+
+
+# ---- hostile and odd files --------------------------------------------------------------------------------------
+
+
+def test_a_pipe_a_loop_and_a_long_name_are_told_at_once(tmp_path):
+    os.mkfifo(tmp_path / "pipe.jpg")
+    os.symlink("loop.jpg", tmp_path / "loop.jpg")
+    for name in ("pipe.jpg", "loop.jpg", "x" * 300 + ".jpg", "a\0b.jpg"):
+        with pytest.raises(pictures.BadRecord, match=re.escape(name[:20])):
+            pictures.read(str(tmp_path / name))
+
+
+@pytest.mark.parametrize("text", [
+    b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", b"\xd7\xcd\xc6\x9a" + bytes(80)], ids=["EPS", "WMF"])
+def test_a_format_that_starts_other_programs_is_no_picture(tmp_path, text):
+    file = tmp_path / "a.jpg"
+    file.write_bytes(text)
+    with pytest.raises(pictures.BadRecord, match=r"a\.jpg"):
+        pictures.read(file)
+
+
+@pytest.mark.parametrize(("unit", "odd"), [(1.0, 1.001), (1.0, float("nan")), (1.0, float("inf")), (255.0, 260.0),
+                                           (1.0, -5.0)])
+def test_one_odd_number_among_floats_changes_nothing_else(tmp_path, unit, odd):
+    values = np.linspace(0.1, 0.9, 64 * 64, dtype=np.float32).reshape(64, 64)
+    spoiled = values * unit
+    spoiled[3, 5] = odd
+    Image.fromarray(spoiled, "F").save(tmp_path / "a.tif")
+    found = pictures.read(tmp_path / "a.tif")[..., 0].astype(int)
+    expected = np.rint(values * 255).astype(int)
+    assert (np.abs(found - expected) > 1).sum() <= 1
+
+
+@pytest.mark.parametrize("values", [np.linspace(0, 4, 4096), np.linspace(0, 60_000, 4096), np.full(4096, 1e30)])
+def test_floats_that_could_mean_anything_are_refused(tmp_path, values):
+    Image.fromarray(values.astype(np.float32).reshape(64, 64), "F").save(tmp_path / "a.tif")
+    with pytest.raises(pictures.BadRecord, match=r"a\.tif"):
+        pictures.read(tmp_path / "a.tif")
+
+
+@pytest.mark.parametrize(("mode", "suffix"), [("RGB", ".png"), ("LA", ".png"), ("RGBA", ".png"), ("P", ".png"),
+                                              ("I;16", ".png"), ("F", ".tif"), ("RGB", ".jpg")])
+@pytest.mark.parametrize("turned", [1, 6])
+def test_a_large_picture_is_reduced_to_what_it_would_be(tmp_path, monkeypatch, mode, suffix, turned):
+    """Strip by strip, also where strips and factors do not divide its sides."""
+    y, x = np.mgrid[0:157, 0:211]
+    grey = ((x + y) / 368 * 255).astype(np.uint8)
+    picture = {"RGB": lambda: Image.fromarray(np.stack([grey, grey // 2, 255 - grey], 2)),
+               "LA": lambda: Image.merge("LA", [Image.fromarray(grey), Image.fromarray(255 - grey)]),
+               "RGBA": lambda: Image.merge("RGBA", [Image.fromarray(band) for band in (grey, 255 - grey, grey, grey)]),
+               "P": lambda: Image.fromarray(grey).convert("P"),
+               "I;16": lambda: Image.fromarray(grey.astype(np.uint16) * 257),
+               "F": lambda: Image.fromarray(grey.astype(np.float32) / 255, "F")}[mode]()
+    exif = Image.Exif()
+    exif[0x0112] = turned
+    file = tmp_path / f"a{suffix}"
+    picture.save(file, **({"exif": exif} if suffix != ".tif" else {}))
+    whole = pictures.read(file)
+    monkeypatch.setattr(pictures, "KEPT_PIXELS", 157 * 211 // 7)
+    monkeypatch.setattr(pictures, "STRIP", 2000)
+    small = pictures.read(file)
+    expected = np.asarray(Image.fromarray(whole).resize(small.shape[1::-1], Image.Resampling.BOX)).astype(int)
+    assert small.shape[0] * small.shape[1] <= 157 * 211 // 7
+    assert np.abs(small.astype(int)[2:-2, 2:-2] - expected[2:-2, 2:-2]).max() <= 8
+
+
+def test_giants_take_turns_and_a_gigabyte_together(tmp_path):
+    """Four threads of one process, each with 179 megapixels of grey with transparency in 350 kB."""
+    Image.new("LA", (13_370, 13_370), (90, 128)).save(tmp_path / "a.png", compress_level=1)
+    code = ("import resource, sys, threading; from calm_jax.data import pictures; "
+            "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10; before = peak(); "
+            "read = lambda: sizes.append(pictures.read(sys.argv[1]).nbytes); sizes = []; "
+            "threads = [threading.Thread(target=read) for _ in range(int(sys.argv[2]))]; "
+            "[t.start() for t in threads]; [t.join() for t in threads]; print(peak() - before, *sizes)")
+    count = 4 if miniature.THOROUGH else 1
+    done = miniature.run([sys.executable, "-c", code, str(tmp_path / "a.png"), str(count)], dict(os.environ))
+    mebibytes, *sizes = map(int, done.stdout.split())
+    print(f"{mebibytes} MiB")
+    assert len(sizes) == count and mebibytes < 1200 and not done.stderr
+
+
+def test_no_more_is_decoded_at_a_time_than_the_budget():
+    budget, most, now, lock = pictures._Budget(10), [], [], threading.Lock()
+
+    def work(pixels):
+        with budget.of(pixels):
+            with lock:
+                now.append(pixels)
+                most.append(sum(now))
+            time.sleep(0.005)
+            with lock:
+                now.remove(pixels)
+
+    threads = [threading.Thread(target=work, args=(size,)) for size in (3, 9, 1, 4, 10, 2, 7, 5) * 2]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=10)
+    assert len(most) == 16 and max(most) <= 10 and not now
+    with budget.of(50):  # larger than all: alone
+        pass

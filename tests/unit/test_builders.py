@@ -1,5 +1,6 @@
 """calm_jax.data.builders: true formats in, the right counts, splits and first records out, whatever lies among them."""
 
+import contextlib
 import csv
 import hashlib
 import io
@@ -624,3 +625,92 @@ def test_the_page_about_adding_a_dataset_tells_the_truth(tmp_path):
     dataset = stored.Stored("tad66k", tmp_path / "out")
     assert counts(dataset) == {"train": 49, "validation": 1, "test": 7}
     assert by_key(dataset)["test0.jpg"].score == 2.85
+
+
+# ---- names that lead elsewhere, and damaged labels --------------------------------------------------------------
+
+
+def test_a_picture_has_one_name_and_none_leads_out_of_the_folder(tmp_path):
+    source = tmp_path / "source"
+    source.mkdir()
+    for name in ("a.jpg", "b.jpg"):
+        Image.new("RGB", (20, 20), (9, 99, 199)).save(source / name)
+    Image.new("RGB", (20, 20)).save(tmp_path / "outside.jpg")
+    rows = ["./a.jpg,1,ann", "a.jpg,3,bob", "x/../a.jpg,5,cid", "b.jpg,4,ann", "../outside.jpg,2,ann",
+            f"{tmp_path}/outside.jpg,2,ann", "x/../../outside.jpg,2,ann", "..,2,ann"]
+    (source / "mine.csv").write_text("image,score,user\n" + "\n".join(rows) + "\n")
+    made = builders.source("csv")(source, scale=(1, 5))
+    entries = list(made.entries())
+    assert {entry.key: entry.label["score"] for entry in entries} == {"a.jpg": 3.0, "b.jpg": 4.0}
+    assert len(made.malformed) == 4 and all("outside" in text or ".." in text for text in made.malformed)
+    records = [{"id": str(number), "image": name, "conversations": [{"from": "human", "value": "Q?"},
+                                                                    {"from": "gpt", "value": "A."}]}
+               for number, name in enumerate(["a.jpg", "./a.jpg", "../outside.jpg", "/etc/passwd"])]
+    (source / "qa.json").write_text(json.dumps(records))
+    made = builders.source("qa")(source / "qa.json")
+    assert {entry.picture for entry in made.entries()} == {"a.jpg"} and len(made.malformed) == 2
+
+
+def test_names_that_are_not_utf8_are_stored_and_stay_apart(tmp_path):
+    source = tmp_path / "source"
+    source.mkdir()
+    for number, name in enumerate((b"caf\xe9.jpg", b"caf\xe8.jpg", b"plain.jpg")):
+        Image.new("RGB", (20, 20), (number, 0, 0)).save(os.fsdecode(os.fsencode(source) + b"/" + name))
+    folder = store.prepare(builders.source("folder")(source, shares=(1.0, 0.0, 0.0)), tmp_path / "data",
+                           say=lambda text: text.encode())
+    data = stored.Stored("folder", tmp_path / "data")
+    assert len({data.record(index).key for index in range(len(data))}) == 3 and folder.is_dir()
+
+
+@pytest.mark.parametrize("line", [
+    b"{", b"[]", b'{"key": 5}', b'{"key": "a", "score": "x"}', b'{"key": "a", "score": 99}',
+    b'{"key": "a", "scoer": 3}', b'{"key": "a", "questions": [["q"]]}', b"\xff" * 9,
+    b'{"key": "a", "score": NaN}', b"[" * 9_000])
+def test_a_damaged_label_is_a_bad_record_and_no_other_is_touched(tmp_path, line):
+    source = tmp_path / "source"
+    source.mkdir()
+    for name in "abc":
+        Image.new("RGB", (20, 20)).save(source / f"{name}.jpg")
+    folder = store.prepare(builders.source("folder")(source, shares=(1.0, 0.0, 0.0)), tmp_path / "data",
+                           say=lambda text: None)
+    labels_file = folder / "labels" / "train.jsonl"
+    lines = labels_file.read_bytes().splitlines()
+    lines[1] = line
+    labels_file.write_bytes(b"".join(text + b"\n" for text in lines))
+    np.save(labels_file.with_suffix(".npy"), np.cumsum([0, *(len(text) + 1 for text in lines)]))
+    data = stored.Stored("folder", tmp_path / "data")
+    with pytest.raises(BadRecord, match="train"):
+        data.record(1)
+    assert data.record(0).key == "a.jpg" and data.record(2).key == "c.jpg"
+
+
+def test_a_rebuild_that_ends_anywhere_leaves_the_old_or_the_new_data(tmp_path, monkeypatch):
+    source = tmp_path / "source"
+    source.mkdir()
+    for name in "abc":
+        Image.new("RGB", (20, 20)).save(source / f"{name}.jpg")
+    make = lambda **options: store.prepare(  # noqa: E731
+        builders.source("folder")(source, shares=(1.0, 0.0, 0.0)), tmp_path / "data", say=lambda text: None, **options)
+    make()
+    Image.new("RGB", (20, 20)).save(source / "d.jpg")
+    real = pathlib.Path.rename
+    for stop in range(8):
+        steps = iter(range(99))
+
+        def rename(self, target, stop=stop, steps=steps):
+            if next(steps) == stop:
+                raise KeyboardInterrupt
+            return real(self, target)
+
+        monkeypatch.setattr(pathlib.Path, "rename", rename)
+        with contextlib.suppress(KeyboardInterrupt):
+            make(rebuild=True)
+        monkeypatch.undo()
+        try:
+            found = {stored.Stored("folder", tmp_path / "data").record(index).key for index in range(3)}
+            assert found in ({"a.jpg", "b.jpg", "c.jpg"}, {"a.jpg", "b.jpg", "c.jpg", "d.jpg"} & found)
+        except config_lib.ConfigError:
+            pass  # between the two: the same command ends it
+    make(rebuild=True)
+    assert len(stored.Stored("folder", tmp_path / "data")) == 4
+    assert sorted(path.name for path in (tmp_path / "data" / "folder").iterdir()) == ["1.0.0"]

@@ -301,6 +301,8 @@ def test_a_prompt_that_does_not_fit_is_refused(generator, demo):
 
 @pytest.mark.parametrize(("text", "score"), [
     ("6.5.", 6.5), ("The score is 7.", 7.0), ("10.0.", 10.0), ("I give it 3.25 of 10.", 3.25), ("", None),
-    ("none", None), ("42", None), ("0.5", None), ("11.0. or 4.2.", 4.2), ("6..5", 6.0), ("1985", None)])
+    ("none", None), ("42", None), ("0.5", None), ("11.0. or 4.2.", 4.2), ("6..5", 6.0), ("1985", None),
+    ("-3.5", None), ("\u22123.5", None), ("6,5", 6.5), ("6,5.", 6.5), ("1,000", None), ("the 3rd: 8.2", 8.2),
+    ("f2.8 and f/4, so 7.1", 7.1), ("8/10", 8.0), ("7, 8", 7.0), ("3.4.5", None), ("Score:7.3!", 7.3)])
 def test_scores_are_read_from_text(text, score):
     assert read_score(text) == score

@@ -37,7 +37,10 @@ class Csv(labels.Source):
         # `score` is read as text: a row may have a comment alone.
         rows = self.table(path, text=("image",), blank=("score",), optional=("user", "comment", "split"))
         for count, row in enumerate(rows, 1):
-            image, place = row["image"], f"{path.name}, row {count}"
+            place = f"{path.name}, row {count}"
+            image = self.picture(row["image"], place)
+            if not image:
+                continue
             try:
                 score = labels.number(row["score"]) if row["score"] else None
             except ValueError:

@@ -12,11 +12,13 @@ import dataclasses
 import hashlib
 import json
 import math
+import posixpath
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from calm_jax import config as config_lib
+from calm_jax.data.scale import checked
 
 SPLITS = ("train", "validation", "test")
 SEED = 20241216  # of the splits that are ours: the same pictures are drawn on every machine
@@ -29,7 +31,7 @@ class Entry:
     Attributes:
       split: one of SPLITS.
       key: its name, unique in the dataset.
-      picture: its file, relative to the source folder.
+      picture: its file, relative to the source folder and below it.
       label: fields of `samples.Record` by name, as JSON values.
     """
 
@@ -72,8 +74,8 @@ class Source:
         if scale and self.scale:
             raise config_lib.ConfigError(f"{self.name} has the scale {_words(self.scale)}; leave --scale out")
         self.scale = self.scale or scale
-        if scale and not scale[0] < scale[1]:
-            raise config_lib.ConfigError(f"--scale {_words(scale)} has no width; give the lowest and the highest score")
+        if scale:
+            checked(scale, "--scale")
         self.given_shares = shares
         self.shares = shares or self.shares
         if len(self.shares) != 3 or min(self.shares) < 0 or not math.isclose(sum(self.shares), 1.0, abs_tol=1e-6):
@@ -113,6 +115,15 @@ class Source:
                                          f"labels: --source {self.folder}/NAME{suffix}")
         return found[0]
 
+    def picture(self, name: str, place: str) -> str:
+        """A picture's name as every label shall write it, `inside`; empty, and counted as malformed, where it lies
+        outside of the source."""
+        try:
+            return inside(name)
+        except ValueError as error:
+            self.malformed.append(f"{place}: {error}")
+            return ""
+
     def table(self, path: Path, *, text: Sequence[str] = (), scores: Sequence[str] = (), numbers: Sequence[str] = (),
               blank: Sequence[str] = (), optional: Sequence[str] = (), delimiter: str = ","
               ) -> Iterator[dict[str, Any]]:
@@ -129,7 +140,10 @@ class Source:
         """
         with _reading(path), open(path, encoding="utf-8-sig", errors="replace", newline="") as stream:
             reader = csv.reader(stream, delimiter=delimiter)
-            header = [name.strip() for name in next(reader, [])]
+            try:
+                header = [name.strip() for name in next(reader, [])]
+            except csv.Error as error:
+                raise config_lib.ConfigError(f"{path} is no table of text ({error}); check --source") from None
             needed = (*text, *scores, *numbers, *blank)
             missing = [name for name in needed if name not in header]
             if missing:
@@ -192,12 +206,13 @@ class Source:
         with _reading(path):
             try:
                 return json.loads(path.read_bytes())
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise config_lib.ConfigError(f"{path} is not JSON: {error}; fetch it again") from None
 
     def parted(self, keys: Iterable[str], shares: Sequence[float] | None = None) -> dict[str, str]:
         """key -> split, in exact shares of the keys; whoever draws from the same keys draws the same."""
-        order = sorted(set(keys), key=lambda key: hashlib.sha256(f"{SEED}:{key}".encode()).digest())
+        order = sorted(set(keys), key=lambda key: hashlib.sha256(
+            f"{SEED}:{key}".encode("utf-8", "backslashreplace")).digest())
         train, validation, _ = shares or self.shares
         first, second = round(train * len(order)), round((train + validation) * len(order))
         return {key: SPLITS[(place >= first) + (place >= second)] for place, key in enumerate(order)}
@@ -218,10 +233,22 @@ class _reading:
                                          ) from None
 
 
+def inside(name: str) -> str:
+    """The name of a file relative to a folder in one way of writing it: `a.jpg` for `./a.jpg` and `b/../a.jpg`.
+
+    Raises:
+      ValueError: it is empty, absolute, or leads out of the folder.
+    """
+    plain = posixpath.normpath(name)
+    if not name.strip() or plain == "." or posixpath.isabs(plain) or plain.split("/")[0] == ".." or "\0" in plain:
+        raise ValueError(f"{name[:200]!r} is no picture inside of the folder; give its path relative to that")
+    return plain
+
+
 def number(text: str) -> float:
     """A finite number. Raises ValueError."""
     value = float(text)
-    if not math.isfinite(value):
+    if not math.isfinite(value) or "_" in text:
         raise ValueError(f"{text} is not finite")
     return value
 

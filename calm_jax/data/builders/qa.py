@@ -40,6 +40,7 @@ class Qa(labels.Source):
                 questions = _pairs(record["conversations"])
                 if not isinstance(image, str):
                     raise ValueError("not one picture")
+                image = labels.inside(image)
             except (KeyError, TypeError, ValueError) as error:
                 reason = f"no {error}" if isinstance(error, KeyError) else str(error)
                 self.malformed.append(f"{path.name}, record {count}: {reason}")

@@ -76,7 +76,7 @@ def encode(path: Path, longest_side: int) -> tuple[bytes, UInt8[np.ndarray, "H W
 
 
 def _plain(data: bytes) -> bool:
-    with Image.open(io.BytesIO(data)) as picture:
+    with Image.open(io.BytesIO(data), formats=pictures.formats()) as picture:
         try:
             turned = picture.getexif().get(0x0112, 1) != 1
         except Exception:  # a damaged EXIF block: encoded anew, without it
@@ -135,10 +135,14 @@ def prepare(source: Source, data_dir: Path | str, *, name: str = "", longest_sid
             build.start()
             build.store(max_bad_share, workers or os.cpu_count() or 1)
             build.finish()
+            # Whenever this ends, a reader finds the old data set, none, or the new one, and never a part of one.
+            replaced = folder.with_name(f"{VERSION}.replaced")
+            shutil.rmtree(replaced, ignore_errors=True)
             if folder.exists():
-                shutil.rmtree(folder)
+                folder.rename(replaced)
             partial.rename(folder)
-        shutil.rmtree(folder / "parts")
+            shutil.rmtree(replaced, ignore_errors=True)
+        shutil.rmtree(folder / "parts", ignore_errors=True)
     say(f"{folder} is ready: {len(entries):,} pictures in {time.monotonic() - began:.1f} s")
     say(summary(folder))
     return folder
@@ -166,8 +170,10 @@ def summary(folder: Path) -> str:
 
 
 def _checked(source: Source, max_bad_share: float) -> list[Entry]:
-    """All entries of the source, of which none is named twice."""
-    entries = list(source.entries())
+    """All entries of the source, of which none is named twice and each has a picture inside of it."""
+    # A name of a file that is no UTF-8 is written out, so that no two come to be called alike.
+    entries = [dataclasses.replace(entry, picture=place, key=entry.key.encode("utf-8", "backslashreplace").decode())
+               for entry in source.entries() if (place := source.picture(entry.picture, f"the picture of {entry.key}"))]
     bad = len(source.malformed)
     if bad > max_bad_share * source.rows:
         raise BadRecord(f"{bad:,} of {source.rows:,} label rows of {source.folder} are malformed, more than the share "
@@ -287,7 +293,8 @@ class _Build:
         if not self._file(shard).exists():
             return False
         missing = {item.key for item in self._skipped(shard) if item.kind == "missing"}
-        return not any((self.source.folder / entry.picture).exists() for entry in shard.entries if entry.key in missing)
+        return not any(os.path.exists(self.source.folder / entry.picture) for entry in shard.entries
+                       if entry.key in missing)
 
     def _write_shard(self, shard: _Shard, pool: concurrent.futures.Executor, ahead: int,
                      note: Callable[[Skipped], None], progress: Callable[[int], Any]) -> None:
@@ -330,7 +337,7 @@ class _Build:
             data, pixels = encode(path, self.plan["longest_side"])
             return data, list(statistics.measure(pixels).values())
         except BadRecord as error:
-            return Skipped(entry.key, "unreadable" if path.exists() else "missing", str(error))
+            return Skipped(entry.key, "unreadable" if os.path.lexists(path) else "missing", str(error))
         except OSError as error:  # a folder that may not be entered, a file removed meanwhile
             return Skipped(entry.key, "unreadable", f"{path} cannot be read: {error.strerror or error}")
 
@@ -450,7 +457,7 @@ def _json(value: Any) -> str:
 
 
 def _clean(text: str) -> str:
-    """Without halves of surrogate pairs, which damaged files and odd file names bring and UTF-8 cannot hold."""
+    """Without halves of surrogate pairs, which damaged files bring and UTF-8 cannot hold."""
     return text.encode("utf-8", "replace").decode()
 
 

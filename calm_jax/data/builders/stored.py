@@ -97,14 +97,24 @@ class Stored:
         return np.arange(end - self._counts.get(split, 0), end, dtype=np.int64)
 
     def record(self, index: int) -> Record:
-        """What is known of record `index`."""
+        """What is known of record `index`.
+
+        Raises:
+          BadRecord: its line in the labels is damaged.
+        """
         split, place = self._place(index)
         starts, text = self._labels(split)
-        label = json.loads(text[int(starts[place]):int(starts[place + 1])])
-        for name in ("captions", "comments", "unfit"):
-            label[name] = tuple(label.get(name, ()))
-        label["questions"] = tuple((question, answer) for question, answer in label.get("questions", ()))
-        return Record(label.pop("key"), ImageRef(int(index)), scale=self._scale, **label)
+        try:
+            label = json.loads(text[int(starts[place]):int(starts[place + 1])])
+            for name in ("captions", "comments", "unfit"):
+                label[name] = tuple(label.get(name, ()))
+            label["questions"] = tuple((question, answer) for question, answer in label.get("questions", ()))
+            record = Record(label.pop("key"), ImageRef(int(index)), scale=self._scale, **label)
+            record.check()
+            return record
+        except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
+            raise BadRecord(f"record {place} of {self.folder}/labels/{split}.jsonl is damaged ({error}); prepare the "
+                            "dataset again with --rebuild") from None
 
     def pixels(self, index: int) -> UInt8[np.ndarray, "H W 3"]:
         """The stored picture, RGB 0..255.
@@ -117,8 +127,14 @@ class Stored:
             return pictures.read(self._pictures(split)[place]["image"])
         except Exception as error:  # array_record and protobuf raise what they like on damaged files
             reason = " ".join(str(error).split())[:300]
-            raise BadRecord(f"{self.record(index).key} of {self.folder} cannot be read: {reason}; prepare the dataset "
+            raise BadRecord(f"{self._called(index)} of {self.folder} cannot be read: {reason}; prepare the dataset "
                             "again with --rebuild") from error
+
+    def _called(self, index: int) -> str:
+        try:
+            return self.record(index).key
+        except BadRecord:
+            return f"record {index}"
 
     def _place(self, index: int) -> tuple[str, int]:
         if not 0 <= index < len(self):
