@@ -25,6 +25,7 @@ from calm_jax.predict import output
 from calm_jax.predict.gather import gather
 from calm_jax.predict.journal import Journal
 from calm_jax.predict.ratings import read_ratings
+from calm_jax.training import checkpoint as checkpoints
 
 CHROMIUM = next((path for path in ("/usr/bin/chromium", "/usr/bin/chromium-browser", "/usr/bin/google-chrome")
                  if os.path.exists(path)), None)
@@ -286,12 +287,14 @@ def test_formats_choosing_and_copying(album, checkpoint, model, tmp_path):
         found = [json.loads(line) for line in out.read_text().splitlines()]
         assert [row["path"] for row in found] == expected and "stamp" not in found[0]
     assert sorted(path.name for path in best.iterdir()) == sorted(pathlib.Path(path).name for path in ranked[:5])
-    again = pathlib.Path(checkpoint) / "00000003" / "meta.json"
-    before = again.stat()
-    os.utime(again, ns=(before.st_atime_ns, before.st_mtime_ns + 1))  # another model in its place
+    folder = pathlib.Path(checkpoint) / "00000003"
+    before = {name: (folder / name).read_bytes() for name in ("meta.json", "COMPLETE.json")}
+    (folder / "meta.json").write_text(json.dumps(json.loads(before["meta.json"]) | {"rows": 9}))
+    checkpoints.write_marker(folder)  # another model in its place
     done = calm("score", album, *common)
-    os.utime(again, ns=(before.st_atime_ns, before.st_mtime_ns))
-    assert done.returncode == 2 and "holds answers to something else (made: " in done.stderr
+    for name, content in before.items():
+        (folder / name).write_bytes(content)
+    assert done.returncode == 2 and str(out) in done.stderr
     other = calm("score", album, "--checkpoint", checkpoint, "--out", out)
     assert other.returncode == 2 and "scale: [0.0, 100.0] there, [1.0, 10.0] here" in other.stderr
 
