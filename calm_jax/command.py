@@ -12,6 +12,7 @@ from ml_collections import config_flags
 
 from calm_jax import config as config_lib
 
+ADDRESSES = ("base_url",)  # flags whose value is one
 POINTLESS = 3  # exit code: it cannot go on, and would end in the same way if it were started again
 
 
@@ -60,6 +61,7 @@ def run(main: Callable[..., int | None], *, words: bool = False) -> None:
             rest = flags.FLAGS(argv)
             if flags.FLAGS["verbosity"].using_default_value:
                 flags.FLAGS.verbosity = logging.WARNING  # absl would take INFO, where Orbax tells every file it writes
+            _check_values(rest[1:])
             return rest
         except flags.UnrecognizedFlagError as error:
             hint = config_lib.nearest(error.flagname, list(flags.FLAGS)) if "." not in error.flagname else ""
@@ -91,6 +93,22 @@ def run(main: Callable[..., int | None], *, words: bool = False) -> None:
             _fail(str(error), POINTLESS if isinstance(error, TrainingError) else 1)
 
     app.run(guarded, flags_parser=parse)
+
+
+def _check_values(words: list[str]) -> None:
+    """Looks at what absl does not: a bound of a flag lets `nan` pass, and a path may be the address of a bucket.
+
+    Raises:
+      ConfigError: names the flag, or the word that is no flag.
+    """
+    for flag in map(flags.FLAGS.__getitem__, flags.FLAGS):
+        for value in flag.value if isinstance(flag.value, list) else [flag.value]:
+            if isinstance(value, float):
+                config_lib.check_number(f"--{flag.name}", value, {})
+            elif isinstance(value, str) and flag.name not in ADDRESSES:
+                config_lib.check_local(f"--{flag.name}", value)
+    for word in words:
+        config_lib.check_local("argument", word)
 
 
 def _check_config(argv: list[str]) -> None:

@@ -11,6 +11,7 @@ import difflib
 import math
 import operator
 import re
+import struct
 import typing
 from typing import Any
 
@@ -25,38 +26,63 @@ class ConfigError(ValueError):
     """A configuration that cannot be used; the message names the field and the remedy."""
 
 
-def field(default: Any, doc: str, source: str, *, choices: tuple = (), runtime: bool = False,
+def field(default: Any, doc: str, source: str, *, choices: tuple = (), runtime: bool = False, form: str = "",
           least: float | None = None, above: float | None = None, most: float | None = None,
           below: float | None = None) -> Any:
     """A documented dataclass field. `runtime` fields may change between a run and its resumption; a number lies within
-    its bounds, of which `least` and `most` are allowed values, `above` and `below` are not."""
+    its bounds, of which `least` and `most` are allowed values, `above` and `below` are not; `form` says of a text that
+    it is a `regex` or a `path`."""
     bounds = {"at least": least, "above": above, "at most": most, "below": below}
-    metadata = {"doc": doc, "source": source, "choices": choices, "runtime": runtime,
+    metadata = {"doc": doc, "source": source, "choices": choices, "runtime": runtime, "form": form,
                 "bounds": {words: bound for words, bound in bounds.items() if bound is not None}}
     if isinstance(default, dict) or dataclasses.is_dataclass(default):
         return dataclasses.field(default_factory=lambda: default, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
 
 
+REMOTE = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]+:/")  # how an address begins, also after pathlib has shortened it
+SMALLEST, LARGEST = 2.0**-126, (2 - 2.0**-23) * 2.0**127  # of float32
 HOLDS = {"at least": operator.ge, "above": operator.gt, "at most": operator.le, "below": operator.lt}
 
 
 def check_number(name: str, value: float, bounds: typing.Mapping[str, float]) -> None:
-    """Raises ConfigError for a number that is not finite or outside of its bounds, such as {"at least": 1}."""
-    if not (math.isfinite(value) and all(HOLDS[words](value, bound) for words, bound in bounds.items())):
+    """Raises ConfigError for a number that is outside of its bounds, such as {"at least": 1}; or, as float32 has it, in
+    which everything is computed, not finite or no more than 0."""
+    fits = value == 0 or SMALLEST <= abs(value) <= LARGEST
+    seen = struct.unpack("f", struct.pack("f", value))[0] if fits and isinstance(value, float) else value
+    if not (fits and all(HOLDS[words](seen, bound) for words, bound in bounds.items())):
         allowed = " and ".join(f"{words} {bound:g}" for words, bound in bounds.items())
         raise ConfigError(f"{name}={value!r} cannot be used; give a number {allowed}" if allowed else
                           f"{name}={value!r} cannot be used; give a finite number")
 
 
+def check_local(name: str, path: object) -> None:
+    """Raises ConfigError for the address of a bucket or the like: everything is read and written through the local file
+    system, where such an address would become the name of a folder."""
+    if REMOTE.match(str(path)):
+        raise ConfigError(f"{name}={path} is an address, not a path of this machine; mount it (a bucket with gcsfuse) "
+                          "or copy it, and give the path where it is then")
+
+
+def check_regex(name: str, regex: str) -> None:
+    """Raises ConfigError for what is no regular expression."""
+    try:
+        re.compile(regex)
+    except re.error as error:
+        raise ConfigError(f"{name}={regex!r} is no regular expression: {error}") from None
+
+
 class Checked:
-    """Base of the groups of fields: every number is finite and within the bounds that its field declares."""
+    """Base of the groups of fields: every value is as its field declares it, numbers finite and within their bounds."""
 
     def __post_init__(self):
         for entry in dataclasses.fields(self):
             value = getattr(self, entry.name)
-            if type(value) in (int, float):
-                check_number(entry.name, value, entry.metadata["bounds"])
+            for item in value if isinstance(value, tuple) else (value,):
+                if type(item) in (int, float):
+                    check_number(entry.name, item, entry.metadata["bounds"])
+                elif entry.metadata["form"] and isinstance(item, str):
+                    {"path": check_local, "regex": check_regex}[entry.metadata["form"]](entry.name, item)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,7 +150,7 @@ class Lora(Checked):
     dropout: float = field(0.05, "dropout before the first factor, probability (in steps of 1/256)", "LLaVA-1.5",
                            least=0, below=1)
     targets: str = field(r"llama/blocks/(q|k|v|o|gate|up|down)", "regex: paths of the linear layers that get one",
-                         "LLaVA-1.5")
+                         "LLaVA-1.5", form="regex")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,14 +199,16 @@ class Row(Checked):
 class Optimizer(Checked):
     peak_lr: float = field(1e-3, "learning rate after warm-up", "paper: 1e-3, 1e-3, 2.5e-5, 7e-5 for the processes",
                            above=0)
-    warmup: float = field(0.03, "linear warm-up, fraction of the steps", "paper: linear warm-up; LLaVA-1.5: 3 %",
+    warmup: float = field(0.03, "linear warm-up, fraction of the steps; of W such steps the first has peak_lr / W",
+                          "paper: linear warm-up; LLaVA-1.5: 3 %; its first rate is ours",
                           least=0, most=1)
     final: float = field(0.0, "learning rate at the end, fraction of the peak", "paper: cosine annealing; end is ours",
                          least=0, most=1)
     b1: float = field(0.9, "Adam first-moment decay", "paper: Adam; value is ours", least=0, below=1)
     b2: float = field(0.999, "Adam second-moment decay", "paper: Adam; value is ours", least=0, below=1)
     eps: float = field(1e-8, "Adam epsilon", "ours", above=0)
-    weight_decay: float = field(0.0, "decoupled weight decay of matrices", "LLaVA-1.5", least=0)
+    weight_decay: float = field(0.0, "decoupled weight decay of matrices, embeddings and queries, not of norms and "
+                                "biases", "LLaVA-1.5", least=0)
     clip: float = field(1.0, "largest global gradient norm; 0 = no clipping", "ours", least=0)
     scale: tuple[str, ...] = field((), "REGEX=FACTOR: parameters whose learning rate is multiplied; the first match "
                                    "counts", "ours")
@@ -202,7 +230,7 @@ class Process(Checked):
     tasks: dict[str, float] = field({"attributes": 1.0}, "task -> weight in the mixture; DATASET:TASK takes another "
                                     "dataset than the process's own", "ours")
     support: tuple[int, ...] = field((2, 8), "fewest and most rated pictures shown before a personal question",
-                                     "paper: in context; numbers are ours")
+                                     "paper: in context; numbers are ours", least=1)
     score_spread: float = field(0.0, "standard deviation of the Gaussian that replaces the one right digit of a score, "
                                 "on the scale 1-10; 0 = none", "ours", least=0)
     rater_spread: bool = field(False, "where a picture's raters are known, take their standard deviation instead",
@@ -212,14 +240,15 @@ class Process(Checked):
     compose: bool = field(False, "captions and comments are composed of what is known and measured where nobody wrote "
                           "any", "ours")
     cues: str = field("", "file of further phrases about attributes, from tools.make_cues; '' = only the written",
-                      "paper: GPT-3.5 wrote them; ours: most are written by hand")
+                      "paper: GPT-3.5 wrote them; ours: most are written by hand", form="path")
     phrasings: int = field(0, "of each written question and answer about attributes and measurements only so many "
                            "are used; 0 = all", "ours", least=0)
     parts: tuple[str, ...] = field(PARTS, "parts of an image that this process computes", "paper: all, in this order",
                                    choices=PARTS)
-    train: tuple[str, ...] = field((".*",), "regexes: parameters that learn", "paper (table of processes)")
+    train: tuple[str, ...] = field((".*",), "regexes: parameters that learn", "paper (table of processes)",
+                                   form="regex")
     freeze: tuple[str, ...] = field((), "regexes: parameters that stay; every parameter matches exactly one list",
-                                    "paper (table of processes)")
+                                    "paper (table of processes)", form="regex")
     row: Row = field(Row(), "shape of a packed row", "ours")
     batch: int = field(128, "rows a step, all devices together", "ours (LLaVA-1.5: 256 and 128 examples)", least=1)
     accumulate: int = field(1, "micro-batches a step", "ours", least=1)
@@ -266,7 +295,8 @@ class Process(Checked):
 class Checkpoint(Checked):
     every_steps: int = field(500, "steps between checkpoints; 0 = only at the end", "ours", runtime=True, least=0)
     every_minutes: float = field(30.0, "minutes between checkpoints; 0 = off", "ours", runtime=True, least=0)
-    keep: int = field(2, "newest checkpoints kept (the best one is kept besides)", "ours", runtime=True, least=0)
+    keep: int = field(2, "newest checkpoints kept, at least one (the best one is kept besides)", "ours",
+                      runtime=True, least=0)
     keep_every_steps: int = field(0, "checkpoints at multiples of this are kept for ever; 0 = none", "ours",
                                   runtime=True, least=0)
 
@@ -274,7 +304,7 @@ class Checkpoint(Checked):
 @dataclasses.dataclass(frozen=True)
 class Data(Checked):
     dir: str = field("", "folder of datasets that tools.prepare_data stored; only `demo` needs none", "ours",
-                     runtime=True)
+                     runtime=True, form="path")
     workers: int = field(0, "data processes; 0 = threads of the training process", "ours", runtime=True, least=0)
     threads: int = field(4, "rows prepared at the same time", "ours", runtime=True, least=1)
     cache_mb: int = field(0, "decoded pictures kept in memory, megabytes a process; 0 = none", "ours", runtime=True,
@@ -287,9 +317,11 @@ class Data(Checked):
 class Config(Checked):
     seed: int = field(0, "seed of initialisation, data order, augmentation and dropout", "ours",
                       least=0, most=2**32 - 1)
-    init: str = field("", "where parameters come from: a workdir or checkpoint folder; empty = random", "ours")
+    init: str = field("", "where parameters come from: a workdir or checkpoint folder; empty = random", "ours",
+                      form="path")
     model: Model = field(Model(), "geometry and numerics", "paper and ours")
-    tokenizer: str = field("", "path of a SentencePiece model; empty = the small one that ships", "ours")
+    tokenizer: str = field("", "path of a SentencePiece model; empty = the small one that ships", "ours",
+                           form="path")
     mesh: Mesh = field(Mesh(), "how devices share the work", "ours", runtime=True)
     run: tuple[str, ...] = field((), "processes to run, in this order", "paper: two stages of two processes")
     processes: dict[str, Process] = field({}, "name -> training process", "paper")

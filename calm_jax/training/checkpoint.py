@@ -268,7 +268,9 @@ def find(path: str | os.PathLike) -> Saved:
 
     Raises:
       CheckpointError: there is none, or it is damaged.
+      ConfigError: the path is the address of a bucket.
     """
+    config_lib.check_local("checkpoint", path)
     saved = _by_the_first(lambda: _find(pathlib.Path(path).absolute()))
     assert saved is not None
     return saved

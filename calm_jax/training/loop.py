@@ -186,7 +186,8 @@ def run_process(run: Run, name: str, datasets: Mapping[str, Dataset]) -> None:
                 cursor = batch.pop("cursor")[-1].tolist()
                 run.reached("first batch")
                 trace.before(number)
-                state, metrics = train_step(state, frozen, sharding.put(batch, mesh, process.batch), key)
+                placed = sharding.put(batch, mesh, process.batch)
+                state, metrics = train_step(state, frozen, placed, key)
                 meter.read()
                 meter.pending = (number, metrics)
                 log.advance()
@@ -209,12 +210,12 @@ def run_process(run: Run, name: str, datasets: Mapping[str, Dataset]) -> None:
                 meter.read()
                 # The loss is that of the weights before the step: those that would be saved are judged themselves.
                 if not bool(finite(state)):
-                    raise meter.diverged(f"after step {number} parameters or moments are not finite")
+                    raise meter.diverged(number, f"after step {number} parameters or moments are not finite")
                 is_best = False
+                values = validate() if validates else {"loss": float(eval_step(state.trained, frozen, placed)["loss"])}
+                if not all(map(math.isfinite, values.values())):
+                    raise meter.diverged(number, f"the loss of the weights after step {number} is {values['loss']}")
                 if validates:
-                    values = validate()
-                    if not math.isfinite(values["loss"]):
-                        raise meter.diverged(f"the validation loss after step {number} is {values['loss']}")
                     log.write(number, "validation", values)
                     log.say(f"{name} step {number}: validation loss {values['loss']:.4f}, "
                             f"token accuracy {values['accuracy']:.3f}")
@@ -257,7 +258,9 @@ class Meter:
         self.pending = None
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         if not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):
-            raise self.diverged(f"the loss of step {number} is {values['loss']} (gradient norm {values['grad_norm']})")
+            # They are those of the weights after the step before.
+            raise self.diverged(number - 1, f"the loss of step {number} is {values['loss']} (gradient norm "
+                                f"{values['grad_norm']})")
         self.examples += values["examples"]
         self.bad += values["bad"]
         if self.examples >= MIN_EXAMPLES and self.bad > self.config.data.max_bad_share * self.examples:
@@ -275,11 +278,11 @@ class Meter:
             self.log.show({"loss": f"{values['loss']:.3f}", "examples/s": f"{rates['examples_per_s']:.1f}",
                            "tokens/s": f"{rates['tokens_per_s']:.0f}", "fill": f"{fill:.0%}"})
 
-
-    def diverged(self, what: str) -> TrainingError:
-        """The error that says where training was still good: what is saved has been judged before."""
+    def diverged(self, step: int, what: str) -> TrainingError:
+        """The error for weights that are no good after `step`, which names the last checkpoint before."""
         self.store.wait()
-        good = [path for path in checkpoint.folders(self.store.folder) if checkpoint.is_complete(path)]
+        good = [path for path in checkpoint.folders(self.store.folder)
+                if checkpoint.is_complete(path) and int(path.name) < step]
         where = f"the last good checkpoint is {good[-1]}" if good else "no checkpoint was saved before"
         return TrainingError(f"{what}; {where}. Lower optimizer.peak_lr or optimizer.clip and run again in a new "
                              f"workdir{' with --config.init set to it' if good else ''}")

@@ -31,11 +31,12 @@ def held(workdir: pathlib.Path) -> Iterator[None]:
     all.
 
     Raises:
-      ConfigError: another training holds it, or it cannot be made.
+      ConfigError: another training holds it, it cannot be made, or it is the address of a bucket.
     """
     if jax.process_index():
         yield
         return
+    config_lib.check_local("workdir", workdir)
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         file = (workdir / LOCK).open("a+")

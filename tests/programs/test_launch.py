@@ -16,6 +16,8 @@ import miniature
 import pytest
 import yaml
 
+from calm_jax import supervise
+
 LAUNCH = miniature.ROOT / "launch"
 
 # Records its words; then does what the file `cue` beside it says for the n-th call that matches a pattern.
@@ -219,6 +221,11 @@ def test_the_fields_of_the_jobset():
     chips = container["resources"]["limits"]["google.com/tpu"]
     rows, columns = map(int, pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"].split("x"))
     assert job["parallelism"] == job["completions"] == rows * columns // chips
+    # Exit codes after which another start is pointless end the job, and with it the JobSet.
+    [rule], [whole] = job["podFailurePolicy"]["rules"], jobset["spec"]["failurePolicy"]["rules"]
+    assert (rule["action"], whole["action"]) == ("FailJob", "FailJobSet")
+    assert tuple(rule["onExitCodes"]["values"]) == supervise.POINTLESS
+    assert whole["onJobFailureReasons"] == ["PodFailurePolicy"]
     assert job["backoffLimit"] == 0 and pod["restartPolicy"] == "Never"
     assert pod["terminationGracePeriodSeconds"] >= 600  # as long as the supervisor waits for what is being saved
     assert container["command"][:3] == ["python", "-m", "calm_jax.supervise"]

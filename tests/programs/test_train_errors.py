@@ -92,6 +92,9 @@ CASES = {  # arguments -> what the sentence says
     ("--config", "configs/finetune.py:7B"): "there is no variant '7B'; the nearest is '7b'",
     (): "name a configuration: --config configs/finetune.py",
     (*FINETUNE, "--wrokdir=x"): "there is no flag --wrokdir; the nearest is 'workdir'",
+    (*FINETUNE, "--workdir=gs://bucket/run"): "--workdir=gs://bucket/run",
+    (*FINETUNE, "--config.init=s3://bucket/run"): "init=s3://bucket/run",
+    (*FINETUNE, "--config.processes.scores.optimizer.peak_lr=nan"): "peak_lr=nan",
     (*FINETUNE, "--config.mesh.data=3"): "mesh data=3 fsdp=-1 tensor=1 does not multiply to the 1 devices present",
 }
 
@@ -103,7 +106,7 @@ def answers(tmp_path_factory) -> dict:
 
     def ask(item):
         number, arguments = item
-        place = [f"--workdir={folder / str(number)}"] if "--wrokdir=x" not in arguments else []
+        place = [f"--workdir={folder / str(number)}"] if not any("dir=" in word for word in arguments) else []
         return miniature.run([sys.executable, "-m", "calm_jax.train", *arguments, *place], miniature.environment())
 
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
@@ -296,13 +299,14 @@ def test_a_huge_learning_rate_ends_in_that_sentence(tmp_path, coloured):
         program.train(miniature.config(processes={"only": process}), tmp_path / "run")
 
 
-@pytest.mark.parametrize("rate", [1e20, 1e38])
-def test_weights_that_are_saved_are_judged_and_not_those_before_them(trained, tmp_path, coloured, rate):
-    """One step from good weights: its loss is finite, and what it leaves behind is not."""
+@pytest.mark.parametrize(("rate", "steps"), [(1e20, 1), (1e38, 1), (1e20, 3)])
+def test_weights_that_are_saved_are_judged_and_not_those_before_them(trained, tmp_path, coloured, rate, steps):
+    """One step from good weights: its loss is finite, and what it leaves behind is not; at a validation, or without."""
     coloured()
-    process = miniature.process(optimizer=config_lib.Optimizer(peak_lr=rate, clip=0.0), steps=1, eval_every=0)
+    process = miniature.process(optimizer=config_lib.Optimizer(peak_lr=rate, clip=0.0), steps=steps, eval_every=0)
     with pytest.raises(loop.TrainingError, match="after step 1"):
-        program.train(miniature.config(processes={"only": process}, init=str(trained)), tmp_path / "run")
+        program.train(miniature.config(processes={"only": process}, init=str(trained),
+                                       checkpoint=config_lib.Checkpoint(every_steps=1)), tmp_path / "run")
     folder = tmp_path / "run" / "checkpoints" / "only"
     assert not checkpoint.folders(folder) and not (folder / "best.json").exists()
 

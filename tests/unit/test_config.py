@@ -189,6 +189,23 @@ def test_a_number_that_cannot_be_meant_is_refused_by_its_name(path, values):
             config_lib.from_config_dict(tree)
 
 
+@pytest.mark.parametrize(("path", "value"), [
+    ("processes.scores.optimizer.b2", 1 - 1e-12), ("processes.scores.optimizer.peak_lr", 1e39),
+    ("processes.scores.optimizer.eps", 1e-46), ("model.lora.targets", "llama/("),
+    ("processes.scores.train", ("vit/(",)), ("processes.scores.freeze", ("*",)), ("processes.scores.support", (0, 4))])
+def test_what_float32_cannot_hold_and_no_regular_expression_is_refused_by_its_name(path, value):
+    with pytest.raises(config_lib.ConfigError, match=path.rpartition(".")[2]):
+        config_lib.from_config_dict(changed(path, value))
+
+
+@pytest.mark.parametrize("path", ["init", "tokenizer", "data.dir", "processes.scores.cues"])
+@pytest.mark.parametrize("address", ["gs://bucket/run", "s3://bucket", "file:///runs/a", "gs:/bucket"])
+def test_the_address_of_a_bucket_is_no_path(path, address):
+    with pytest.raises(config_lib.ConfigError, match=f"{path.rpartition('.')[2]}={address}"):
+        config_lib.from_config_dict(changed(path, address))
+    config_lib.from_config_dict(changed(path, "/mnt/bucket/a:b"))
+
+
 def test_every_number_declares_its_bounds():
     """A field that takes any finite number has to say so here."""
     def free(kind):
