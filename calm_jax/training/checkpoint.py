@@ -46,7 +46,7 @@ from calm_jax import config as config_lib
 from calm_jax.models.parameters import Parameters
 
 MARKER, META, ARRAYS, BEST, NEEDED = "COMPLETE.json", "meta.json", "arrays", "best.json", "needed_by"
-BASE = "CALM_BASE"  # environment: folders, with os.pathsep between, in which moved checkpoints are looked for
+BASE = "CALM_BASE"  # environment: where moved checkpoints are: workdirs, folders of them or below, os.pathsep between
 TRIES = 5  # how often a reader looks again for a checkpoint when training has pruned the one it had found
 LARGE = 1 << 22  # leaves from this many bytes on are cut into chunks
 TICK = 16  # steps after which several processes compare their clocks
@@ -434,7 +434,7 @@ def pinned(pin: Pin, reader: str) -> Saved:
                 "it is no longer there")
         given = os.environ.get(BASE)
         raise CheckpointError(f"{reader} needs weights of the checkpoint {pin}, but {what}; bring it back, or name the "
-                              f"folder to which it was moved in the environment variable {BASE}"
+                              f"workdir or folder to which it was moved in the environment variable {BASE}"
                               + (f" (it is not in {BASE}={given})" if given else ""))
 
     saved = _by_the_first(look)
@@ -444,12 +444,14 @@ def pinned(pin: Pin, reader: str) -> Saved:
 
 def located(pin: Pin) -> pathlib.Path | None:
     """Where the checkpoint of a pin lies now: the folder whose marker has its digest, if there is one."""
-    moved = [pathlib.Path(folder).absolute() for folder in os.environ.get(BASE, "").split(os.pathsep) if folder]
-    for folder in (pathlib.Path(pin.path), *moved):
-        for place in (folder, *folders(folder), *(path for process in sorted(folder.glob("checkpoints/*"))
-                                                  for path in folders(process))):
-            if digest_of(place) == pin.digest:
-                return place
+    was = pathlib.Path(pin.path)
+    if digest_of(was) == pin.digest:
+        return was
+    for folder in (pathlib.Path(name).absolute() for name in os.environ.get(BASE, "").split(os.pathsep) if name):
+        for pattern in (".", f"{pin.step:08d}", f"checkpoints/*/{pin.step:08d}", f"*/checkpoints/*/{pin.step:08d}"):
+            for place in sorted(folder.glob(pattern)) if pattern != "." else [folder]:
+                if digest_of(place) == pin.digest:
+                    return place
     return None
 
 

@@ -167,6 +167,30 @@ def test_merged_adapters_below_merged_adapters(trained, tmp_path):
         np.testing.assert_allclose(third[path], value, rtol=1e-5, atol=1e-6, err_msg=path)
 
 
+def test_adapters_on_kernels_that_were_never_saved(tmp_path):
+    """From nothing, one factor of each adapter learns: both are held, and merged into the kernels of the seed."""
+    process = miniature.process(steps=1, eval_every=0, optimizer=config_lib.Optimizer(peak_lr=0.3, warmup=0.0),
+                                train=(r".*/lora/b",), freeze=(r"(?!.*/lora/b).*",))
+    program.train(miniature.config(model=model(OLD), processes={"only": process}, seed=3), tmp_path / "run")
+    saved, before = checkpoint.find(tmp_path / "run"), values(tmp_path / "run")
+    assert checkpoint.shapes(saved).keys() == {path for path in before if "/lora/" in path}
+    assert any(before[path].any() for path in before if path.endswith("/lora/b"))
+    config = miniature.config(model=model(config_lib.Lora()), seed=4)
+    where = restore.origins(saved, config)
+    one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    after = restore.read(where, {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=one) for path, leaf in
+                                 Geometry.of(config.model).shapes.items()}, config.model, saved)
+    store, held = checkpoint.Checkpoints(tmp_path / "next", config_lib.Checkpoint()), {"llama/norm/scale": np.ones(32)}
+    store.save(1, {"parameters": held, "optimizer": ()}, {
+        "process": "only", "base": dataclasses.asdict(saved.pin), "borrowed": restore.borrowed(where, held), "seed": 4,
+        "config": dataclasses.asdict(config), "tokenizer": saved.meta["tokenizer"]})
+    store.close()
+    lazily = restore.lazily(checkpoint.find(tmp_path / "next"))
+    for path, value in with_merged(before, OLD).items():
+        np.testing.assert_allclose(after[path], value, rtol=1e-5, atol=1e-6, err_msg=path)
+        np.testing.assert_allclose(lazily[path].read(()), value, rtol=1e-5, atol=1e-6, err_msg=path)
+
+
 # ---- a base is its bytes ----------------------------------------------------------------------------------------
 
 
@@ -228,7 +252,9 @@ def test_a_base_that_was_moved_is_named_again(trained, copied, tmp_path, monkeyp
     moved = trained / "aside"
     os.rename(trained / "base", moved)
     try:
-        for folder in (tmp_path / "other", tmp_path / "other" / "00000003"):
+        (tmp_path / "runs" / "base" / "checkpoints").mkdir(parents=True)
+        (tmp_path / "runs" / "base" / "checkpoints" / "only").symlink_to(tmp_path / "other")
+        for folder in (tmp_path / "other", tmp_path / "other" / "00000003", tmp_path / "runs", tmp_path / "runs/base"):
             monkeypatch.setenv("CALM_BASE", f"{tmp_path / 'nothing'}{os.pathsep}{folder}")
             found = values(copied)
             for path, value in before.items():
