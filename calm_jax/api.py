@@ -11,7 +11,6 @@ list of pictures a list; no answer depends on the other pictures.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -30,6 +29,7 @@ from calm_jax.data.tasks import instructions
 from calm_jax.data.tasks.opinions import contexts, in_context
 from calm_jax.inference.decoding import GREEDY, Sampling
 from calm_jax.inference.generate import Generator, Pixels
+from calm_jax.inference.once import once
 from calm_jax.inference.scorer import Score
 from calm_jax.training import restore
 
@@ -162,7 +162,7 @@ class Model:
         shown = [pictures.fit(pictures.pixels(picture), self.generator.size) for picture, _ in rated]
 
         # Contexts go through the pictures together: each is read and made small once.
-        small = functools.lru_cache(4 * self.batch)(lambda index: pictures.fit(pixels(index), self.generator.size))
+        small = once(lambda index: pictures.fit(pixels(index), self.generator.size), 4 * self.batch)
 
         def look(index):  # the rated pictures come first
             return shown[index] if index < len(shown) else small(index - len(shown))
@@ -203,7 +203,7 @@ class Model:
         questions = ((_sample(index, (attribute.level,), self.phrases[attribute.name].questions[0]), 0)
                      for index in range(count) for attribute in asked)
         # The questions about a picture come one after the other: it is read and made small once.
-        small = functools.lru_cache(4 * self.batch)(lambda index: pictures.fit(pixels(index), self.generator.size))
+        small = once(lambda index: pictures.fit(pixels(index), self.generator.size), 4 * self.batch)
         answers = self.generator.answers(questions, small, limit=ATTRIBUTE_TOKENS, batch=self.batch)
         for _ in range(count):
             found = {}

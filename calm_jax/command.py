@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import os
 import pathlib
 import runpy
+import signal
 import sys
 from collections.abc import Callable
 
@@ -11,6 +15,8 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from calm_jax import config as config_lib
+from calm_jax import terminal
+from calm_jax.terminal import shown
 
 ADDRESSES = ("base_url",)  # flags whose value is one
 POINTLESS = 3  # exit code: it cannot go on, and would end in the same way if it were started again
@@ -54,6 +60,8 @@ def run(main: Callable[..., int | None], *, words: bool = False) -> None:
       words: `main` takes the words of the command line that are no flags; else there must be none.
     """
 
+    terminal.protect()
+
     def parse(argv):
         try:
             if "config" in flags.FLAGS:
@@ -75,13 +83,21 @@ def run(main: Callable[..., int | None], *, words: bool = False) -> None:
 
     def guarded(argv):
         try:
-            if words:
-                sys.exit(main(argv[1:]))
-            if len(argv) > 1:
+            if not words and len(argv) > 1:
                 raise config_lib.ConfigError(f"{argv[1]!r} is no flag; flags begin with two dashes")
-            sys.exit(main())
+            code = main(argv[1:]) if words else main()
+            sys.stdout.flush()  # a full disk or a closed pipe is met here at the latest
+            sys.exit(code)
         except config_lib.ConfigError as error:
             _fail(str(error), 2)
+        except KeyboardInterrupt:
+            _fail("interrupted", 128 + signal.SIGINT)
+        except BrokenPipeError:  # whoever read the output has read enough
+            _quietly()
+            sys.exit(128 + signal.SIGPIPE)
+        except OSError as error:
+            _quietly()
+            _fail(_of_system(error), 1)
         except Exception as error:
             # Imported late: programs that need no JAX and Orbax should not wait for them.
             from calm_jax.data.samples import BadRecord
@@ -143,6 +159,36 @@ def _check_config(argv: list[str]) -> None:
                 node, known = node[piece], f"{known}.{piece}"
 
 
+REMEDIES = {  # what the system says, by its number -> what to do about it
+    errno.ENOSPC: "free some space, and run the same command again",
+    errno.EDQUOT: "free some space, and run the same command again",
+    errno.EACCES: "give this user the right, or name another place",
+    errno.EPERM: "give this user the right, or name another place",
+    errno.EROFS: "name a place that can be written",
+    errno.ENOENT: "check the name",
+    errno.EISDIR: "name a file",
+    errno.ENOTDIR: "name a place that does not lie below a file",
+    errno.EEXIST: "name another place, or move it away",
+    errno.ENAMETOOLONG: "give a shorter name",
+    errno.EMFILE: "allow more open files (ulimit -n)",
+}
+
+
+def _of_system(error: OSError) -> str:
+    """An error of the operating system as a sentence with a remedy."""
+    what = error.strerror or " ".join(str(error).split()) or type(error).__name__
+    where = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, (str, bytes)) else ""
+    remedy = REMEDIES.get(error.errno or 0, "")
+    return f"{where}{what[:1].lower() + what[1:] if where else what}{f'; {remedy}' if remedy else ''}"
+
+
+def _quietly() -> None:
+    """What still waits to be written to standard output cannot be, and is not tried again when Python ends."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def _fail(sentence: str, code: int) -> None:
-    print(f"error: {sentence}", file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):
+        print(f"error: {shown(sentence)}", file=sys.stderr, flush=True)
     sys.exit(code)

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from absl import flags
 
-from calm_jax import command
+from calm_jax import command, files
 from calm_jax import config as config_lib
 from calm_jax.data import builders, cues, scale
 from calm_jax.data.samples import Dataset
@@ -251,7 +251,7 @@ def main() -> None:
                       given.control, given.threshold, shots, given.raters, given.shown, given.context,
                       given.spice)
     out = pathlib.Path(given.out or f"{given.workdir[0]}/evaluation")
-    out.mkdir(parents=True, exist_ok=True)
+    files.folder(out)
     stem = result_name(options.task, options.dataset, options.split, options.reader)
     results = []
     for number, path in enumerate(given.workdir):
@@ -262,7 +262,7 @@ def main() -> None:
         print(f"written to {file}" + (f" and {chart}" if chart else ""))
     if len(results) > 1 or peers.published(options.task, options.dataset):
         file = out / f"{stem}.md"
-        file.write_text(compare(results) + "\n")
+        files.write(file, compare(results) + "\n")
         print(f"\n{compare(results)}\nwritten to {file}")
 
 
@@ -297,9 +297,7 @@ def _measured(path: str, options: Options, file: pathlib.Path) -> dict[str, Any]
         print(f"measured anew: what is in {file} answers to another {' and '.join(map(_in_words, other))}"
               if other else f"measured anew: {file} is damaged")
     result = evaluate(path, options, file)
-    partial = file.with_name(file.name + ".partial")
-    partial.write_text(json.dumps(result, indent=1))
-    partial.replace(file)
+    files.write(file, json.dumps(result, indent=1, allow_nan=False))
     for kept in _kept(file):
         kept.unlink(missing_ok=True)
     return result

@@ -24,7 +24,7 @@ from types import ModuleType
 
 from absl import flags
 
-from calm_jax import command
+from calm_jax import command, files
 from calm_jax import config as config_lib
 from tools import bench_conversion, bench_data, bench_inference, bench_page, bench_train, contenders
 
@@ -91,7 +91,7 @@ def report(result: dict, module: ModuleType) -> None:
     result.setdefault("machine", contenders.machine({"platform": "cpu"}))
     print(module.show(result))
     if _OUT.value:
-        pathlib.Path(_OUT.value).write_text(json.dumps(result, indent=1))
+        files.write(_OUT.value, json.dumps(result, indent=1))
     if _APPEND.value:
         bench_page.append(pathlib.Path(_APPEND.value), module.SECTION, module.COLUMNS, module.cells(result),
                           date=result["date"], machine=result["machine"], command=result["command"])

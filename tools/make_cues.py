@@ -29,7 +29,7 @@ import openai
 import tqdm
 from absl import flags
 
-from calm_jax import command
+from calm_jax import command, files
 from calm_jax import config as config_lib
 from calm_jax.data import attributes
 from calm_jax.data.cues import stored
@@ -250,12 +250,9 @@ def write(path: pathlib.Path, harvest: Harvest, journal: Journal) -> None:
             f"{entry['key']}#{entry['attempt']}": {name: entry.get(name) for name in (
                 "model", "served", "endpoint", "date", "prompt", "id", "request_id", "sent", "received")}
             for entry in journal.entries if f"{entry['key']}#{entry['attempt']}" in named}}
-    partial = path.with_name(path.name + ".partial")
     try:
-        partial.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        partial.replace(path)
+        files.write(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
     except OSError as error:
-        partial.unlink(missing_ok=True)
         raise Stopped(f"{path} cannot be written: {error}; the replies are kept in {journal.path}, and the same "
                       "command again writes it without asking") from None
 

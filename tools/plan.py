@@ -28,7 +28,7 @@ from typing import Any
 
 from absl import flags
 
-from calm_jax import command
+from calm_jax import command, files
 from calm_jax import config as config_lib
 
 GIB = 2 ** 30
@@ -383,6 +383,8 @@ def show(found: Mapping[str, Any]) -> str:
 
 def main() -> int:
     given = command.require("topology")
+    if given.out:
+        files.output(given.out)
     topology = Topology.of(given.topology)
     topology.prepare()
     config = command.config(_CONFIG)
@@ -392,7 +394,7 @@ def main() -> int:
     found = plan(config, name, topology, inference=given.inference, rows=given.rows, hlo=given.hlo)
     print(show(found))
     if given.out:
-        pathlib.Path(given.out).write_text(json.dumps(found, indent=1))
+        files.write(given.out, json.dumps(found, indent=1))
     return 0 if found["fits"] else 1
 
 

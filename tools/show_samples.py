@@ -18,7 +18,7 @@ import numpy as np
 from absl import flags
 from PIL import Image
 
-from calm_jax import command
+from calm_jax import command, files
 from calm_jax import config as config_lib
 from calm_jax.data import attributes, builders, pipeline
 from calm_jax.data.samples import ImageRef
@@ -138,9 +138,8 @@ def main() -> None:
     given = flags.FLAGS
     config = command.config(CONFIG)
     name = given.process or next(iter(config.run))
-    out = pathlib.Path(given.out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(page(config, name, split=given.split, shown=given.rows, title=command.config_file()))
+    out = files.output(given.out)
+    files.write(out, page(config, name, split=given.split, shown=given.rows, title=command.config_file()))
     print(f"samples: {out}")
 
 

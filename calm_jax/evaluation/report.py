@@ -28,6 +28,7 @@ from PIL import Image
 
 import calm_jax
 from calm_jax import config as config_lib
+from calm_jax import files
 from calm_jax.data import attributes, builders, images
 from calm_jax.data.samples import Dataset, Edit, ImageRef
 from calm_jax.data.scale import HIGHEST, LOWEST, read_score
@@ -97,9 +98,7 @@ def write(out: str | os.PathLike, *, workdirs: Mapping[str, str | os.PathLike], 
     template = importlib.resources.files(__package__).joinpath("report.html").read_text(encoding="utf-8")
     out = pathlib.Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(out.name + ".partial")
-    partial.write_text(environment.from_string(template).render(page), encoding="utf-8")
-    partial.replace(out)
+    files.write(out, environment.from_string(template).render(page))
     return out
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import codecs
 import glob
 import os
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TextIO
 
 from calm_jax import config as config_lib
@@ -18,10 +19,11 @@ def gather(places: Sequence[str], listed: TextIO) -> list[str]:
     A file that is named is taken whatever it is called; folders and globs give what ends like a picture.
 
     Args:
-      places: files, folders, globs, or `-` for one path a line on `listed`.
+      places: files, folders, globs, or `-` for one path a line on `listed`, or as `find -print0` lists them.
 
     Raises:
-      ConfigError: nothing was named, there is no such place, or a folder or glob holds no pictures.
+      ConfigError: nothing was named, there is no such place, a folder or glob holds no pictures, or the list is no
+        text.
     """
     if not places:
         raise config_lib.ConfigError("name pictures: files, folders or globs, or - to read their paths from standard "
@@ -29,7 +31,7 @@ def gather(places: Sequence[str], listed: TextIO) -> list[str]:
     found: dict[str, None] = {}
     for place in places:
         if place == "-":
-            found |= dict.fromkeys(line for line in (line.rstrip("\r\n") for line in listed) if line)
+            found |= dict.fromkeys(_listed(listed))
             continue
         if os.path.isdir(place):
             inside = dict.fromkeys(_below(place))
@@ -46,7 +48,34 @@ def gather(places: Sequence[str], listed: TextIO) -> list[str]:
         found |= inside
     if not found:
         raise config_lib.ConfigError("standard input names no pictures; give one path a line")
-    return list(found)
+    return list(_apart(found))
+
+
+def _listed(stream: TextIO) -> list[str]:
+    """The paths of a list; they may end with a zero or a line's end, in UTF-8, UTF-16 with its mark, or any bytes."""
+    data = stream.buffer.read() if hasattr(stream, "buffer") else os.fsencode(stream.read())
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        try:
+            data = data.decode("utf-16").encode("utf-8")
+        except UnicodeDecodeError:
+            raise config_lib.ConfigError("the list on standard input begins like UTF-16 and is damaged; give UTF-8, "
+                                         "one path a line") from None
+    data = data.removeprefix(codecs.BOM_UTF8)
+    lines = data.split(b"\0") if b"\0" in data else data.splitlines()
+    return [os.fsdecode(line) for line in lines if line.strip()]
+
+
+def _apart(paths: Iterable[str]) -> Iterator[str]:
+    """Each file once, under its first name, where folders that contain each other name it often."""
+    real: dict[str, str] = {}
+    seen: set[tuple[str, str]] = set()
+    for path in paths:
+        above, name = os.path.split(path)
+        if above not in real:
+            real[above] = os.path.realpath(above or ".")
+        if (real[above], name) not in seen:
+            seen.add((real[above], name))
+            yield path
 
 
 def _below(folder: str) -> Iterator[str]:

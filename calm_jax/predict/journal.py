@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pathlib
@@ -9,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any, BinaryIO
 
 from calm_jax import config as config_lib
+from calm_jax import files
 
 Row = dict[str, Any]  # `path` and what is known of that picture: its answers, or `error`
 
@@ -33,9 +35,9 @@ class Journal:
         if path is None:
             return
         path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists():
+        if path.is_file():
             self._read(path, asked)
-        self._file: BinaryIO | None = path.open("ab")
+        self._file: BinaryIO | None = path.open("ab", buffering=0)
         if self._file.tell() == 0:
             self._write(asked)
 
@@ -45,7 +47,9 @@ class Journal:
             if lines.pop():  # the last line was not written to its end
                 file.truncate(sum(len(line) + 1 for line in lines))
         try:
-            first, *rows = map(json.loads, lines) if lines else [asked]
+            # Names of files that are no UTF-8 stand there as the bytes that they are.
+            texts = [line.decode("utf-8", "surrogateescape") for line in lines]
+            first, *rows = map(json.loads, texts) if texts else [asked]
             theirs = {name: first[name] for name in asked}
             self.rows = {row["path"]: row for row in rows}
         except (ValueError, KeyError, TypeError):
@@ -69,9 +73,19 @@ class Journal:
             self._write(row)
 
     def _write(self, line: Mapping[str, Any]) -> None:
-        if self._file is not None:
-            self._file.write(json.dumps(line, ensure_ascii=False).encode("utf-8", "surrogateescape") + b"\n")
-            self._file.flush()
+        """Raises OSError on a full disk; what was written before stays, and no half of a line with it."""
+        if self._file is None:
+            return
+        text = json.dumps(line, ensure_ascii=False).encode("utf-8", files.FAITHFUL) + b"\n"
+        end = self._file.seek(0, os.SEEK_END)
+        try:
+            while text:
+                text = text[self._file.write(text):]
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                self._file.truncate(end)
+            error.filename = str(self.path)
+            raise
 
     def close(self) -> None:
         if self._file is not None:

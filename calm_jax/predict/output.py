@@ -17,7 +17,9 @@ from typing import Any, TextIO
 
 from PIL import Image
 
+from calm_jax import files
 from calm_jax.predict.journal import Row
+from calm_jax.terminal import shown
 
 THUMBNAIL = 320  # longest side, pixels
 HIDDEN = ("stamp",)  # of a row: for the program itself
@@ -25,11 +27,11 @@ HIDDEN = ("stamp",)  # of a row: for the program itself
 
 def table(rows: Sequence[Row], columns: Sequence[str], stream: TextIO) -> None:
     """Aligned columns: what is known, then the path; a picture that could not be read has its reason instead."""
-    shown = [[_cell(row.get(column)) for column in columns] for row in rows]
-    widths = [max(map(len, (column, *(cells[place] for cells in shown)))) for place, column in enumerate(columns)]
+    texts_of = [[shown(_cell(row.get(column))) for column in columns] for row in rows]
+    widths = [max(map(len, (column, *(cells[place] for cells in texts_of)))) for place, column in enumerate(columns)]
     # Texts are as long as they are: the last column is not padded, and paths come before it.
     numeric = [all(isinstance(row.get(column), (int, float, type(None))) for row in rows) for column in columns]
-    longest = max((len(row["path"]) for row in rows), default=4)
+    longest = max((len(shown(row["path"])) for row in rows), default=4)
 
     def line(cells, path, error=""):
         padded = [cell.rjust(width) if right else cell.ljust(width)
@@ -39,8 +41,8 @@ def table(rows: Sequence[Row], columns: Sequence[str], stream: TextIO) -> None:
         print("  ".join([*numbers, path.ljust(longest), *texts, *([error] if error else [])]).rstrip(), file=stream)
 
     line(columns, "path")
-    for row, cells in zip(rows, shown, strict=True):
-        line(cells, row["path"], f"({row['error']})" if "error" in row else "")
+    for row, cells in zip(rows, texts_of, strict=True):
+        line(cells, shown(row["path"]), f"({shown(row['error'])})" if "error" in row else "")
 
 
 def as_csv(rows: Sequence[Row], columns: Sequence[str], stream: TextIO) -> None:
@@ -100,9 +102,7 @@ def thumbnail(pixels: Any, file: pathlib.Path) -> None:
     picture.thumbnail((THUMBNAIL, THUMBNAIL))
     buffer = io.BytesIO()
     picture.save(buffer, "JPEG", quality=82)
-    partial = file.with_suffix(".partial")
-    partial.write_bytes(buffer.getvalue())
-    partial.replace(file)
+    files.write(file, buffer.getvalue())
 
 
 def _url(path: str) -> str:
@@ -111,7 +111,7 @@ def _url(path: str) -> str:
 
 def copy(rows: Sequence[Row], folder: pathlib.Path) -> int:
     """Copies the pictures of these rows; no file is overwritten by another. Returns how many are there now."""
-    folder.mkdir(parents=True, exist_ok=True)
+    files.folder(folder, "--copy-to")
     taken: set[str] = set()
     for row in rows:
         source = pathlib.Path(row["path"])

@@ -25,13 +25,14 @@ import numpy as np
 import tqdm
 from absl import flags
 
-from calm_jax import command
+from calm_jax import command, files
 from calm_jax import config as config_lib
 from calm_jax.data.scale import READERS, checked
 from calm_jax.predict import output
 from calm_jax.predict.gather import gather
 from calm_jax.predict.journal import Journal, Row, stamp
 from calm_jax.predict.ratings import read_ratings
+from calm_jax.terminal import shown
 
 NOTHING = np.zeros((1, 1, 3), np.uint8)  # looked at in place of a picture that could not be read
 
@@ -130,6 +131,9 @@ def main(words: Sequence[str]) -> int:
     _check(name, values)
     paths = gather(words[1:], sys.stdin)
     command.require("checkpoint")
+    out = _place(values["out"])
+    if values["copy-to"]:
+        files.folder(values["copy-to"], "--copy-to")
 
     from calm_jax.api import Model  # JAX starts here: wrong use is answered before
     from calm_jax.inference.decoding import Sampling
@@ -146,8 +150,7 @@ def main(words: Sequence[str]) -> int:
         if option == "rated":  # a picture counts as the same while its size and time of change are
             value = [(path, score, *stamp(path)) for path, score in value]
         asked |= dataclasses.asdict(value) if dataclasses.is_dataclass(value) else {option: value}
-    out = pathlib.Path(values["out"]) if values["out"] else None
-    journal = Journal(out.with_name(out.name + ".journal") if out else None, asked)
+    journal = Journal(_journal(out), asked)
     try:
         with _interruptible():
             _look(model, verb, given, journal, paths, out if values["format"] == "html" else None)
@@ -174,7 +177,7 @@ def main(words: Sequence[str]) -> int:
     if bad:
         print(f"{len(bad):,} of {len(rows):,} pictures could not be read:", file=sys.stderr)
         for row in bad:
-            print(f"  {row['error']}", file=sys.stderr)
+            print(f"  {shown(row['error'])}", file=sys.stderr)
     if out:
         print(f"written to {out}", file=sys.stderr)
     return 1 if len(bad) == len(rows) else 0
@@ -193,6 +196,28 @@ def _check(name: str, values: dict[str, Any]) -> None:
         for flag in ("top-k", "min-score", "sort", "copy-to"):
             if values[flag]:
                 raise config_lib.ConfigError(f"--{flag} chooses by score, but calm {name} gives none")
+
+
+def _place(out: str | None) -> pathlib.Path | None:
+    """The file of the results, if there is to be one.
+
+    Raises:
+      ConfigError: it cannot be written, or is a file that this program has not written.
+    """
+    if not out:
+        return None
+    place = files.output(out)
+    if os.path.lexists(_journal(place)) and not _journal(place).is_file():
+        raise config_lib.ConfigError(f"{_journal(place)}, where results are kept, is no file; move it away, or name "
+                                     "another --out")
+    if os.path.lexists(place) and not (place.is_file() and (_journal(place).is_file() or not place.stat().st_size)):
+        raise config_lib.ConfigError(f"--out {place} is there already and was not written by this program (it has no "
+                                     f"{_journal(place).name} beside it); name another file, or move it away")
+    return place
+
+
+def _journal(out: pathlib.Path | None) -> pathlib.Path | None:
+    return out.with_name(out.name + ".journal") if out else None
 
 
 def _look(model, verb: Verb, given: dict[str, Any], journal: Journal, paths: list[str],
@@ -250,9 +275,7 @@ def _write(rows, columns, form: str, out: pathlib.Path | None, title: str, scale
         stream.write(output.contact_sheet(rows, columns, out, title=title, scale=scale))
     else:
         output.FORMATS[form](rows, columns, stream)
-    partial = out.with_name(out.name + ".partial")
-    partial.write_text(stream.getvalue(), encoding="utf-8", errors="surrogateescape")
-    os.replace(partial, out)
+    files.write(out, stream.getvalue())
 
 
 @contextlib.contextmanager

@@ -43,6 +43,7 @@ from jax.experimental import multihost_utils
 
 import calm_jax
 from calm_jax import config as config_lib
+from calm_jax import files
 from calm_jax.models.parameters import Parameters
 
 MARKER, META, ARRAYS, BEST, NEEDED = "COMPLETE.json", "meta.json", "arrays", "best.json", "needed_by"
@@ -634,12 +635,7 @@ def _digest(files: Mapping[str, Any]) -> str:
 
 def write_json(path: pathlib.Path, value: Any) -> None:
     """Atomic: readers see the old file or the new one."""
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w") as stream:
-        json.dump(value, stream, indent=1, allow_nan=False)
-        stream.flush()
-        os.fsync(stream.fileno())
-    partial.replace(path)
+    files.write(path, json.dumps(value, indent=1, allow_nan=False), durable=True)
 
 
 def failed(path: pathlib.Path, error: BaseException) -> CheckpointError:

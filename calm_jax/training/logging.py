@@ -14,6 +14,8 @@ from typing import Any
 import jax
 import tqdm
 
+from calm_jax import files
+
 
 class Terminal:
     """Standard error or output, whose reader may go away: the training goes on, unheard."""
@@ -153,9 +155,7 @@ def cut(path: pathlib.Path, process: str, step: int) -> None:
             continue
         if record["process"] != process or record["step"] <= step:
             kept.append(line + "\n")
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text("".join(kept))
-    partial.replace(path)
+    files.write(path, "".join(kept))
 
 
 def read(path: str | os.PathLike) -> list[dict]:

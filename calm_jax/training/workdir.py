@@ -20,6 +20,7 @@ from collections.abc import Iterator
 import jax
 
 from calm_jax import config as config_lib
+from calm_jax import files
 
 LOCK, CONFIG = "lock", "config.json"
 WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL)  # of some file systems
@@ -90,9 +91,7 @@ def claim(workdir: pathlib.Path, config: config_lib.Config) -> None:
     if jax.process_index() or path.is_file():
         return
     workdir.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(_values(config), indent=1, allow_nan=False))
-    partial.replace(path)
+    files.write(path, json.dumps(_values(config), indent=1, allow_nan=False), durable=True)
 
 
 def _values(config: config_lib.Config) -> dict:

@@ -38,6 +38,7 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from calm_jax import config as config_lib
+from calm_jax import files
 from calm_jax.data import pictures, statistics
 from calm_jax.data.builders.labels import SPLITS, Entry, Source
 from calm_jax.data.builders.stored import VERSION, checksums
@@ -462,9 +463,7 @@ def _clean(text: str) -> str:
 
 
 def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(f"{path.name}.partial")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    files.write(path, text)
 
 
 @contextlib.contextmanager

@@ -1,0 +1,101 @@
+"""Write files whole or not at all, and check before the work begins that a place given on a command line can be used.
+
+Text is UTF-8. A file name that is no UTF-8 (Python holds its bytes as surrogates) is written as the bytes it is.
+"""
+
+from __future__ import annotations
+
+import codecs
+import itertools
+import os
+import threading
+from pathlib import Path
+
+from calm_jax import config as config_lib
+
+_turns = itertools.count()
+SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"II*\0", b"MM\0*", b"BM")  # beginnings of pictures; RIFF apart
+PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".avif", ".jp2", ".heic", ".raw",
+            ".cr2", ".cr3", ".nef", ".arw", ".dng", ".orf", ".rw2", ".raf")
+FAITHFUL = "calm_faithful"  # error handler of encoders: bytes of file names as they are, other characters written out
+
+
+def _faithful(error: UnicodeError) -> tuple[bytes, int]:
+    assert isinstance(error, UnicodeEncodeError)
+    part = error.object[error.start:error.end]
+    return b"".join(bytes([ord(sign) - 0xDC00]) if 0xDC80 <= ord(sign) <= 0xDCFF else
+                    sign.encode("ascii", "backslashreplace") for sign in part), error.end
+
+
+codecs.register_error(FAITHFUL, _faithful)
+
+
+def write(path: str | os.PathLike, content: str | bytes, *, durable: bool = False) -> None:
+    """Puts a file in its place, replacing one that is there: readers see the old one or the new one, and writers at the
+    same time do not meet.
+
+    Args:
+      durable: on disk when this returns, also where the machine then loses its power.
+
+    Raises:
+      OSError: it cannot be written; the old file is as it was.
+    """
+    path = Path(path)
+    partial = path.with_name(f".{path.name[:200]}.{os.getpid()}-{threading.get_ident()}-{next(_turns)}.partial")
+    try:
+        with open(partial, "xb") as stream:
+            stream.write(content.encode("utf-8", FAITHFUL) if isinstance(content, str) else content)
+            if durable:
+                stream.flush()
+                os.fsync(stream.fileno())
+        os.replace(partial, path)
+    except BaseException as error:
+        partial.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename in (None, str(partial), partial):
+            error.filename = str(path)  # what the user knows of
+            error.filename2 = None
+        raise
+
+
+def output(path: str | os.PathLike, flag: str = "--out") -> Path:
+    """The place of a file that is to be written, with the folder for it made.
+
+    Raises:
+      ConfigError: it is a folder, a picture (the name of the result was forgotten before theirs), or below a file.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise config_lib.ConfigError(f"{flag} {path} is a folder; name a file in it")
+    if path.suffix.lower() in PICTURES or _is_picture(path):
+        raise config_lib.ConfigError(f"{flag} {path} is a picture, which would be overwritten; name a file for the "
+                                     "results")
+    folder(path.parent, flag)
+    return path
+
+
+def folder(path: str | os.PathLike, flag: str = "--out") -> Path:
+    """A folder to write into, made if it is not there.
+
+    Raises:
+      ConfigError: it is a file, below one, or may not be written in.
+    """
+    path = Path(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        raise config_lib.ConfigError(f"{flag}: {path} is a file, where a folder is meant; name another") from None
+    except OSError as error:
+        raise config_lib.ConfigError(f"{flag}: the folder {path} cannot be made: {error.strerror or error}; name "
+                                     "another") from None
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise config_lib.ConfigError(f"{flag}: nothing may be written in the folder {path}; name another place")
+    return path
+
+
+def _is_picture(path: Path) -> bool:
+    try:
+        with open(path, "rb", opener=lambda name, how: os.open(name, how | getattr(os, "O_NONBLOCK", 0))) as stream:
+            begin = stream.read(16)
+    except OSError:
+        return False
+    return begin.startswith(SIGNATURES) or (begin[:4] == b"RIFF" and begin[8:12] == b"WEBP")
