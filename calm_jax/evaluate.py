@@ -204,13 +204,13 @@ def _figure(value: Any) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """JSON values: NumPy numbers as Python's, nan as null."""
+    """JSON values: NumPy numbers as Python's, nan and infinity as null."""
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
     value = value.item() if hasattr(value, "item") else value
-    return None if isinstance(value, float) and math.isnan(value) else value
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 # ---- the program -------------------------------------------------------------------------------------------------
@@ -224,7 +224,8 @@ def cli() -> None:
     flags.DEFINE_string("data_dir", "", "folder of datasets that tools.prepare_data stored; demo needs none")
     flags.DEFINE_string("split", "test", "its split: train, validation or test")
     flags.DEFINE_enum("reader", "text", scale.READERS, "scoring: how a score is read from the model")
-    flags.DEFINE_integer("records", 0, "pictures of the split that are asked about, spread evenly; 0 = all")
+    flags.DEFINE_integer("records", 0, "pictures of the split that are asked about, spread evenly; 0 = all",
+                         lower_bound=0)
     flags.DEFINE_string("control", "", "attributes: a model trained on shuffled labels; suggesting: one never trained "
                         "on suggestions")
     flags.DEFINE_float("threshold", 5.0, "scoring: on the scale 1-10, above which a picture is good")

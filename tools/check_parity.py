@@ -312,6 +312,6 @@ if __name__ == "__main__":
     flags.DEFINE_list("images", [], "picture files; default: three made on the spot")
     flags.DEFINE_string("python", sys.executable, "interpreter of the torch side")
     flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "of both computations")
-    flags.DEFINE_float("tolerance", 1e-4, "largest difference of logits")
-    flags.DEFINE_integer("new_tokens", 64, "length of the greedy answers")
+    flags.DEFINE_float("tolerance", 1e-4, "largest difference of logits", lower_bound=0.0)
+    flags.DEFINE_integer("new_tokens", 64, "length of the greedy answers", lower_bound=1)
     command.run(main)

@@ -154,5 +154,5 @@ if __name__ == "__main__":
     flags.DEFINE_string("llm", None, "the language model: a LlamaForCausalLM, such as Vicuna")
     flags.DEFINE_list("qformer", [], "the Q-Formers: one for all levels, or low,middle,high")
     flags.DEFINE_string("out", None, "folder of the checkpoint; must not exist")
-    flags.DEFINE_integer("seed", 0, "of what is left to random numbers")
+    flags.DEFINE_integer("seed", 0, "of what is left to random numbers", lower_bound=0, upper_bound=2**32 - 1)
     command.run(main)

@@ -303,6 +303,6 @@ if __name__ == "__main__":
     flags.DEFINE_string("data_dir", None, "folder of the dataset that tools.prepare_data stored")
     flags.DEFINE_string("workdir", "runs/first-look", "folder of everything")
     flags.DEFINE_integer("steps", 0, "of every arm; 0 = as the configuration says", lower_bound=0)
-    flags.DEFINE_integer("beside", 2, "commands at a time; one of this size keeps one core busy")
+    flags.DEFINE_integer("beside", 2, "commands at a time; one of this size keeps one core busy", lower_bound=1)
     flags.DEFINE_multi_string("override", [], "a field of the config for all trainings, as in model.vit.depth=2")
     command.run(main)

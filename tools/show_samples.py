@@ -147,6 +147,6 @@ if __name__ == "__main__":
     CONFIG = command.define_config()
     flags.DEFINE_string("process", None, "process of the config; default: its first")
     flags.DEFINE_string("split", "train", "train or validation")
-    flags.DEFINE_integer("rows", 6, "rows that are shown in full")
+    flags.DEFINE_integer("rows", 6, "rows that are shown in full", lower_bound=0)
     flags.DEFINE_string("out", "samples.html", "where to write the page")
     command.run(main)

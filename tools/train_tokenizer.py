@@ -22,7 +22,7 @@ from calm_jax.data import builders, prompts, tasks, tokenizer
 from calm_jax.data.tasks.context import Context
 
 _OUT = flags.DEFINE_string("out", str(tokenizer.SHIPPED), "where to write the model")
-_VOCAB = flags.DEFINE_integer("vocab", 2048, "pieces, the three control pieces and 256 bytes included")
+_VOCAB = flags.DEFINE_integer("vocab", 2048, "pieces, the three control pieces and 256 bytes included", lower_bound=260)
 DEMO_TASKS = ("attributes", "comparisons", "caption", "comment", "score")
 DRAWS = 3  # conversations drawn for each task and record of the demo: phrasings vary from draw to draw
 
