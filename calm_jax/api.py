@@ -13,7 +13,8 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -23,15 +24,16 @@ from calm_jax import config as config_lib
 from calm_jax.data import attributes as attributes_lib
 from calm_jax.data import pictures
 from calm_jax.data.cues import bank, fingerprint
+from calm_jax.data.cues.entry import Cues
 from calm_jax.data.samples import Answer, ImageRef, Mention, Sample, Turn
 from calm_jax.data.scale import HIGHEST, LOWEST, READERS, checked, mapped
-from calm_jax.data.tasks import instructions
+from calm_jax.data.tasks import instructions, skills
 from calm_jax.data.tasks.opinions import contexts, in_context
 from calm_jax.inference.decoding import GREEDY, Sampling
 from calm_jax.inference.generate import Generator, Pixels
 from calm_jax.inference.once import once
 from calm_jax.inference.scorer import Score
-from calm_jax.training import restore
+from calm_jax.training import choice, restore
 
 Picture: TypeAlias = str | os.PathLike | bytes | PIL.Image.Image | np.ndarray
 SCALE = (LOWEST, HIGHEST)
@@ -52,31 +54,71 @@ class Judged:
     text: str
 
 
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+    """The model of one process, ready to answer.
+
+    Attributes:
+      process: its name.
+      path: its checkpoint.
+      identity: what tells this checkpoint from any other: JSON values.
+      parts: of an image that it computes.
+      phrases: the bank in which it was asked about attributes.
+      generator: asks it.
+    """
+
+    process: str
+    path: os.PathLike
+    identity: dict[str, Any]
+    parts: tuple[str, ...]
+    phrases: Mapping[str, Cues]
+    generator: Generator
+
+
 class Model:
     """A trained model that answers about pictures.
+
+    Of a workdir the process answers that learned what is asked, the latest of several (`processes` tells which); each
+    is loaded when it is first asked, and kept. What none of them learned is refused.
 
     Args:
       checkpoint: a workdir, the folder of one of its processes, or a checkpoint.
       batch: pictures at a time.
+      process: of the workdir; it answers everything, also what it never learned.
+      say: takes a sentence about each choice of a process. None: only where what is asked was never learned, as a
+        Python warning.
 
     Raises:
       CheckpointError: there is none, or it is damaged.
+      ConfigError: there is no such process; and everything that asks: nothing there learned what is asked.
     """
 
-    def __init__(self, checkpoint: str | os.PathLike, *, batch: int = 16):
+    def __init__(self, checkpoint: str | os.PathLike, *, batch: int = 16, process: str = "",
+                 say: Callable[[str], None] | None = None):
         if batch < 1:
             raise config_lib.ConfigError(f"batch={batch} is not positive")
-        restored = restore.model(checkpoint)
-        process = restored.config.processes.get(restored.saved.meta["process"])
-        self.path, self.identity, self.batch = restored.saved.path, restored.saved.identity, batch
-        if process and process.cues:
-            self.identity["cues"] = fingerprint(process.cues)
-        self.parts = process.parts if process else config_lib.PARTS
-        self.phrases = bank(process.cues, process.phrasings) if process else bank()
-        model, parameters, tokenizer, dtype = (restored.config.model, restored.parameters, restored.tokenizer,
-                                               restored.dtype)
-        del restored  # the generator holds the weights in arrays of its own
-        self.generator = Generator(model, parameters, tokenizer, self.parts, dtype)
+        self.path, self.batch, self._process, self._say = checkpoint, batch, process, say
+        self.processes = choice.processes(checkpoint, process)
+        self._loaded: dict[str, Loaded] = {}
+        self._answers: dict[str, Loaded] = {}
+
+    def loaded(self, skill: str) -> Loaded:
+        """The model of the process that answers for one of `skills.SKILLS`.
+
+        Raises:
+          CheckpointError: its checkpoint is damaged or gone.
+          ConfigError: nothing there learned it.
+        """
+        if skill not in self._answers:
+            chosen = choice.choose(self.path, skill, process=self._process)
+            if self._say:
+                self._say(chosen.line)
+            elif chosen.state != skills.TAUGHT:
+                warnings.warn(chosen.line, stacklevel=2)
+            if chosen.process not in self._loaded:
+                self._loaded[chosen.process] = _load(chosen)
+            self._answers[skill] = self._loaded[chosen.process]
+        return self._answers[skill]
 
     def score(self, images: Picture | Sequence[Picture], *, reader: str = "expectation",
               scale: tuple[float, float] = SCALE) -> Score | list[Score]:
@@ -136,8 +178,9 @@ class Model:
         if reader not in READERS:
             raise config_lib.ConfigError(f"there is no reader {reader!r}{config_lib.nearest(reader, READERS)}")
         scale = checked(scale)
-        asked = self._about(count, instructions.for_reader(reader))
-        for score in self.generator.scores(asked, pixels, reader=reader, batch=self.batch):
+        one = self.loaded(skills.for_reader(reader))
+        asked = _about(one, count, instructions.for_reader(reader))
+        for score in one.generator.scores(asked, pixels, reader=reader, batch=self.batch):
             yield score if scale == SCALE else score.on(scale)
 
     def personal(self, rated: Sequence[tuple[Picture, float]], count: int, pixels: Pixels, *,
@@ -159,26 +202,28 @@ class Model:
             if not lowest <= score <= highest:
                 raise config_lib.ConfigError(f"rated picture {place} has the score {score:g}, which is not from "
                                              f"{lowest:g} to {highest:g}, the scale")
-        shown = [pictures.fit(pictures.pixels(picture), self.generator.size) for picture, _ in rated]
+        one = self.loaded("personalise")
+        generator = one.generator
+        shown = [pictures.fit(pictures.pixels(picture), generator.size) for picture, _ in rated]
 
         # Contexts go through the pictures together: each is read and made small once.
-        small = once(lambda index: pictures.fit(pixels(index), self.generator.size), 4 * self.batch)
+        small = once(lambda index: pictures.fit(pixels(index), generator.size), 4 * self.batch)
 
         def look(index):  # the rated pictures come first
             return shown[index] if index < len(shown) else small(index - len(shown))
 
         def in_a_context(places):
             support = [(ImageRef(place), mapped(rated[place][1], scale)) for place in places]
-            samples = (Sample(*in_context(support, ImageRef(len(rated) + index), self.parts), name=f"picture {index}")
+            samples = (Sample(*in_context(support, ImageRef(len(rated) + index), one.parts), name=f"picture {index}")
                        for index in range(count))
             first = next(samples)
-            memory = self.generator.remember(first, len(support), look)
-            return self.generator.scores(((sample, len(support)) for sample in itertools.chain([first], samples)), look,
-                                         batch=self.batch, memory=memory)
+            memory = generator.remember(first, len(support), look)
+            return generator.scores(((sample, len(support)) for sample in itertools.chain([first], samples)), look,
+                                    batch=self.batch, memory=memory)
 
         def fits(number):
             support = [(ImageRef(place), HIGHEST) for place in range(number)]
-            return self.generator.fits(Sample(*in_context(support, ImageRef(number), self.parts)))
+            return generator.fits(Sample(*in_context(support, ImageRef(number), one.parts)))
 
         found = [in_a_context(places) for places in contexts(len(rated), shots, fits) if count]
         for scores in zip(*found, strict=True):
@@ -190,21 +235,23 @@ class Model:
     def texts(self, count: int, pixels: Pixels, question: str, *, limit: int = COMMENT_TOKENS,
               sampling: Sampling = GREEDY) -> Iterator[str]:
         """`ask` of `count` pictures, as in `scores`."""
-        return self.generator.answers(self._about(count, question), pixels, limit=limit, batch=self.batch,
-                                      sampling=sampling)
+        one = self.loaded(skills.for_question(question))
+        return one.generator.answers(_about(one, count, question), pixels, limit=limit, batch=self.batch,
+                                     sampling=sampling)
 
     def judged(self, count: int, pixels: Pixels) -> Iterator[dict[str, Judged]]:
         """`attributes` of `count` pictures, as in `scores`."""
+        one = self.loaded("attributes")
         asked = [attribute for attribute in attributes_lib.ATTRIBUTES.values()
-                 if attribute.absolute and attribute.level in self.parts]
+                 if attribute.absolute and attribute.level in one.parts]
         if not asked:
-            raise config_lib.ConfigError(f"{self.path} computes the parts {', '.join(self.parts)}, none of which "
+            raise config_lib.ConfigError(f"{one.path} computes the parts {', '.join(one.parts)}, none of which "
                                          "answers for an attribute")
-        questions = ((_sample(index, (attribute.level,), self.phrases[attribute.name].questions[0]), 0)
+        questions = ((_sample(index, (attribute.level,), one.phrases[attribute.name].questions[0]), 0)
                      for index in range(count) for attribute in asked)
         # The questions about a picture come one after the other: it is read and made small once.
-        small = once(lambda index: pictures.fit(pixels(index), self.generator.size), 4 * self.batch)
-        answers = self.generator.answers(questions, small, limit=ATTRIBUTE_TOKENS, batch=self.batch)
+        small = once(lambda index: pictures.fit(pixels(index), one.generator.size), 4 * self.batch)
+        answers = one.generator.answers(questions, small, limit=ATTRIBUTE_TOKENS, batch=self.batch)
         for _ in range(count):
             found = {}
             for attribute in asked:
@@ -212,9 +259,6 @@ class Model:
                 grade = attributes_lib.grade_of(attribute.name, text)
                 found[attribute.name] = Judged("" if grade is None else attribute.grades[grade], text)
             yield found
-
-    def _about(self, count: int, question: str) -> Iterator[tuple[Sample, int]]:
-        return ((_sample(index, self.parts, question), 0) for index in range(count))
 
     def _each(self, images: Picture | Sequence[Picture], answer: Callable[[int, Pixels], Iterable[Any]]) -> Any:
         alone = isinstance(images, (str, os.PathLike, bytes, PIL.Image.Image, np.ndarray))
@@ -231,6 +275,23 @@ def comment_on(aspect: str) -> str:
         raise config_lib.ConfigError(f"there is no aspect {aspect!r}"
                                      f"{config_lib.nearest(aspect, tuple(instructions.ASPECTS))}")
     return instructions.ASPECTS[aspect]
+
+
+def _load(chosen: choice.Choice) -> Loaded:
+    restored = restore.model(chosen.path)
+    process, identity = restored.config.processes[chosen.process], restored.saved.identity
+    if process.cues:
+        identity["cues"] = fingerprint(process.cues)
+    model, parameters, tokenizer, dtype = (restored.config.model, restored.parameters, restored.tokenizer,
+                                           restored.dtype)
+    path = restored.saved.path
+    del restored  # the generator holds the weights in arrays of its own
+    return Loaded(chosen.process, path, identity, process.parts, bank(process.cues, process.phrasings),
+                  Generator(model, parameters, tokenizer, process.parts, dtype))
+
+
+def _about(one: Loaded, count: int, question: str) -> Iterator[tuple[Sample, int]]:
+    return ((_sample(index, one.parts, question), 0) for index in range(count))
 
 
 def _sample(index: int, parts: tuple[str, ...], question: str) -> Sample:

@@ -3,9 +3,10 @@
     python -m calm_jax.evaluate --workdir DIR[,DIR...] --task attributes|scoring|commenting|suggesting|personalised
         --dataset NAME [--data_dir DIR] [--split validation] [--records N] [--control DIR] ...
 
-DIR is a workdir, the folder of one of its processes, or a checkpoint; several stand in one table, with what others have
-published on that dataset. Results go to DIR/evaluation, of several to that of the first, unless --out says otherwise.
-What was measured already is not measured again.
+DIR is a workdir, of which the process is measured that learned the task; or the folder of a process or a checkpoint,
+which is measured whatever it learned. Several stand in one table, with what others have published on that dataset.
+Results go to DIR/evaluation, of several to that of the first, unless --out says otherwise. What was measured already is
+not measured again.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import functools
 import json
 import math
 import pathlib
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -25,10 +27,11 @@ from calm_jax import command, files
 from calm_jax import config as config_lib
 from calm_jax.data import builders, cues, scale
 from calm_jax.data.samples import Dataset
+from calm_jax.data.tasks import skills
 from calm_jax.evaluation import charts, peers, personalised, protocols, suggesting
 from calm_jax.evaluation.replies import Replies
 from calm_jax.inference.generate import Generator
-from calm_jax.training import checkpoint, restore
+from calm_jax.training import checkpoint, choice, restore
 from calm_jax.training.startup import keep_programs
 
 TASKS = ("attributes", "scoring", "commenting", "suggesting", "personalised")
@@ -41,6 +44,7 @@ class Options:
     Attributes:
       records: pictures of the split, spread evenly; 0 = all.
       control: checkpoint to compare with, or "".
+      process: of a workdir that is measured, whatever it learned; "" = the one that learned the task.
       threshold: of the accuracies of scoring, on the scale 1-10.
       shots, raters, shown, context: of personalised.
     """
@@ -52,12 +56,19 @@ class Options:
     reader: str = "text"
     records: int = 0
     control: str = ""
+    process: str = ""
     threshold: float = 5.0
     shots: tuple[int, ...] = personalised.SHOTS
     raters: int = 0
     shown: str = "train"
     context: int = 0
     spice: bool | None = None
+
+    @property
+    def skill(self) -> str:
+        """What it asks of a model, one of `skills.SKILLS`."""
+        asked = {"commenting": "comment", "suggesting": "suggest", "personalised": "personalise"}
+        return skills.for_reader(self.reader) if self.task == "scoring" else asked.get(self.task, self.task)
 
 
 def evaluate(path: str, options: Options, file: pathlib.Path) -> dict[str, Any]:
@@ -66,8 +77,7 @@ def evaluate(path: str, options: Options, file: pathlib.Path) -> dict[str, Any]:
     Replies of the model are kept beside `file`, where the result will be, so that an interrupted evaluation goes on.
     """
     dataset = builders.load(options.dataset, options.data_dir)
-    saved = checkpoint.find(path)
-    control = checkpoint.find(options.control) if options.control else None
+    saved, control = _found(path, options)
     asked = _asked(path, options, dataset, saved, control)
     indices = dataset.indices(options.split)
     if options.records:
@@ -96,6 +106,19 @@ def _kept(file: pathlib.Path) -> tuple[pathlib.Path, pathlib.Path]:
     return file.with_suffix(".replies.jsonl"), file.with_suffix(".control.replies.jsonl")
 
 
+def _chosen(path: str, options: Options) -> list[choice.Choice]:
+    """What is measured: the model, and its control if there is one, which may be one that never learned the task."""
+    return [choice.choose(path, options.skill, process=options.process,
+                          as_it_is=not checkpoint.is_workdir(pathlib.Path(path))),
+            *([choice.choose(options.control, options.skill, as_it_is=True)] if options.control else ())]
+
+
+def _found(path: str, options: Options) -> tuple[checkpoint.Saved, checkpoint.Saved | None]:
+    """The checkpoints of a model and of its control."""
+    saved, *control = (checkpoint.find(chosen.path) for chosen in _chosen(path, options))
+    return saved, control[0] if control else None
+
+
 def _asked(path: str, options: Options, dataset: Dataset, saved: checkpoint.Saved,
            control: checkpoint.Saved | None) -> dict[str, Any]:
     """What a result is an answer to: the options, and the content of everything that they name."""
@@ -109,14 +132,18 @@ def _asked(path: str, options: Options, dataset: Dataset, saved: checkpoint.Save
 def _answers(saved: checkpoint.Saved, options: Options, dataset: Dataset, indices: Sequence[int],
              replies: pathlib.Path, asked: Mapping[str, Any]) -> list:
     model = restore.whole(saved)
-    trained = model.config.processes.get(model.saved.meta["process"])
-    if trained is None:
-        raise config_lib.ConfigError(f"{model.saved.path} was converted and never trained; train from it first")
+    trained = model.config.processes[model.saved.meta["process"]]
     parts = trained.parts if options.task != "attributes" else config_lib.LEVELS
     generator = Replies(Generator(model.config.model, model.parameters, model.tokenizer, parts, model.dtype), replies,
                         {**asked, "replies": saved.identity})
     del model  # the generator holds its weights in arrays of its own
     if options.task == "attributes":
+        unlearned = [f"the level {level}" for level in config_lib.LEVELS if level not in trained.parts]
+        if not any(task == "comparisons" for _, task in trained.mixture):
+            unlearned.append("comparisons of two pictures")
+        if unlearned:
+            print(f"{saved.path} never learned {' and '.join(unlearned)}: what it answers there is chance",
+                  file=sys.stderr)
         return protocols.attributes(generator, dataset, indices, cues=trained.cues, phrasings=trained.phrasings)
     if options.task == "suggesting":
         return suggesting.suggesting(generator, dataset, indices)
@@ -220,6 +247,8 @@ def cli() -> None:
     """The program. Flags are defined here, so that importing this module beside another program is harmless."""
     flags.DEFINE_list("workdir", [], "workdir, process folder or checkpoint of the model; several with commas between")
     flags.DEFINE_enum("task", None, TASKS, "what to measure")
+    flags.DEFINE_string("process", "", "of the workdir, measured whatever it learned; default: the latest that learned "
+                        "the task")
     flags.DEFINE_string("dataset", "demo", "name of the dataset")
     flags.DEFINE_string("data_dir", "", "folder of datasets that tools.prepare_data stored; demo needs none")
     flags.DEFINE_string("split", "test", "its split: train, validation or test")
@@ -249,7 +278,7 @@ def main() -> None:
     if min(shots) < 0:
         raise config_lib.ConfigError(f"--shots {','.join(given.shots)}: fewer than none cannot be shown")
     options = Options(given.task, given.dataset, given.data_dir, given.split, given.reader, given.records,
-                      given.control, given.threshold, shots, given.raters, given.shown, given.context,
+                      given.control, given.process, given.threshold, shots, given.raters, given.shown, given.context,
                       given.spice)
     out = pathlib.Path(given.out or f"{given.workdir[0]}/evaluation")
     files.folder(out)
@@ -257,6 +286,8 @@ def main() -> None:
     results = []
     for number, path in enumerate(given.workdir):
         file = out / (f"{stem}.json" if len(given.workdir) == 1 else f"{stem}-{number + 1}.json")
+        for chosen in _chosen(path, options):
+            print(chosen.line, file=sys.stderr)
         results.append(_once(path, options, file))
         print(show(results[-1]))
         chart = charts.write(results[-1], file.with_suffix(".png"))
@@ -289,8 +320,7 @@ def _measured(path: str, options: Options, file: pathlib.Path) -> dict[str, Any]
             found = json.loads(file.read_text())
         except ValueError:
             found = {}
-        asked = _asked(path, options, builders.load(options.dataset, options.data_dir), checkpoint.find(path),
-                       checkpoint.find(options.control) if options.control else None)
+        asked = _asked(path, options, builders.load(options.dataset, options.data_dir), *_found(path, options))
         other = [name for name in asked if name not in found or asked[name] != found[name]]
         if not other and "table" in found:
             print(f"known already from {file}")

@@ -100,7 +100,9 @@ VERBS = {
 
 def cli() -> None:
     """The program. Flags are defined here, so that importing this module beside another program is harmless."""
-    flags.DEFINE_string("checkpoint", None, "workdir, process folder or checkpoint of the model")
+    flags.DEFINE_string("checkpoint", None, "workdir, process folder or checkpoint of the model; of a workdir the "
+                        "process answers that learned what is asked")
+    flags.DEFINE_string("process", "", "of the workdir, which then answers whatever it learned")
     flags.DEFINE_enum("format", "table", [*output.FORMATS, "html"], "of the results; html is a contact sheet")
     flags.DEFINE_string("out", None, "file of the results; default: standard output")
     flags.DEFINE_integer("batch", 16, "pictures at a time", lower_bound=1)
@@ -136,6 +138,7 @@ def main(words: Sequence[str]) -> int:
         files.folder(values["copy-to"], "--copy-to")
 
     from calm_jax.api import Model  # JAX starts here: wrong use is answered before
+    from calm_jax.data.tasks import skills
     from calm_jax.inference.decoding import Sampling
     from calm_jax.training.startup import keep_programs
     keep_programs()
@@ -143,8 +146,10 @@ def main(words: Sequence[str]) -> int:
     rated = read_ratings(values["ratings"], values["user"], values["scale"]) if values["ratings"] else []
     given = values | {"scale": tuple(map(float, values["scale"])), "sampling": Sampling(
         values["temperature"], values["top-p"], values["beams"], seed=values["seed"]), "rated": rated}
-    model = Model(values["checkpoint"], batch=values["batch"])
-    asked = {"verb": name, **model.identity}
+    model = Model(values["checkpoint"], batch=values["batch"], process=values["process"],
+                  say=lambda line: print(line, file=sys.stderr, flush=True))
+    skill = skills.for_reader(given["reader"]) if name == "score" else name
+    asked = {"verb": name, **model.loaded(skill).identity}
     for option in verb.options:
         value = given[option]
         if option == "rated":  # a picture counts as the same while its size and time of change are

@@ -291,22 +291,67 @@ def _find(path: pathlib.Path) -> Saved:
 
 def _choose(path: pathlib.Path) -> pathlib.Path:
     """The checkpoint that a folder stands for, not yet verified."""
-    if (path / ARRAYS).is_dir() or (path / MARKER).exists():
-        return path
-    candidates = [path]
-    if (path / "config.json").is_file():
-        try:
-            names = json.loads((path / "config.json").read_text())["run"]
-        except (ValueError, KeyError):
-            raise CheckpointError(f"{path}/config.json is damaged; the folder is no usable workdir") from None
-        candidates = [path / "checkpoints" / name for name in reversed(names)]
-    for candidate in candidates:
-        complete = [p for p in folders(candidate) if is_complete(p)]
-        if complete:
-            chosen = [p for p in complete if int(p.name) == best_step(candidate)]
-            return (chosen or complete)[-1]
+    for place in reversed(_places(path)):
+        if found := _best(place):
+            return found
     raise CheckpointError(f"there is no complete checkpoint in {path}; give a workdir of calm_jax.train, or a folder "
                           f"that holds {MARKER}")
+
+
+def _places(path: pathlib.Path) -> list[pathlib.Path]:
+    """The folders of a workdir's processes in the order in which they run; of another folder, itself."""
+    if not is_workdir(path):
+        return [path]
+    try:
+        return [path / "checkpoints" / name for name in json.loads((path / "config.json").read_text())["run"]]
+    except (OSError, ValueError, KeyError):
+        raise CheckpointError(f"{path}/config.json is damaged; the folder is no usable workdir") from None
+
+
+def _best(place: pathlib.Path) -> pathlib.Path | None:
+    """A checkpoint itself; of a process's folder its best one, or the newest where none is marked."""
+    if (place / ARRAYS).is_dir() or (place / MARKER).exists():
+        return place
+    complete = [path for path in folders(place) if is_complete(path)]
+    chosen = [path for path in complete if int(path.name) == best_step(place)]
+    return (chosen or complete or [None])[-1]
+
+
+def is_workdir(path: pathlib.Path) -> bool:
+    """Whether a folder is the workdir of a training, and no checkpoint."""
+    return (path / "config.json").is_file() and not (path / MARKER).exists()
+
+
+def offered(path: str | os.PathLike) -> dict[str, tuple[pathlib.Path, dict[str, Any]]]:
+    """Process -> its folder and its meta data, not verified, of all that have a checkpoint in a workdir, in the order
+    in which they run; of the folder of a process or a checkpoint, of that alone. A conversion has the name "".
+
+    Of several processes all must call it, as `find`.
+
+    Raises:
+      CheckpointError: there is none.
+    """
+    def look():
+        found = {}
+        for place in _places(pathlib.Path(path).absolute()):
+            for _ in range(TRIES):  # training may go on, and prune what was just there
+                if (best := _best(place)) is None:
+                    break
+                try:
+                    meta = json.loads((best / META).read_text())
+                    found[meta["process"]] = [str(place), meta]
+                    break
+                except FileNotFoundError:
+                    continue
+                except (OSError, ValueError, KeyError, TypeError):
+                    read(best)  # says what is wrong
+                    raise CheckpointError(f"the {META} of the checkpoint {best} is damaged; use another one") from None
+        return found
+
+    found = _of_the_first(look)
+    if not found:
+        raise Vanished(_find(pathlib.Path(path).absolute()).path)  # unless that says what is wrong
+    return {name: (pathlib.Path(place), meta) for name, (place, meta) in found.items()}
 
 
 def _by_the_first(work: Callable[[], Saved | None]) -> Saved | None:

@@ -40,5 +40,5 @@ def test_a_person_is_an_update_of_a_few_kilobytes(tmp_path):
     base, mine = calm_jax.load(tmp_path / "base"), calm_jax.load(tmp_path / "mine")
     picture = str(tmp_path / "3.png")
     assert abs(base.score(picture).value - mine.score(picture).value) > 1e-3
-    weights = [model.generator.parameters["vit/positions"] for model in (base, mine)]
+    weights = [model.loaded("score").generator.parameters["vit/positions"] for model in (base, mine)]
     np.testing.assert_array_equal(*weights)

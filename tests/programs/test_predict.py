@@ -127,7 +127,7 @@ def test_a_model_refuses_what_it_cannot_do(model, album, tmp_path):
     blind = calm_jax.load(miniature.saved(tmp_path / "thematic", ("thematic",)))
     with pytest.raises(config_lib.ConfigError, match="none of which answers for an attribute"):
         blind.attributes(picture(0))
-    with pytest.raises(config_lib.ConfigError, match="needs a regression head, which this model does not have"):
+    with pytest.raises(config_lib.ConfigError, match="learned scores by a regression head"):
         blind.score(picture(0), reader="head")
 
 
@@ -168,7 +168,7 @@ SCORES = """
 import json, sys, jax, calm_jax
 from calm_jax.inference.decoding import Sampling
 model = calm_jax.load(sys.argv[1])
-assert (model.generator.mesh is None) == (len(jax.devices()) == 1)
+assert (model.loaded("score").generator.mesh is None) == (len(jax.devices()) == 1)
 found = {reader: [score.value for score in model.score(sys.argv[2:], reader=reader)]
          for reader in ("expectation", "levels")}
 found["personal"] = [score.value for score in model.personalise([(sys.argv[2], 3.0), (sys.argv[3], 8.0)], sys.argv[4:])]
