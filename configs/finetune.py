@@ -13,6 +13,7 @@ learns too (with the MFAM at a tenth of the rate, see pretrain.py), at learning 
 """
 
 import dataclasses
+import itertools
 
 from calm_jax import config as c
 
@@ -24,37 +25,48 @@ SIZES = {  # rows a step, steps of the two processes, peak learning rates, shape
 }
 
 
-VARIANTS = tuple(size + option for option in ("", "+lora", "+head") for size in SIZES)
+OPTIONS = ("lora", "head", "keep")  # in this order; any of them together
+VARIANTS = tuple(size + "".join(f"+{option}" for option in some) for size in SIZES
+                 for count in range(len(OPTIONS) + 1) for some in itertools.combinations(OPTIONS, count))
 LORA = c.Lora(rank=128, alpha=256.0)  # LLaVA-1.5
 LORA_RATE = 2e-4  # LLaVA-1.5
 HEAD = 256  # hidden channels of the regression head (ours)
 
 
+# What a process with +keep learns besides, of all that it learns (ours): what programs ask for and the processes before
+# it taught, and suggestions, which the paper asks for unlearned.
+KEEP = {"comments": {"attributes": 0.2, "suggestion": 0.1},
+        "scores": {"comment": 0.2, "attributes": 0.15, "suggestion": 0.1}}
+KEPT_PHRASINGS = 5  # of each question and answer about attributes, in `tiny`, as in pretrain.py
+
+
 def get_config(variant: str = "tiny"):
-    """The config of a variant: tiny, small, 7b or 13b, alone or with +lora or +head."""
-    variant = variant or "tiny"
-    if variant not in VARIANTS:
+    """The config of a variant: tiny, small, 7b or 13b, alone or with +lora, +head or +keep, or several of them."""
+    size, *options = (variant or "tiny").split("+")
+    if size not in SIZES or not set(options) <= set(OPTIONS) or len(set(options)) < len(options):
         raise c.ConfigError(f"there is no variant {variant!r}{c.nearest(variant, VARIANTS)}")
-    size, _, option = variant.partition("+")
     model = c.model(size)
     rows, steps, rates, row = SIZES[size]
     scratch = size in ("tiny", "small")
+    keep = scratch or "keep" in options
     adam = {"b2": 0.95, "scale": ("(vit|mfam)/.*=0.1",)} if scratch else {}
     train, freeze = ((".*",), ()) if scratch else ((r"mfam/.*", r"llama/.*"), (r"vit/.*",))
-    if option == "lora":
+    if "lora" in options:
         model = dataclasses.replace(model, lora=LORA)
         rates = tuple(max(rate, LORA_RATE) for rate in rates)
         train, freeze = (r"mfam/.*", r"llama/.*/lora/(a|b)"), (r"vit/.*", r"llama/(?!.*/lora/).*")
-    if option == "head":
+    if "head" in options:
         model = dataclasses.replace(model, score_head=c.ScoreHead(HEAD))
     processes = {}
     for name, task, count, rate in zip(("comments", "scores"), ("comment", "score"), steps, rates, strict=True):
-        scores = option == "head" and name == "scores"
+        scores = "head" in options and name == "scores"
         learn, stay = train, freeze
-        if option == "head" and not scratch:  # where everything learns, the head does too
+        if "head" in options and train != (".*",):  # where everything learns, the head does too
             head = ("score_head/.*",)
             learn, stay = (train + head, freeze) if scores else (train, freeze + head)
+        kept = KEEP[name] if keep else {}
         processes[name] = c.Process(
-            tasks={task: 1.0}, row=row, batch=rows, steps=count, optimizer=c.Optimizer(peak_lr=rate, **adam),
-            train=learn, freeze=stay, score_head=float(scores), eval_every=max(-(-count // 2), 1))
+            tasks={task: 1.0 - sum(kept.values()), **kept}, phrasings=KEPT_PHRASINGS if size == "tiny" else 0, row=row,
+            batch=rows, steps=count, optimizer=c.Optimizer(peak_lr=rate, **adam), train=learn, freeze=stay,
+            score_head=float(scores), eval_every=max(-(-count // 2), 1))
     return c.to_config_dict(c.Config(model=model, run=tuple(processes), processes=processes))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
+import math
 import subprocess
 import sys
 import typing
@@ -217,3 +218,18 @@ def test_every_number_declares_its_bounds():
                 yield entry.name
 
     assert not [*free(config_lib.Config), *free(config_lib.Process)]
+
+
+def test_kept_tasks_have_a_share_and_options_combine():
+    """Without +keep the large models learn what the paper says and nothing besides."""
+    for size in ("7b", "13b"):
+        assert [set(process.tasks) for process in load("finetune", size).processes.values()] == [{"comment"}, {"score"}]
+    for variant in ("tiny", "small", "7b+keep", "7b+lora+keep", "13b+keep+head+lora"):
+        config = load("finetune", variant)
+        last = config.processes[config.run[-1]]
+        assert {"score", "comment", "attributes", "suggestion"} <= set(last.tasks)
+        assert math.isclose(sum(last.tasks.values()), 1) and max(last.tasks, key=last.tasks.get) == "score"
+        assert bool(config.model.lora.rank) == ("lora" in variant) and bool(last.score_head) == ("head" in variant)
+    for wrong in ("7b+kept", "7b+keep+keep", "+keep"):
+        with pytest.raises(config_lib.ConfigError, match="there is no variant"):
+            load("finetune", wrong)

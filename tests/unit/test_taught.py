@@ -66,9 +66,10 @@ def test_every_task_and_every_question_has_its_place():
     for skill in skills.SKILLS.values():
         assert {*skill.tasks, *skill.zero_shot} <= TASKS.keys()
     assert set(skills.WORDS) <= TASKS.keys()
-    for skill, questions in (("score", instructions.SCORE), ("levels", instructions.LEVEL), ("ask", instructions.CAPTION),
-                             ("comment", (*instructions.COMMENT, *instructions.ASPECTS.values())),
-                             ("suggest", instructions.SUGGEST), ("personalise", instructions.PERSONAL)):
+    for skill, questions in (("score", instructions.SCORE), ("levels", instructions.LEVEL),
+                             ("ask", instructions.CAPTION), ("personalise", instructions.PERSONAL),
+                             ("suggest", instructions.SUGGEST),
+                             ("comment", (*instructions.COMMENT, *instructions.ASPECTS.values()))):
         assert {skills.for_question(question) for question in questions} == {skill}
 
 
