@@ -106,8 +106,8 @@ def restores(folder: str, address: str, index: int, count: int, control: bool) -
 
 def converted(folder: pathlib.Path, llm) -> pathlib.Path:
     """A small encoder, this language model and Q-Formers of LAVIS, converted: everything but the thematic layer."""
-    torch = pytest.importorskip("torch", reason="torch is not here; make test has it")
     import test_conversion
+    import torch
 
     from calm_jax.data.tokenizer import SHIPPED
     from tools import convert_from_hf
@@ -123,6 +123,7 @@ def converted(folder: pathlib.Path, llm) -> pathlib.Path:
 @pytest.fixture(scope="module")
 def large(tmp_path_factory) -> tuple[pathlib.Path, int]:
     """A folder with a converted model of 160 MB in out/ and a damaged checkpoint beside it; the bytes of the model."""
+    pytest.importorskip("torch", reason="torch is not here; make test has it")
     import transformers
     folder = tmp_path_factory.mktemp("large")
     out = converted(folder, transformers.LlamaForCausalLM(transformers.LlamaConfig(
