@@ -72,20 +72,19 @@ def wait_for(path: pathlib.Path) -> str:
     return path.read_text()
 
 
-@pytest.mark.parametrize(("says", "limit"), [("says('0 0 1 7')", "--stall"), ("says('0 4 4 7')", "--startup"),
-                                             ("pass", "--startup")])
+@pytest.mark.parametrize(("says", "limit"), [("says('0 0 1 7')", "--stall=1"), ("says('0 4 4 7')", "--startup=4")])
 def test_one_that_stands_still_shows_where_and_ends(says, limit):
     child = (f"{SAYS}import faulthandler, signal\nfaulthandler.register(signal.SIGUSR1)\n"
              f"def stuck_here(): {says}; time.sleep(100)\nstuck_here()")
     begin = time.monotonic()
-    done = supervise("--restarts", "0", "--startup", "50", "--stall", "50", limit, "1", "--", "-c", child)
-    assert done.returncode == 1 and time.monotonic() - begin < 20
+    done = supervise("--restarts", "0", "--startup", "50", "--stall", "50", limit, "--", "-c", child)
+    assert done.returncode == 1 and time.monotonic() - begin < 40
     assert "process 0 of 1 (pid " in done.stderr and "in stuck_here" in done.stderr
 
 
 def test_one_that_gets_on_is_left_alone():
-    child = f"{SAYS}for n in range(12): says(f'0 0 {{n}} {{n}}'); time.sleep(0.25)"
-    assert supervise("--restarts", "0", "--stall", "1", "--startup", "1", "--", "-c", child).returncode == 0
+    child = f"{SAYS}for n in range(16): says(f'0 0 {{n}} {{n}}'); time.sleep(0.25)"
+    assert supervise("--restarts", "0", "--stall", "3", "--", "-c", child).returncode == 0
 
 
 def test_restarts_are_counted_anew_behind_a_new_checkpoint_and_bounded_without(tmp_path):
@@ -164,6 +163,13 @@ def gone(children: list[int]) -> None:
         time.sleep(0.05)
 
 
+def wait_for_checkpoint(running: subprocess.Popen, checkpoints: pathlib.Path) -> None:
+    end = time.monotonic() + 300
+    while not list(checkpoints.glob("*/COMPLETE.json")):
+        assert running.poll() is None and time.monotonic() < end, running.stderr.read()
+        time.sleep(0.05)
+
+
 # ---- training -------------------------------------------------------------------------------------------------------
 
 
@@ -174,10 +180,7 @@ def test_training_under_a_supervisor(tmp_path):
     running = subprocess.Popen([sys.executable, "-m", "calm_jax.supervise", "--", *command[1:]], cwd=miniature.ROOT,
                                env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
     checkpoints = workdir / "checkpoints" / "generic"
-    end = time.monotonic() + 120
-    while not list(checkpoints.glob("*/COMPLETE.json")):
-        assert running.poll() is None and time.monotonic() < end, running.stderr.read()
-        time.sleep(0.05)
+    wait_for_checkpoint(running, checkpoints)
     [child] = psutil.Process(running.pid).children()
     second = miniature.run(command, environment)
     assert second.returncode == 2 and second.stderr.count("\n") == 1, second.stderr
@@ -194,3 +197,26 @@ def test_training_under_a_supervisor(tmp_path):
     assert newest == max(row["step"] for row in logging.read(workdir / "metrics.jsonl") if row["kind"] == "train")
     with workdirs.held(workdir):  # the lock has not outlived its holder
         pass
+
+
+def test_training_that_cannot_go_on_has_an_exit_code_of_its_own():
+    child = ("from calm_jax import command; from calm_jax.training.loop import TrainingError\n"
+             "def main(): raise TrainingError('the loss is nan')\ncommand.run(main)")
+    done = supervise("--", "-c", child, env=miniature.environment())
+    assert done.returncode == 3 and done.stderr == "error: the loss is nan\n"
+
+
+@pytest.mark.slow
+def test_training_that_stands_still_is_started_again_and_goes_on(tmp_path):
+    workdir = tmp_path / "run"
+    words = ["--stall", "20", "--startup", "200", "--", *miniature.command(workdir)[1:]]
+    running = subprocess.Popen([sys.executable, "-m", "calm_jax.supervise", *words], cwd=miniature.ROOT, text=True,
+                               env=miniature.environment(tmp_path / "compiled"), stderr=subprocess.PIPE)
+    wait_for_checkpoint(running, workdir / "checkpoints" / "generic")
+    [child] = psutil.Process(running.pid).children()
+    child.send_signal(signal.SIGSTOP)
+    said = running.communicate(timeout=600)[1]
+    assert running.returncode == 0, said
+    assert f"process 0 of 1 (pid {child.pid})" in said and "resumes after step" in said
+    steps = [row["step"] for row in logging.read(workdir / "metrics.jsonl") if row["kind"] == "train"]
+    assert steps == list(range(1, miniature.SMALL["processes"]["generic"]["steps"] + 1))
