@@ -1,15 +1,21 @@
 """Write files whole or not at all, and check before the work begins that a place given on a command line can be used.
 
-Text is UTF-8. A file name that is no UTF-8 (Python holds its bytes as surrogates) is written as the bytes it is.
+Text is UTF-8. A file name that is no UTF-8 (Python holds its bytes as surrogates) is written as the bytes it is; in
+JSON, which has to be UTF-8, as escapes that a JSON reader turns back into the same name.
 """
 
 from __future__ import annotations
 
 import codecs
+import contextlib
 import itertools
+import json
 import os
+import re
+import stat
 import threading
 from pathlib import Path
+from typing import Any
 
 from calm_jax import config as config_lib
 
@@ -32,7 +38,7 @@ codecs.register_error(FAITHFUL, _faithful)
 
 def write(path: str | os.PathLike, content: str | bytes, *, durable: bool = False) -> None:
     """Puts a file in its place, replacing one that is there: readers see the old one or the new one, and writers at the
-    same time do not meet.
+    same time do not meet. A link is followed, and permissions stay.
 
     Args:
       durable: on disk when this returns, also where the machine then loses its power.
@@ -40,21 +46,30 @@ def write(path: str | os.PathLike, content: str | bytes, *, durable: bool = Fals
     Raises:
       OSError: it cannot be written; the old file is as it was.
     """
-    path = Path(path)
-    partial = path.with_name(f".{path.name[:200]}.{os.getpid()}-{threading.get_ident()}-{next(_turns)}.partial")
+    path, place = Path(path), Path(os.path.realpath(path))
+    # Not made of the name, which may be as long as a name can be.
+    partial = place.with_name(f".{os.getpid()}-{threading.get_ident()}-{next(_turns)}.partial")
     try:
         with open(partial, "xb") as stream:
+            with contextlib.suppress(OSError):  # there is none yet, or the file system knows no permissions
+                os.fchmod(stream.fileno(), stat.S_IMODE(place.stat().st_mode))
             stream.write(content.encode("utf-8", FAITHFUL) if isinstance(content, str) else content)
             if durable:
                 stream.flush()
                 os.fsync(stream.fileno())
-        os.replace(partial, path)
+        os.replace(partial, place)
     except BaseException as error:
         partial.unlink(missing_ok=True)
         if isinstance(error, OSError) and error.filename in (None, str(partial), partial):
             error.filename = str(path)  # what the user knows of
             error.filename2 = None
         raise
+
+
+def as_json(value: Any) -> str:
+    """JSON on one line, of what UTF-8 can hold; nan is refused."""
+    return re.sub("[\ud800-\udfff]", lambda found: f"\\u{ord(found[0]):04x}",
+                  json.dumps(value, ensure_ascii=False, allow_nan=False))
 
 
 def output(path: str | os.PathLike, flag: str = "--out") -> Path:

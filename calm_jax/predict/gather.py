@@ -13,7 +13,7 @@ from calm_jax import config as config_lib
 from calm_jax.data.builders.folder import SUFFIXES
 
 
-def gather(places: Sequence[str], listed: TextIO) -> list[str]:
+def gather(places: Sequence[str], listed: TextIO | None) -> list[str]:
     """Paths in the order in which they are named, a folder's (and those below it) by name.
 
     A file that is named is taken whatever it is called; folders and globs give what ends like a picture.
@@ -40,7 +40,8 @@ def gather(places: Sequence[str], listed: TextIO) -> list[str]:
         elif os.path.exists(place):
             inside = {place: None}
         elif glob.has_magic(place):
-            inside = {path: None for path in sorted(glob.glob(place, recursive=True)) if _like_a_picture(path)}
+            inside = {path: None for path in sorted(_matching(place))
+                      if _like_a_picture(path) and not os.path.isdir(path)}
             if not inside:
                 raise config_lib.ConfigError(f"no picture matches {place}")
         else:
@@ -51,8 +52,10 @@ def gather(places: Sequence[str], listed: TextIO) -> list[str]:
     return list(_apart(found))
 
 
-def _listed(stream: TextIO) -> list[str]:
+def _listed(stream: TextIO | None) -> list[str]:
     """The paths of a list; they may end with a zero or a line's end, in UTF-8, UTF-16 with its mark, or any bytes."""
+    if stream is None:
+        raise config_lib.ConfigError("standard input is closed; give one path a line there, or name pictures")
     data = stream.buffer.read() if hasattr(stream, "buffer") else os.fsencode(stream.read())
     if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         try:
@@ -60,6 +63,9 @@ def _listed(stream: TextIO) -> list[str]:
         except UnicodeDecodeError:
             raise config_lib.ConfigError("the list on standard input begins like UTF-16 and is damaged; give UTF-8, "
                                          "one path a line") from None
+    if 3 * data.count(b"\0") > len(data):
+        raise config_lib.ConfigError("the list on standard input looks like UTF-16 without its mark, for every other "
+                                     "byte is a zero; give UTF-8, one path a line")
     data = data.removeprefix(codecs.BOM_UTF8)
     lines = data.split(b"\0") if b"\0" in data else data.splitlines()
     return [os.fsdecode(line) for line in lines if line.strip()]
@@ -76,6 +82,22 @@ def _apart(paths: Iterable[str]) -> Iterator[str]:
         if (real[above], name) not in seen:
             seen.add((real[above], name))
             yield path
+
+
+def _matching(pattern: str) -> Iterator[str]:
+    """What matches a glob, in which `**` is a folder and all below it. As in a shell, links are not followed there:
+    two that lead back would give each file a million names."""
+    pieces = pattern.split(os.sep)
+    if "**" not in pieces:
+        yield from glob.iglob(pattern)
+        return
+    place = pieces.index("**")
+    begin, rest = os.sep.join(pieces[:place]), pieces[place + 1:] or ["*"]
+    for start in _matching(begin) if begin else [os.sep if place else os.curdir]:
+        for root, folders, _ in os.walk(start):
+            folders[:] = [name for name in folders if not name.startswith(".")]
+            found = _matching(os.path.join(glob.escape(root), *rest))
+            yield from found if begin or place else (os.path.relpath(path) for path in found)
 
 
 def _below(folder: str) -> Iterator[str]:

@@ -14,6 +14,8 @@ from calm_jax import files
 
 Row = dict[str, Any]  # `path` and what is known of that picture: its answers, or `error`
 
+BEGIN = b'{"journal": '  # of every journal
+
 
 class Journal:
     """A JSON-lines file: what was asked of which model, then a row a picture, written as soon as it is known.
@@ -42,12 +44,12 @@ class Journal:
             self._write(asked)
 
     def _read(self, path: pathlib.Path, asked: Mapping[str, Any]) -> None:
-        with path.open("r+b") as file:
-            lines = file.read().split(b"\n")
-            if lines.pop():  # the last line was not written to its end
-                file.truncate(sum(len(line) + 1 for line in lines))
+        lines = path.read_bytes().split(b"\n")
+        half = lines.pop()  # of a line that was not written to its end
         try:
-            # Names of files that are no UTF-8 stand there as the bytes that they are.
+            if not lines and not (half.startswith(BEGIN) or BEGIN.startswith(half)):
+                raise ValueError
+            # Until 2026-11 names of files that are no UTF-8 stood there as the bytes that they are.
             texts = [line.decode("utf-8", "surrogateescape") for line in lines]
             first, *rows = map(json.loads, texts) if texts else [asked]
             theirs = {name: first[name] for name in asked}
@@ -60,6 +62,8 @@ class Journal:
         if different:
             raise config_lib.ConfigError(f"{path} holds answers to something else ({'; '.join(different)}); choose "
                                          "another --out, or delete it")
+        if half:  # only now: it is ours
+            os.truncate(path, sum(len(line) + 1 for line in lines))
 
     def missing(self, paths: list[str]) -> list[str]:
         """Those of which nothing is known, or that have changed since, or that could not be read."""
@@ -76,7 +80,7 @@ class Journal:
         """Raises OSError on a full disk; what was written before stays, and no half of a line with it."""
         if self._file is None:
             return
-        text = json.dumps(line, ensure_ascii=False).encode("utf-8", files.FAITHFUL) + b"\n"
+        text = files.as_json(line).encode() + b"\n"
         end = self._file.seek(0, os.SEEK_END)
         try:
             while text:

@@ -6,7 +6,6 @@ import csv
 import hashlib
 import importlib.resources
 import io
-import json
 import math
 import os
 import pathlib
@@ -56,8 +55,7 @@ def as_csv(rows: Sequence[Row], columns: Sequence[str], stream: TextIO) -> None:
 def json_lines(rows: Sequence[Row], columns: Sequence[str], stream: TextIO) -> None:
     """An object a picture; a number that is missing is null."""
     for row in rows:
-        print(json.dumps({name: value for name, value in row.items() if name not in HIDDEN}, ensure_ascii=False),
-              file=stream)
+        print(files.as_json({name: value for name, value in row.items() if name not in HIDDEN}), file=stream)
 
 
 FORMATS: Mapping[str, Callable[[Sequence[Row], Sequence[str], TextIO], None]] = {
@@ -77,8 +75,7 @@ def contact_sheet(rows: Sequence[Row], columns: Sequence[str], out: pathlib.Path
     cards = [{name: value for name, value in row.items() if name not in HIDDEN} | {
         "href": _url(os.path.relpath(row["path"], out.parent)),
         "src": "" if "error" in row else _url(f"{small.name}/{thumbnail_name(row)}")} for row in rows]
-    data = json.dumps({"title": title, "columns": list(columns), "scale": list(scale), "rows": cards},
-                      ensure_ascii=False)
+    data = files.as_json({"title": title, "columns": list(columns), "scale": list(scale), "rows": cards})
     page = importlib.resources.files(__package__).joinpath("contact_sheet.html").read_text(encoding="utf-8")
     for sign in "<>&":  # nothing in a path or an answer can end the script or begin a tag
         data = data.replace(sign, f"\\u{ord(sign):04x}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import errno
 import io
 import json
 import os
@@ -22,6 +23,7 @@ from calm_jax import command, files, terminal
 from calm_jax import config as config_lib
 from calm_jax.inference.once import once
 from calm_jax.predict.gather import gather
+from calm_jax.predict.journal import Journal
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +102,7 @@ def test_names_survive_in_results_and_harm_no_terminal(photos, checkpoint, tmp_p
     with open(out, encoding="utf-8", errors="surrogateescape", newline="") as stream:
         rows = list(csv.DictReader(stream))
     assert {row["path"] for row in rows} == {os.path.join(photos, name) for name in os.listdir(photos)}
-    lines = out.with_name("scores.csv.journal").read_bytes().decode("utf-8", "surrogateescape").splitlines()
+    lines = out.with_name("scores.csv.journal").read_bytes().decode("utf-8").splitlines()  # JSON has to be UTF-8
     assert {json.loads(line)["path"] for line in lines[1:]} == {row["path"] for row in rows}
     done = calm("score", photos, "--checkpoint", checkpoint, env={"PYTHONIOENCODING": "cp1252:strict"})
     assert done.returncode == 0 and done.stdout.count(b"\n") == 4, done.stderr
@@ -126,6 +128,64 @@ def test_a_list_may_come_in_many_forms(tmp_path):
     for data in (b"", b"\n\n", b"\xff\xfe\x00"):
         with pytest.raises(config_lib.ConfigError, match="standard input"):
             gather(["-"], io.TextIOWrapper(io.BytesIO(data)))
+
+
+@pytest.mark.parametrize("data", ["a.jpg\nb.jpg\n".encode("utf-16-le"), "a.jpg\nb.jpg\n".encode("utf-16-be"), None])
+def test_a_list_that_is_none_is_refused(data):
+    with pytest.raises(config_lib.ConfigError, match="standard input"):
+        gather(["-"], None if data is None else io.TextIOWrapper(io.BytesIO(data)))
+
+
+def test_links_that_lead_back_cost_nothing(tmp_path):
+    """Followed, two of them are 2 ** 40 folders."""
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b.jpg").mkdir()
+    for name in ("a/one.jpg", "two.jpg", "a/.hidden.jpg"):
+        (tmp_path / name).touch()
+    for name in ("x", "y"):
+        os.symlink(".", tmp_path / "a" / name)
+    for pattern, names in (("**/*.jpg", {"one", "two"}), ("**", {"one", "two"}), ("**/a/**/o*", {"one"}),
+                           ("*", {"two"})):
+        found = gather([f"{tmp_path}/{pattern}"], io.StringIO())
+        assert {pathlib.Path(path).stem for path in found} == names and len(found) == len(names)
+
+
+@pytest.mark.parametrize("content", [b"a line of mine\nand another", b"one line of mine"])
+def test_a_file_of_the_users_with_the_name_of_a_journal_is_left_alone(tmp_path, content):
+    file = tmp_path / "scores.csv.journal"
+    file.write_bytes(content)
+    with pytest.raises(config_lib.ConfigError, match=file.name):
+        Journal(file, {"verb": "score"})
+    assert file.read_bytes() == content
+
+
+def test_a_full_disk_leaves_a_journal_to_go_on_with(tmp_path, monkeypatch):
+    file = tmp_path / "scores.csv.journal"
+    journal = Journal(file, {"verb": "score"})
+    journal.add({"path": "a.jpg", "stamp": [0, 0], "score": 1.0})
+
+    class Full:
+        """Takes a few bytes more, and is full."""
+
+        def __init__(self, stream):
+            self._stream, self._room = stream, 10
+
+        def write(self, data):
+            if not self._room:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            count, self._room = self._stream.write(data[:self._room]), 0
+            return count
+
+        def __getattr__(self, name):
+            return getattr(self._stream, name)
+
+    before = file.read_bytes()
+    monkeypatch.setattr(journal, "_file", Full(journal._file))
+    with pytest.raises(OSError) as raised:
+        journal.add({"path": "b.jpg", "stamp": [0, 0], "score": 2.0})
+    assert raised.value.filename == str(file) and file.read_bytes() == before
+    journal.close()
+    assert set(Journal(file, {"verb": "score"}).rows) == {"a.jpg"}
 
 
 def test_folders_that_contain_each_other_give_each_file_once(tmp_path):
@@ -187,6 +247,14 @@ def test_writers_at_the_same_time_leave_one_whole_file_and_nothing_else(tmp_path
     for thread in threads:
         thread.join()
     assert (tmp_path / "file").read_text() in texts and len(list(tmp_path.iterdir())) == 1
+    os.symlink("file", tmp_path / "link")
+    (tmp_path / "file").chmod(0o640)
+    files.write(tmp_path / "link", texts[0])  # what a link leads to is written, and keeps its permissions
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "file").stat().st_mode & 0o777 == 0o640
+    (tmp_path / "link").unlink()
+    for name in ("n" * 255, "\u5199" * 85):  # as long as a name can be
+        files.write(tmp_path / name, "text")
+        (tmp_path / name).unlink()
     with pytest.raises(OSError):
         files.write(tmp_path / "file" / "below", "text")
     assert (tmp_path / "file").read_text() in texts and len(list(tmp_path.iterdir())) == 1
