@@ -21,6 +21,7 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import errno
+import fcntl
 import hashlib
 import itertools
 import json
@@ -33,7 +34,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, BinaryIO
 
 import jax
 import numpy as np
@@ -195,7 +196,7 @@ class Checkpoints:
             self._orbax.close()
 
     def _prune(self) -> None:
-        """Readers may be at work in what goes: whatever cannot be removed now is removed the next time."""
+        """What a reader is at work in stays, and what cannot be removed now: until the next time."""
         steps = [int(path.name) for path in folders(self.folder) if is_complete(path)]
         for path in folders(self.folder):
             if not is_complete(path):  # left by a crash while it was being pruned
@@ -205,9 +206,12 @@ class Checkpoints:
             keep |= {step for step in steps if step % self.policy.keep_every_steps == 0}
         for step in set(steps) - keep:
             path = self.folder / f"{step:08d}"
-            if not needed(path):
+            lock = _locked(path, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if lock is not None and not needed(path):
                 (path / MARKER).unlink(missing_ok=True)  # first: a crash in between leaves nothing that looks complete
                 shutil.rmtree(path, ignore_errors=True)
+            if lock:
+                lock.close()
 
     def latest(self) -> Saved | None:
         """The newest checkpoint that verifies. Damaged ones are set aside with a warning, unfinished ones removed.
@@ -391,6 +395,15 @@ def read(path: pathlib.Path) -> Saved:
     Raises:
       CheckpointError: a file is missing, truncated or changed, or the marker is; Vanished if the folder went meanwhile.
     """
+    lock = _locked(path, fcntl.LOCK_SH)
+    try:
+        return _verified(path)
+    finally:
+        if lock:
+            lock.close()
+
+
+def _verified(path: pathlib.Path) -> Saved:
     try:
         marker = json.loads((path / MARKER).read_text())
         files, digest = marker["files"], marker["digest"]
@@ -431,6 +444,34 @@ def read(path: pathlib.Path) -> Saved:
         raise Vanished(path) from None
 
 
+def _locked(path: pathlib.Path, kind: int) -> BinaryIO | bool | None:
+    """A lock on a checkpoint's marker, held until it is closed: readers share it, and pruning wants it alone. False
+    where there is no marker or no locking; None where somebody else holds it and `kind` does not wait."""
+    stream: BinaryIO | None = None
+    try:
+        stream = (path / MARKER).open("r+b" if kind & fcntl.LOCK_EX else "rb")
+        fcntl.flock(stream, kind)
+        return stream
+    except OSError as error:
+        if stream is not None:
+            stream.close()
+        return None if isinstance(error, BlockingIOError) else False
+
+
+def hold(saved: Saved) -> BinaryIO | bool:
+    """Keeps training from pruning a checkpoint until what is returned is closed or let go; False where that cannot be.
+
+    Raises:
+      Vanished: it is gone already.
+    """
+    lock = _locked(saved.path, fcntl.LOCK_SH) or False
+    if digest_of(saved.path) != saved.digest:
+        if lock:
+            lock.close()
+        raise Vanished(saved.path)
+    return lock
+
+
 def digest_of(path: pathlib.Path) -> str:
     """The digest in a checkpoint's marker, without verifying anything; empty where there is none."""
     try:
@@ -441,11 +482,12 @@ def digest_of(path: pathlib.Path) -> str:
 
 @contextlib.contextmanager
 def reading(saved: Saved) -> Iterator[None]:
-    """What is read inside was read from this very checkpoint.
+    """What is read inside is read from this very checkpoint, which training does not prune meanwhile.
 
     Raises:
-      Vanished: it was removed or replaced meanwhile, whatever the reader met then.
+      Vanished: it was or is removed or replaced, whatever the reader met then.
     """
+    lock = hold(saved)
     try:
         yield
     except CheckpointError:
@@ -454,6 +496,9 @@ def reading(saved: Saved) -> Iterator[None]:
         if digest_of(saved.path) == saved.digest:
             raise
         raise Vanished(saved.path) from error
+    finally:
+        if lock:
+            lock.close()
     if digest_of(saved.path) != saved.digest:
         raise Vanished(saved.path)
 

@@ -274,6 +274,7 @@ def lazily(saved: checkpoint.Saved) -> dict[str, Lazy]:
     config = config_lib.from_config_dict(saved.meta["config"])
     where, shapes = origins(saved, config), Geometry.of(config.model).shapes
     reader, opened = _Reader(config.model, saved), dict[checkpoint.Pin, dict[str, tensorstore.TensorStore]]()
+    locks = {}  # which live as long as anything that reads there
 
     def below(origin):
         return below(origin.kernel) if isinstance(origin, Merged) else origin
@@ -292,10 +293,11 @@ def lazily(saved: checkpoint.Saved) -> dict[str, Lazy]:
             return Lazy(value.shape, value.dtype, lambda index: value[index])
         held = reader.checkpoint(origin.by)
         if origin.by not in opened:
+            locks[origin.by] = checkpoint.hold(held)
             opened[origin.by] = checkpoint.arrays(held)
         array = opened[origin.by][path]
 
-        def part(index):
+        def part(index, lock=locks[origin.by]):
             with checkpoint.reading(held):
                 return array[index].read().result()
 

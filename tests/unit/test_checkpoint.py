@@ -175,18 +175,31 @@ def test_an_unfinished_folder_of_the_same_step_is_written_anew(store):
 def test_what_is_pruned_while_it_is_verified_is_looked_for_again(store, monkeypatch):
     save(store, 1)
     checksum, store.policy = checkpoint._checksum, config_lib.Checkpoint(keep=1)
+    gone = []
 
     def meanwhile(file):
-        if file.is_relative_to(store.folder / "00000001") and is_first.pop():
+        if file.is_relative_to(store.folder / "00000001") and not gone:
+            gone.append(file)
             save(store, 2)
+            shutil.rmtree(store.folder / "00000001")  # from a file system without locks
         return checksum(file)
 
-    is_first = [False] * 100 + [True]
     monkeypatch.setattr(checkpoint, "_checksum", meanwhile)
     assert checkpoint.find(store.folder).step == 2
     with pytest.raises(checkpoint.CheckpointError, match="00000001") as error:  # asked for by its own name: it is gone
         checkpoint.find(store.folder / "00000001")
     assert "\n" not in str(error.value)
+
+
+def test_pruning_waits_for_readers(store):
+    """What somebody reads is not pruned; the next time it is."""
+    store.policy = config_lib.Checkpoint(keep=1)
+    first = save(store, 1)
+    with checkpoint.reading(first):
+        save(store, 2)
+        assert steps(store) == [1, 2] and checkpoint.read(first.path).step == 1
+    save(store, 3)
+    assert steps(store) == [3]
 
 
 def test_what_is_pruned_or_replaced_before_it_is_read_is_one_sentence(store):
