@@ -87,7 +87,7 @@ test: test-env
 
 # What `make test` leaves out: faults, thorough sweeps, whole programs at work for long.
 test-slow: test-env
-	CALM_THOROUGH=1 $(TEST)/bin/python -m pytest -m slow
+	$(TEST)/bin/python -m pytest -m slow
 
 # What needs no torch, with the newest Python and JAX; the rest says that it is skipped.
 test-newest: newest-env

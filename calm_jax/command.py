@@ -9,6 +9,8 @@ import pathlib
 import runpy
 import signal
 import sys
+import threading
+import types
 from collections.abc import Callable
 
 from absl import app, flags, logging
@@ -61,6 +63,7 @@ def run(main: Callable[..., int | None], *, words: bool = False) -> None:
     """
 
     terminal.protect()
+    threading.excepthook, sys.excepthook = _in_a_thread, _unhandled
 
     def parse(argv):
         try:
@@ -180,6 +183,21 @@ def _of_system(error: OSError) -> str:
     where = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, (str, bytes)) else ""
     remedy = REMEDIES.get(error.errno or 0, "")
     return f"{where}{what[:1].lower() + what[1:] if where else what}{f'; {remedy}' if remedy else ''}"
+
+
+def _in_a_thread(happened: threading.ExceptHookArgs) -> None:
+    """A thread of a library, such as the writer of TensorBoard's files, has met an error that is nobody else's."""
+    if isinstance(happened.exc_value, OSError):
+        with contextlib.suppress(OSError):
+            print(f"warning: {shown(_of_system(happened.exc_value))}", file=sys.stderr, flush=True)
+    else:
+        threading.__excepthook__(happened)
+
+
+def _unhandled(kind: type[BaseException], value: BaseException, trace: types.TracebackType | None) -> None:
+    """TensorStore prints this where a write ends after another has failed, of which the program then speaks itself."""
+    if not (kind is RuntimeError and str(value) == "Event loop is closed"):
+        sys.__excepthook__(kind, value, trace)
 
 
 def _quietly() -> None:

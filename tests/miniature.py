@@ -15,8 +15,8 @@ import pytest
 from calm_jax import config as config_lib
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-THOROUGH = "CALM_THOROUGH" in os.environ  # set by `make test-slow`
-# A test that sweeps more widely there; in `make test` it takes one case of every kind.
+# CALM_THOROUGH=1 make test-slow: a test that `sweeps` takes every case there; in `make test` one of every kind.
+THOROUGH = bool(os.environ.get("CALM_THOROUGH"))
 sweeps = pytest.mark.slow if THOROUGH else (lambda test: test)
 
 MODEL = config_lib.Model(

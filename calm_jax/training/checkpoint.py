@@ -56,6 +56,17 @@ VERIFYING = 4 * 3600  # seconds that processes wait for the first one to verify 
 _turns = itertools.count()  # names of barriers: every process asks for its checkpoints in the same order
 
 
+def _ours(record: logging.LogRecord) -> bool:
+    """Orbax also logs what it raises, a traceback a thread, and warns of metadata that nothing here reads."""
+    orbax = f"{os.sep}orbax{os.sep}checkpoint{os.sep}" in record.pathname
+    return not orbax or (record.levelno < logging.ERROR and not record.pathname.endswith("array_metadata_store.py"))
+
+
+logging.getLogger("absl").addFilter(_ours)
+# So does asyncio, of what Orbax starts and does not wait for once one of it has failed.
+logging.getLogger("asyncio").addFilter(lambda record: "never retrieved" not in record.getMessage())
+
+
 class CheckpointError(RuntimeError):
     """A checkpoint that cannot be written or must not be read; the message names the folder and the remedy."""
 
