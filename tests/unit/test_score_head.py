@@ -158,6 +158,7 @@ def test_a_head_is_taught_from_a_checkpoint_without_one_and_read(tmp_path):
 
 
 def test_an_exported_head_scores_alike(tmp_path):
+    pytest.importorskip("torch", reason="torch is not here; make test has it")
     source = miniature.saved(tmp_path / "run", config_lib.PARTS, score_head=HEAD)
     out = export_to_hf.export(source, str(tmp_path / "hf"), say=lambda _: None)
     result = check_parity.check(source, str(out), new_tokens=4)
