@@ -11,6 +11,7 @@ import difflib
 import math
 import operator
 import re
+import signal
 import struct
 import typing
 from typing import Any
@@ -489,4 +490,5 @@ def describe() -> str:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # whoever read enough has ended it
     print(describe())

@@ -8,18 +8,24 @@ from __future__ import annotations
 
 import codecs
 import contextlib
+import errno
+import fcntl
+import glob
 import itertools
 import json
 import os
 import re
+import shutil
 import stat
 import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from calm_jax import config as config_lib
 
 _turns = itertools.count()
+MARK = b'<meta name="generator" content="calm_jax">'  # in the head of pages that are written
 SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"II*\0", b"MM\0*", b"BM")  # beginnings of pictures; RIFF apart
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".avif", ".jp2", ".heic", ".raw",
             ".cr2", ".cr3", ".nef", ".arw", ".dng", ".orf", ".rw2", ".raf")
@@ -72,11 +78,82 @@ def as_json(value: Any) -> str:
                   json.dumps(value, ensure_ascii=False, allow_nan=False))
 
 
-def output(path: str | os.PathLike, flag: str = "--out") -> Path:
-    """The place of a file that is to be written, with the folder for it made.
+@contextlib.contextmanager
+def whole_folder(path: str | os.PathLike) -> Iterator[Path]:
+    """A new folder, which is called `path` at the end and removed if the block fails. Until then its name, of this
+    writer alone, ends in `.partial`. What writers of the same folder left when they were killed is removed first.
 
     Raises:
-      ConfigError: it is a folder, a picture (the name of the result was forgotten before theirs), or below a file.
+      OSError: `path` exists, or cannot be made.
+    """
+    place = Path(path).absolute()
+    place.parent.mkdir(parents=True, exist_ok=True)
+    for left in place.parent.glob(f"{glob.escape(place.name)}.*.partial"):
+        _remove_left(left)
+    partial = place.with_name(f"{place.name}.{os.getpid()}-{threading.get_ident()}-{next(_turns)}.partial")
+    lock = _lock(partial)
+    try:
+        with lock.open("wb") as held:
+            with contextlib.suppress(OSError):  # some file systems have no locks
+                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            partial.mkdir()  # once it is held: nobody takes it for one that was left behind
+            yield partial
+            if os.path.lexists(place):
+                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(place))
+            partial.rename(place)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    finally:
+        lock.unlink(missing_ok=True)
+
+
+def _lock(partial: Path) -> Path:
+    return partial.with_name(f"{partial.name}.lock")
+
+
+def _remove_left(partial: Path) -> None:
+    """Removes a folder of `whole_folder` whose writer is gone."""
+    with contextlib.suppress(OSError), _lock(partial).open("rb") as file:  # without a lock it is not ours
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        shutil.rmtree(partial, ignore_errors=True)
+        _lock(partial).unlink(missing_ok=True)
+
+
+def page(path: Path) -> bool:
+    """Whether a file is a page that a program of this project wrote."""
+    with path.open("rb") as stream:
+        return MARK in stream.read(4096)
+
+
+def text(path: Path) -> bool:
+    """Whether a file is text."""
+    try:
+        return "\0" not in path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        return False
+
+
+def json_with(*names: str) -> Callable[[Path], bool]:
+    """Whether a file holds a JSON object with these names, by which the results of a program are known."""
+    def ours(path: Path) -> bool:
+        try:
+            value = json.loads(path.read_bytes())
+        except ValueError:
+            return False
+        return isinstance(value, dict) and value.keys() >= set(names)
+    return ours
+
+
+def output(path: str | os.PathLike, flag: str = "--out", *, ours: Callable[[Path], bool] | None = None) -> Path:
+    """The place of a file that is to be written, with the folder for it made.
+
+    Args:
+      ours: whether a file that is there was written by the same program, and may be written again.
+
+    Raises:
+      ConfigError: it is a folder, a picture (the name of the result was forgotten before theirs), a file of somebody
+        else, or below a file.
     """
     path = Path(path)
     if path.is_dir():
@@ -84,6 +161,9 @@ def output(path: str | os.PathLike, flag: str = "--out") -> Path:
     if path.suffix.lower() in PICTURES or _is_picture(path):
         raise config_lib.ConfigError(f"{flag} {path} is a picture, which would be overwritten; name a file for the "
                                      "results")
+    if ours and os.path.lexists(path) and not (path.is_file() and (not path.stat().st_size or ours(path))):
+        raise config_lib.ConfigError(f"{flag} {path} is there already and was not written by this program; name "
+                                     "another file, or move it away")
     folder(path.parent, flag)
     return path
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 from typing import Any
 
@@ -12,6 +13,8 @@ from calm_jax import files
 _HIDDEN = [*range(0x20), *range(0x7F, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A), 0x2028, 0x2029]
 _ESCAPES = {code: chr(code).encode("unicode_escape").decode() for code in _HIDDEN}
 _KEPT = {code: text for code, text in _ESCAPES.items() if chr(code) not in "\n\r\t"}  # a progress bar needs these
+
+closed: set[str] = set()  # which of stdout and stderr nobody gave this program
 
 
 def shown(text: object) -> str:
@@ -41,8 +44,13 @@ def protect() -> None:
     terminal."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
-        if stream is None or isinstance(stream, _Safe):
+        if isinstance(stream, _Safe):
             continue
+        if stream is None:  # closed: the next file that is opened would get its number, and what libraries write there
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            stream = open(nowhere, "w", closefd=False)  # noqa: SIM115
+            setattr(sys, name, stream)
+            closed.add(name)
         with contextlib.suppress(AttributeError, ValueError):
             stream.reconfigure(errors=files.FAITHFUL)
         if name == "stderr" or (hasattr(stream, "isatty") and stream.isatty()):

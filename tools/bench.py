@@ -47,6 +47,10 @@ def main(what: list[str]) -> None:
     if what not in (["train"], ["inference"], ["data"], ["conversion"]):
         raise config_lib.ConfigError("say what to measure: train, inference, data or conversion, not "
                                      f"{' '.join(what) or 'nothing'}")
+    if _OUT.value:
+        files.output(_OUT.value, ours=files.json_with("results", "command"))
+    if _APPEND.value:
+        files.output(_APPEND.value, "--append", ours=files.text)
     config, against, rounds = command.config(_CONFIG), bool(_AGAINST.value), _ROUNDS.value
     if what == ["train"]:
         report(bench_train.measure(_one_process(config), against=against, rounds=rounds, depth=_DEPTH.value),

@@ -6,6 +6,7 @@ import pathlib
 from collections.abc import Sequence
 
 from calm_jax import config as config_lib
+from calm_jax import files
 
 COMMON = ("date", "machine", "command")  # the first columns of every table
 
@@ -35,7 +36,7 @@ def append(page: pathlib.Path, section: str, columns: Sequence[str], rows: Seque
     while place < end and lines[place].startswith("|"):
         place += 1
     lines[place:place] = filled
-    page.write_text("\n".join(lines) + "\n")
+    files.write(page, "\n".join(lines) + "\n")
 
 
 def _line(cells: Sequence[str]) -> str:

@@ -17,8 +17,9 @@ import subprocess
 import sys
 import time
 
-from absl import app, flags
+from absl import flags
 
+from calm_jax import command, files
 from calm_jax.evaluation import report
 from tools import commands
 from tools.commands import Step
@@ -92,7 +93,7 @@ def steps(workdir: pathlib.Path, quick: bool) -> list[Step]:
 def demo(workdir: pathlib.Path, quick: bool) -> int:
     """Runs what is not done yet, writes the page, and returns an exit code."""
     plan = steps(workdir, quick)
-    workdir.mkdir(parents=True, exist_ok=True)
+    files.folder(workdir, "--workdir")
     ledger = workdir / "seconds.json"  # of each step, over all runs of this program
     spent: dict[str, float] = json.loads(ledger.read_text()) if ledger.is_file() else {}
     began, earlier = time.monotonic(), spent.pop(EVERYTHING, 0.0)
@@ -102,7 +103,7 @@ def demo(workdir: pathlib.Path, quick: bool) -> int:
         code = commands.finish(child)
         if commands.changed(step.result) != before:  # a training that was complete already costs no time worth telling
             spent[step.title] = spent.get(step.title, 0.0) + time.monotonic() - begin
-            ledger.write_text(json.dumps({**spent, EVERYTHING: earlier + time.monotonic() - began}, indent=1))
+            files.write(ledger, json.dumps({**spent, EVERYTHING: earlier + time.monotonic() - began}, indent=1))
         if code:
             where = f"in {step.log}" if step.log else "above"
             print(f"\nerror: step {number} ({step.title}) ended with exit code {code}; its message stands {where}, and "
@@ -162,7 +163,7 @@ def _peak() -> int:
     return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def main(_) -> int:
+def main() -> int:
     if not pathlib.Path("configs/pretrain.py").is_file():
         print("error: run it in the root of the repository, where configs/ lies", file=sys.stderr)
         return 2
@@ -170,4 +171,4 @@ def main(_) -> int:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command.run(main)

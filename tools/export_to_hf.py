@@ -8,8 +8,8 @@
 
 Weights keep their stored dtype, bit for bit, unless --dtype says otherwise. --parts also writes each part alone, under
 its own published class, into `parts/`. Low-rank updates stay apart (in PEFT's names) unless they are merged. Memory
-holds a few tensors, whatever the size of the model; until all is written the folder is called `OUT.partial` and has no
-config.json, without which nothing loads it.
+holds a few tensors, whatever the size of the model; until all is written the folder has another name, which ends in
+`.partial`, and no config.json, without which nothing loads it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import numpy as np
 import tqdm
 from absl import flags
 
-from calm_jax import command
+from calm_jax import command, files
 from calm_jax import config as config_lib
 from calm_jax.convert import huggingface, tables, torch_files
 from calm_jax.data import pictures, prompts
@@ -77,14 +77,12 @@ def export(source: str, out: str, *, merge_lora: bool = False, parts: bool = Fal
     if dtype != "stored":
         leaves = {name: cast(leaf, DTYPES[dtype]) for name, leaf in leaves.items()}
     folders = [*(_parts(model, leaves, tokenizer, say) if parts else ()), whole(saved, model, leaves, tokenizer)]
-    partial = path.with_name(path.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
     try:
-        with tqdm.tqdm(total=sum(tensor.nbytes for folder in folders for tensor in folder.tensors), unit="B",
-                       unit_scale=True, desc="exporting", mininterval=0.5) as bar:
+        with files.whole_folder(path) as partial, tqdm.tqdm(
+                total=sum(tensor.nbytes for folder in folders for tensor in folder.tensors), unit="B",
+                unit_scale=True, desc="exporting", mininterval=0.5) as bar:
             for folder in folders:  # the whole comes last: its config.json makes the folder one
                 _write(partial / folder.place, folder, bar.update)
-        partial.rename(path)
     except OSError as error:
         raise checkpoint.CheckpointError(f"{path} could not be written: {error}; free some space or choose another "
                                          "place, and run the same command again") from error

@@ -18,6 +18,7 @@ that need nothing of each other run side by side. Ends with WORKDIR/first_look.m
 
 from __future__ import annotations
 
+import io
 import json
 import pathlib
 import runpy
@@ -30,7 +31,7 @@ import numpy as np
 import tqdm
 from absl import flags
 
-from calm_jax import command, evaluate
+from calm_jax import command, evaluate, files
 from calm_jax import config as config_lib
 from calm_jax.training import logging
 from tools import commands
@@ -138,7 +139,7 @@ def run(steps: Plan, workdir: pathlib.Path, beside: int) -> int:
                 del running[name]
                 if commands.changed(steps[name][0].result) != before:  # a training that was complete costs no time
                     spent[name] = spent.get(name, 0.0) + time.monotonic() - begin
-                ledger.write_text(json.dumps(spent, indent=1))
+                files.write(ledger, json.dumps(spent, indent=1))
                 if code:
                     bar.close()
                     print(f"error: {name} ended with exit code {code}; its message stands in {steps[name][0].log}, and "
@@ -278,13 +279,15 @@ def draw(workdir: pathlib.Path, results: Mapping[str, dict], path: pathlib.Path)
     attributes.set_yticks(places, [row["subject"] for row in shown])
     attributes.set_xlabel("accuracy on held-out pictures")
     attributes.legend(frameon=False, loc="lower right")
-    figure.savefig(path, dpi=110)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=110)
+    files.write(path, picture.getvalue())
 
 
 def main() -> int:
     given = command.require("data_dir")
     workdir = pathlib.Path(given.workdir)
-    workdir.mkdir(parents=True, exist_ok=True)
+    files.folder(workdir, "--workdir")
     if not pathlib.Path(CONFIG).is_file():
         raise config_lib.ConfigError("run it in the root of the repository, where configs/ lies")
     more = [f"--config.{override}" for override in given.override]
@@ -293,7 +296,7 @@ def main() -> int:
         return code
     results = {name: json.loads(step.result.read_text()) for name, (step, _) in steps.items() if step.sources}
     text = table(results, json.loads((workdir / "seconds.json").read_text()), trees(given.data_dir))
-    (workdir / "first_look.md").write_text(text)
+    files.write(workdir / "first_look.md", text)
     draw(workdir, results, workdir / "first_look.png")
     print(f"{text}\nwritten to {workdir / 'first_look.md'} and {workdir / 'first_look.png'}")
     return 0

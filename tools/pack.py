@@ -22,7 +22,7 @@ import tempfile
 from absl import flags
 from packaging.requirements import Requirement
 
-from calm_jax import command
+from calm_jax import command, files
 from calm_jax import config as config_lib
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -110,23 +110,34 @@ def pack(out: pathlib.Path, wheels: pathlib.Path, limit: float) -> int:
     text = wheels.parent / "needs.txt"
     text.write_text("".join(f"{line}\n" for line in needs(wheels)))
     members["needs.txt"] = text
-    with tarfile.open(out, "w") as archive:
+    packed = wheels.parent / "pack.tar"
+    with tarfile.open(packed, "w") as archive:
         for name, file in members.items():
             archive.add(file, f"{NAME}/{name}")
-    size = out.stat().st_size
+    size = packed.stat().st_size
     if size > limit:
-        out.unlink()
         largest = sorted(members.items(), key=lambda item: -item[1].stat().st_size)[:3]
         raise config_lib.ConfigError(
             f"the pack would take {size / 1e6:.1f} MB of at most {limit / 1e6:.1f}; the largest of it: "
             + ", ".join(f"{name} ({file.stat().st_size / 1e6:.1f} MB)" for name, file in largest)
             + "; take something out, or raise --limit")
+    files.write(out, packed.read_bytes())
     return size
+
+
+def ours(path: pathlib.Path) -> bool:
+    """Whether a file is a pack."""
+    try:
+        with tarfile.open(path) as archive:
+            first = archive.next()
+            return first is not None and first.name.startswith(f"{NAME}/")
+    except tarfile.TarError:
+        return False
 
 
 def main() -> None:
     given = command.require("out")
-    out = pathlib.Path(given.out)
+    out = files.output(given.out, ours=ours)
     with tempfile.TemporaryDirectory() as folder:
         wheels = pathlib.Path(folder) / "wheels"
         wheels.mkdir()

@@ -272,7 +272,7 @@ def _compiled(lowered: Any, hlo: str) -> dict[str, Any]:
                 "compile_s": time.monotonic() - begin, "collectives": {}}
     memory, text = program.memory_analysis(), program.as_text()
     if hlo:
-        pathlib.Path(hlo).write_text(text)
+        files.write(hlo, text)
     arguments = memory.argument_size_in_bytes
     return {"temporaries": memory.temp_size_in_bytes, "arguments": arguments,
             "total": (arguments + memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
@@ -384,7 +384,9 @@ def show(found: Mapping[str, Any]) -> str:
 def main() -> int:
     given = command.require("topology")
     if given.out:
-        files.output(given.out)
+        files.output(given.out, ours=files.json_with("fits", "jax"))
+    if given.hlo:
+        files.output(given.hlo, "--hlo", ours=lambda path: path.read_bytes().startswith(b"HloModule"))
     topology = Topology.of(given.topology)
     topology.prepare()
     config = command.config(_CONFIG)

@@ -136,9 +136,9 @@ def _uri(pixels: np.ndarray) -> str:
 
 def main() -> None:
     given = flags.FLAGS
+    out = files.output(given.out, ours=files.page)
     config = command.config(CONFIG)
     name = given.process or next(iter(config.run))
-    out = files.output(given.out)
     files.write(out, page(config, name, split=given.split, shown=given.rows, title=command.config_file()))
     print(f"samples: {out}")
 

@@ -16,7 +16,7 @@ import numpy as np
 import sentencepiece
 from absl import flags
 
-from calm_jax import command
+from calm_jax import command, files
 from calm_jax import config as config_lib
 from calm_jax.data import builders, prompts, tasks, tokenizer
 from calm_jax.data.tasks.context import Context
@@ -42,13 +42,21 @@ def corpus() -> list[str]:
     return lines
 
 
+def _ours(path: pathlib.Path) -> bool:
+    try:
+        return bool(sentencepiece.SentencePieceProcessor(model_file=str(path)).vocab_size())
+    except (RuntimeError, OSError):
+        return False
+
+
 def main() -> None:
+    files.output(_OUT.value, ours=_ours)
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(corpus()), model_writer=model, vocab_size=_VOCAB.value, model_type="bpe",
         byte_fallback=True, split_digits=True, character_coverage=1.0, unk_id=0, bos_id=1, eos_id=2, pad_id=-1,
         normalization_rule_name="identity", remove_extra_whitespaces=False, num_threads=1, minloglevel=1)
-    pathlib.Path(_OUT.value).write_bytes(model.getvalue())
+    files.write(_OUT.value, model.getvalue())
     print(f"{_OUT.value}: {_VOCAB.value} pieces, {len(model.getvalue()) / 1024:.0f} KiB")
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from calm_jax import files
 from calm_jax.data.scale import HIGHEST, LOWEST
 from calm_jax.evaluation import plots
 
@@ -27,7 +29,9 @@ def write(result: Mapping[str, Any], file: pathlib.Path) -> pathlib.Path | None:
     figure = Figure(figsize=(9.5, 4.4) if draw is _scores else (7, 4.4), layout="constrained")
     FigureCanvasAgg(figure)
     draw(figure, result)
-    figure.savefig(file, dpi=110)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=110)
+    files.write(file, picture.getvalue())
     return file
 
 

@@ -12,6 +12,7 @@ import pathlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
+from calm_jax import files
 from calm_jax.data.samples import Sample
 from calm_jax.inference.generate import Generator, Memory, Pixels, Question
 from calm_jax.inference.scorer import Score
@@ -34,8 +35,7 @@ class Replies:
         begun = bool(lines) and lines[0] == json.dumps(asked)
         self._known = [json.loads(line) for line in lines[1:]] if begun else []
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("w") as file:
-            file.writelines(line + "\n" for line in (lines if begun else [json.dumps(asked)]))
+        files.write(path, "".join(line + "\n" for line in (lines if begun else [json.dumps(asked)])))
 
     def answers(self, questions: Iterable[Question], pixels: Pixels, **options) -> Iterator[str]:
         """As `Generator.answers`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import functools
 import glob
 import os
 import pathlib
@@ -13,13 +14,14 @@ from calm_jax import config as config_lib
 from calm_jax.data.builders.folder import SUFFIXES
 
 
-def gather(places: Sequence[str], listed: TextIO | None) -> list[str]:
+def gather(places: Sequence[str], listed: TextIO | None, own: Sequence[str] = ()) -> list[str]:
     """Paths in the order in which they are named, a folder's (and those below it) by name.
 
     A file that is named is taken whatever it is called; folders and globs give what ends like a picture.
 
     Args:
       places: files, folders, globs, or `-` for one path a line on `listed`, or as `find -print0` lists them.
+      own: folders that the program itself writes pictures into; what a folder or glob finds there is left out.
 
     Raises:
       ConfigError: nothing was named, there is no such place, a folder or glob holds no pictures, or the list is no
@@ -34,13 +36,13 @@ def gather(places: Sequence[str], listed: TextIO | None) -> list[str]:
             found |= dict.fromkeys(_listed(listed))
             continue
         if os.path.isdir(place):
-            inside = dict.fromkeys(_below(place))
+            inside = dict.fromkeys(_others(_below(place), place, own))
             if not inside:
                 raise config_lib.ConfigError(f"the folder {place} holds no pictures ({', '.join(SUFFIXES)})")
         elif os.path.exists(place):
             inside = {place: None}
         elif glob.has_magic(place):
-            inside = {path: None for path in sorted(_matching(place))
+            inside = {path: None for path in sorted(_others(_matching(place), os.path.dirname(place), own))
                       if _like_a_picture(path) and not os.path.isdir(path)}
             if not inside:
                 raise config_lib.ConfigError(f"no picture matches {place}")
@@ -82,6 +84,19 @@ def _apart(paths: Iterable[str]) -> Iterator[str]:
         if (real[above], name) not in seen:
             seen.add((real[above], name))
             yield path
+
+
+def _others(paths: Iterable[str], place: str, own: Sequence[str]) -> Iterator[str]:
+    """The paths that do not lie in one of our own folders, unless `place`, which was named, does so itself."""
+    named, real_of = os.path.realpath(place), functools.cache(os.path.realpath)
+    left_out = [real for real in map(os.path.realpath, own) if not _inside(named, real)]
+    for path in paths:
+        if not left_out or not any(_inside(real_of(os.path.dirname(path)), real) for real in left_out):
+            yield path
+
+
+def _inside(path: str, folder: str) -> bool:
+    return path == folder or path.startswith(folder.rstrip(os.sep) + os.sep)
 
 
 def _matching(pattern: str) -> Iterator[str]:

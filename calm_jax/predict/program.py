@@ -25,7 +25,7 @@ import numpy as np
 import tqdm
 from absl import flags
 
-from calm_jax import command, files
+from calm_jax import command, files, terminal
 from calm_jax import config as config_lib
 from calm_jax.data.scale import READERS, checked
 from calm_jax.predict import output
@@ -120,7 +120,8 @@ def cli() -> None:
     flags.DEFINE_integer("top-k", 0, "score: only so many, the best; 0 = all", lower_bound=0)
     flags.DEFINE_float("min-score", None, "score: only pictures with this score or a higher one")
     flags.DEFINE_enum("sort", None, ["path", "score"], "score: default path, or score where --top-k is given")
-    flags.DEFINE_string("copy-to", None, "score: folder into which the pictures of the results are copied")
+    flags.DEFINE_string("copy-to", None, "score: folder into which the pictures of the results are copied; those "
+                        "that lie there already are not looked at, unless it is named")
     command.run(main, words=True)
 
 
@@ -131,9 +132,10 @@ def main(words: Sequence[str]) -> int:
     name = words[0]
     values = {key: flags.FLAGS[key].value for key in flags.FLAGS}
     _check(name, values)
-    paths = gather(words[1:], sys.stdin)
+    small = [str(output.thumbnails(pathlib.Path(values["out"])))] if values["out"] else []
+    paths = gather(words[1:], sys.stdin, [*small, *([values["copy-to"]] if values["copy-to"] else [])])
     command.require("checkpoint")
-    out = _place(values["out"])
+    out = _place(values["out"], values["format"] == "html")
     if values["copy-to"]:
         files.folder(values["copy-to"], "--copy-to")
 
@@ -203,15 +205,20 @@ def _check(name: str, values: dict[str, Any]) -> None:
                 raise config_lib.ConfigError(f"--{flag} chooses by score, but calm {name} gives none")
 
 
-def _place(out: str | None) -> pathlib.Path | None:
+def _place(out: str | None, page: bool) -> pathlib.Path | None:
     """The file of the results, if there is to be one.
 
     Raises:
-      ConfigError: it cannot be written, or is a file that this program has not written.
+      ConfigError: it cannot be written, or is a file that this program has not written; or there is neither a file nor
+        a standard output.
     """
     if not out:
+        if "stdout" in terminal.closed:
+            raise config_lib.ConfigError("standard output is closed; name a file for the results: --out FILE")
         return None
     place = files.output(out)
+    if page and os.path.lexists(output.thumbnails(place)):
+        files.folder(output.thumbnails(place), "the small pictures beside --out")
     if os.path.lexists(_journal(place)) and not _journal(place).is_file():
         raise config_lib.ConfigError(f"{_journal(place)}, where results are kept, is no file; move it away, or name "
                                      "another --out")

@@ -21,6 +21,7 @@ import orbax.checkpoint as ocp
 import tensorstore
 
 import calm_jax
+from calm_jax import files as output
 from calm_jax.training import checkpoint
 
 
@@ -95,8 +96,8 @@ def save(path: str | os.PathLike, leaves: Mapping[str, Leaf], meta: Mapping[str,
     """Writes the checkpoint `path` with these parameters and no optimizer state, and returns its absolute path.
 
     Args:
-      path: must not exist. Until everything is written the folder is called `path.partial`, which no reader accepts;
-        one that a crash left behind is begun anew.
+      path: must not exist. Until everything is written the folder has another name, which ends in `.partial` and which
+        no reader accepts; one that a crash left behind is removed.
       leaves: parameter path -> where its values come from.
       meta: as `training.checkpoint.Checkpoints.save` takes it.
       files: copied into the checkpoint beside the arrays, such as a tokenizer.
@@ -108,26 +109,23 @@ def save(path: str | os.PathLike, leaves: Mapping[str, Leaf], meta: Mapping[str,
     path = pathlib.Path(path).absolute()
     if path.exists():
         raise checkpoint.CheckpointError(f"{path} exists already; choose another folder, or remove it first")
-    partial = path.with_name(path.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
     tree = {"parameters": checkpoint.nest(leaves)}
     writer = _Handler(progress)
     registry = ocp.type_handlers.create_type_handler_registry((Leaf, writer))
     # Weights do not compress: it would cost time and save nothing.
     handler = ocp.PyTreeCheckpointHandler(type_handler_registry=registry, use_compression=False)
     try:
-        partial.mkdir(parents=True)
-        with ocp.Checkpointer(handler) as orbax:
-            orbax.save(partial / checkpoint.ARRAYS,
-                       args=ocp.args.PyTreeSave(tree, save_args=jax.tree.map(checkpoint.chunks, tree)))
-        if writer.error is not None:
-            raise writer.error
-        checkpoint.write_json(partial / checkpoint.META, {**meta, "step": 0, "is_best": False,
-                                                          "version": calm_jax.__version__})
-        for file in files:
-            shutil.copyfile(file, partial / file.name)
-        checkpoint.write_marker(partial)
-        partial.rename(path)
+        with output.whole_folder(path) as partial:
+            with ocp.Checkpointer(handler) as orbax:
+                orbax.save(partial / checkpoint.ARRAYS,
+                           args=ocp.args.PyTreeSave(tree, save_args=jax.tree.map(checkpoint.chunks, tree)))
+            if writer.error is not None:
+                raise writer.error
+            checkpoint.write_json(partial / checkpoint.META, {**meta, "step": 0, "is_best": False,
+                                                              "version": calm_jax.__version__})
+            for file in files:
+                shutil.copyfile(file, partial / file.name)
+            checkpoint.write_marker(partial)
     except Exception as error:
         raise checkpoint.failed(path, error) from error
     return path

@@ -78,6 +78,72 @@ def test_no_file_of_the_users_is_taken_for_the_results(photos, tmp_path):
     assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
 
 
+def test_what_this_program_wrote_may_be_written_again_and_nothing_else(tmp_path):
+    for name, content, ours in (("page.html", b"<!doctype html><p>mine", files.page),
+                                ("page.html", b"<!doctype html>" + files.MARK, files.page),
+                                ("plan.json", b'{"fits": 1}', files.json_with("fits", "jax")),
+                                ("plan.json", b'{"fits": 1, "jax": 2}', files.json_with("fits", "jax")),
+                                ("page.md", b"\xff\xfe#", files.text), ("page.md", b"# Benchmarks", files.text)):
+        file = tmp_path / name
+        file.write_bytes(content)
+        try:
+            assert files.output(file, ours=ours) == file
+            refuses = False
+        except config_lib.ConfigError as error:
+            assert name in str(error)
+            refuses = True
+        assert refuses == (content in (b"<!doctype html><p>mine", b'{"fits": 1}', b"\xff\xfe#"))
+        assert file.read_bytes() == content
+    (tmp_path / "page.html").write_bytes(b"mine")
+    (tmp_path / "mine.json").write_text("[]")
+    for module, words, name in (
+            ("tools.show_samples", ("--config", "configs/pretrain.py:tiny", "--out"), "page.html"),
+            ("tools.plan", ("--config", "configs/pretrain.py:tiny", "--topology", "cpu:1", "--out"), "mine.json"),
+            ("tools.bench", ("train", "--config", "configs/pretrain.py:tiny", "--out"), "mine.json"),
+            ("tools.pack", ("--out",), "mine.json"), ("tools.demo", ("--workdir",), "mine.json"),
+            ("tools.train_tokenizer", ("--out",), "mine.json")):
+        refused(subprocess.run([sys.executable, "-m", module, *words, str(tmp_path / name)], cwd=miniature.ROOT,
+                               capture_output=True, env=miniature.environment()), name)
+    assert (tmp_path / "page.html").read_bytes() == b"mine" and (tmp_path / "mine.json").read_text() == "[]"
+
+
+def test_a_folder_is_whole_or_not_there_and_one_writers_alone(tmp_path):
+    place, mine = tmp_path / "out[1]", tmp_path / "out[1].mine.partial"
+    mine.mkdir()
+    with pytest.raises(ValueError), files.whole_folder(place) as partial:
+        (partial / "file").write_text("half")
+        raise ValueError
+    code = "import os, sys; from calm_jax import files\nwith files.whole_folder(sys.argv[1]): os._exit(0)"
+    subprocess.run([sys.executable, "-c", code, str(place)], cwd=miniature.ROOT, check=True)
+    assert len(list(tmp_path.iterdir())) == 3  # what was killed, and its lock
+    with files.whole_folder(place) as first:
+        (first / "file").write_text("first")
+        with pytest.raises(ValueError), files.whole_folder(place):
+            raise ValueError
+    assert (place / "file").read_text() == "first" and sorted(tmp_path.iterdir()) == [place, mine]
+    with pytest.raises(OSError), files.whole_folder(place):
+        pass
+    assert (place / "file").read_text() == "first" and sorted(tmp_path.iterdir()) == [place, mine]
+
+
+def test_pictures_that_the_program_made_are_not_looked_at(tmp_path):
+    for name in ("one.jpg", "best/two.jpg", "bestial/three.jpg"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+
+    def found(place):
+        return [pathlib.Path(path).stem for path in gather([str(place)], io.StringIO(), [str(tmp_path / "best")])]
+
+    assert found(tmp_path) == ["one", "three"] and sorted(found(tmp_path / "**" / "*.jpg")) == ["one", "three"]
+    assert found(tmp_path / "best") == found(tmp_path / "best" / "*.jpg") == found(tmp_path / "best/two.jpg") == ["two"]
+
+
+def test_a_closed_standard_output_is_said_before_the_work(photos, tmp_path):
+    command = [sys.executable, "-m", "calm_jax.predict", "score", str(photos), "--checkpoint", str(tmp_path / "none")]
+    refused(subprocess.run(["sh", "-c", 'exec "$@" >&-', "sh", *command], cwd=miniature.ROOT, capture_output=True,
+                           env=miniature.environment()), "standard output", "--out")
+
+
 def test_a_folder_that_is_a_file_is_said_by_every_program(photos, tmp_path):
     file = tmp_path / "file"
     file.write_text("mine")
