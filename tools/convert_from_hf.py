@@ -53,6 +53,7 @@ def convert(vit: str, llm: str, qformers: list[str], out: str, seed: int = 0,
     found = [torch_files.tensors(path) for path in sources]
     model = _model(places["vit"], places["llm"], [_qformer(path, tensors) for path, tensors in
                                                   zip(sources, found, strict=True)])
+    config = config_lib.Config(seed=seed, model=model)
     tokenizer = _tokenizer(places["llm"], model.llama)
     shapes = {path: leaf.shape for path, leaf in Geometry.of(model).shapes.items()}
     pieces: Pieces = {}
@@ -66,7 +67,6 @@ def convert(vit: str, llm: str, qformers: list[str], out: str, seed: int = 0,
     groups = {"/".join(path.split("/")[:2]) for path in shapes} - {"/".join(path.split("/")[:2]) for path in leaves}
     for group in sorted(groups):
         say(f"left to random numbers: {group}")
-    config = config_lib.Config(seed=seed, model=model)
     meta = {"process": "", "rows": 0, "best": None, "trained": [], "base": "", "seed": seed,
             "config": dataclasses.asdict(config), "tokenizer": tokenizer.fingerprint,
             "sources": {"vit": _source(vit, places["vit"]), "llm": _source(llm, places["llm"]),
@@ -97,13 +97,14 @@ def _qformer(path: pathlib.Path, found: Tensors) -> config_lib.QFormer:
         return geometry.qformer(geometry.read(path))
     try:
         return geometry.qformer_of({name: tensor.shape for name, tensor in found.items()})
-    except geometry.GeometryError as error:
+    except config_lib.ConfigError as error:
         raise geometry.GeometryError(f"{path}: {error}") from None
 
 
 def _tokenizer(llm: pathlib.Path, cfg: config_lib.Llama) -> Tokenizer:
     path = (llm if llm.is_dir() else llm.parent) / "tokenizer.model"
-    tokenizer = Tokenizer(str(path))
+    tokenizer = Tokenizer(str(path), remedy="it is the SentencePiece model that belongs to the language model beside it"
+                          ": fetch it into that folder (a tokenizer.json is not read)")
     if tokenizer.vocab != cfg.vocab:
         raise config_lib.ConfigError(f"{path} has {tokenizer.vocab} pieces and the language model beside it "
                                      f"{cfg.vocab}; they do not belong together: fetch both from one place")
@@ -112,8 +113,9 @@ def _tokenizer(llm: pathlib.Path, cfg: config_lib.Llama) -> Tokenizer:
 
 def _untied(found: Tensors, llm: pathlib.Path) -> Tensors:
     """A language model whose head is its embedding keeps one tensor for both; CALM's head is a leaf of its own."""
-    tied = geometry.read(llm).get("tie_word_embeddings") and "lm_head.weight" not in found
-    return {**found, "lm_head.weight": found["model.embed_tokens.weight"]} if tied else found
+    tied = geometry.read(llm).flag("tie_word_embeddings", False) and "lm_head.weight" not in found
+    both = found.get("model.embed_tokens.weight") if tied else None
+    return {**found, "lm_head.weight": both} if both else found
 
 
 def _add(pieces: Pieces, prefix: str, table: tables.Table, found: Tensors, shapes: tables.Shapes,
@@ -121,6 +123,8 @@ def _add(pieces: Pieces, prefix: str, table: tables.Table, found: Tensors, shape
     """Puts the place of every tensor of a part into `pieces`; `lead` is the index in front of the part's own axes."""
     own = {path.removeprefix(prefix): shape[len(lead):] for path, shape in shapes.items() if path.startswith(prefix)}
     for name, entry in tables.match(table, {name: tensor.shape for name, tensor in found.items()}, own).items():
+        if found[name].unusable:
+            raise torch_files.FileError(found[name].unusable)
         pieces.setdefault(prefix + entry.path, []).append(((*lead, *entry.index), found[name], entry.transform))
 
 

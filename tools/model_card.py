@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,7 +22,8 @@ def card(saved: checkpoint.Saved, model: config_lib.Model, content: Sequence[tor
     licences = sorted({source["licence"] for _, source in sources if source["licence"]})
     head = ["---", "library_name: transformers", "pipeline_tag: image-text-to-text",
             "tags:", "- image-aesthetics", "- calm",
-            f"license: {licences[0] if len(licences) == 1 else 'other'}", "---"]
+            # as YAML, whatever the source's own card says there
+            f"license: {json.dumps(licences[0]) if len(licences) == 1 else 'other'}", "---"]
     asks = [name for name in history if "score" in name["tasks"]]
     scored = (f"It was trained on scores by the process {asks[-1]['process']!r}." if asks else
               "**It was never trained on scores: its numbers mean nothing.**")
@@ -77,6 +79,9 @@ def lineage(saved: checkpoint.Saved) -> tuple[list[dict[str, Any]], list[tuple[s
                      *(("Q-Former", source) for source in sources["qformer"])]
             return history, parts
         config = at.meta["config"]
+        if at.meta["process"] not in config["run"]:
+            raise checkpoint.CheckpointError(f"{at.path} is of the process {at.meta['process']!r}, which its own "
+                                             "config does not run; use another checkpoint")
         last = config["run"].index(at.meta["process"])
         done = []
         for name in config["run"][:last + 1]:
@@ -112,4 +117,9 @@ def qformer(level: str, model: config_lib.Model) -> str:
 
 
 def _table(names: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
-    return [f"| {' | '.join(map(str, row))} |" for row in (names, ["---"] * len(names), *rows)]
+    return [f"| {' | '.join(map(_cell, row))} |" for row in (names, ["---"] * len(names), *rows)]
+
+
+def _cell(value: Any) -> str:
+    """Text as it is, in one cell: names and licences are other people's."""
+    return " ".join(str(value).split()).replace("|", "\\|").replace("<", "&lt;")

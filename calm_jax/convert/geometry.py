@@ -5,95 +5,118 @@ What this project does not compute (another activation, scaled rotary frequencie
 
 from __future__ import annotations
 
-import json
 import pathlib
 import re
 from collections.abc import Mapping
-from typing import Any
 
 from calm_jax import config as config_lib
+from calm_jax import json_files
 
-Json = Mapping[str, Any]
 HEAD = 64  # channels of an attention head in BERT, from which every public Q-Former descends
-BLOCK = re.compile(r"(?:(?:Qformer\.bert|qformer)\.)?encoder\.layer\.(\d+)\.(.+)")
+BLOCK = re.compile(r"(?:(?:Qformer\.bert|qformer)\.)?encoder\.layer\.([0-9]{1,4})\.(.+)")
+# No model comes near these; what is beyond them is damaged, and would take for ever.
+CHANNELS, BLOCKS, PIXELS, TOKENS = 1 << 18, 1 << 10, 1 << 14, 1 << 26
+WHOLE_QFORMERS = ("blip_2", "instructblip")  # models that keep their Q-Former's config inside of their own
 
 
 class GeometryError(config_lib.ConfigError):
     """A model that CALM cannot be assembled from; one sentence with every reason."""
 
 
-def read(folder: pathlib.Path) -> Json:
+def read(folder: pathlib.Path) -> json_files.Table:
     """The config.json of a folder, or of the folder of a weight file.
 
     Raises:
-      GeometryError: it is missing or damaged.
+      GeometryError: it is missing or damaged, or is of weights that were quantised.
     """
     path = (folder if folder.is_dir() else folder.parent) / "config.json"
-    try:
-        found = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise GeometryError(f"{path} is missing, which says what the weights beside it are; fetch it too") from None
-    except ValueError:
-        raise GeometryError(f"{path} is damaged; fetch it again") from None
-    if not isinstance(found, dict) or "model_type" not in found:
+    found = json_files.table(path, error=GeometryError, remedy="it says what the weights beside it are: fetch it again")
+    if "model_type" not in found:
         raise GeometryError(f"{path} names no model_type; it is no config of a transformers model")
+    found.text("model_type")
+    if "quantization_config" in found:
+        raise GeometryError(f"{path} has a quantization_config: these weights were rounded to few bits; give the model "
+                            "as it was before that, in float32, float16 or bfloat16")
     return found
 
 
-def vit(found: Json) -> config_lib.Vit:
+def vit(found: json_files.Table) -> config_lib.Vit:
     """The encoder of a `clip` or `clip_vision_model` config."""
-    inner = found.get("vision_config", found) if found["model_type"] == "clip" else found
+    kind = found.text("model_type")
+    inner = found.table("vision_config") if kind == "clip" and "vision_config" in found else found
     # transformers writes only what differs from its defaults inside older nested configs
-    value = {"hidden_act": "quick_gelu", "image_size": 224, "patch_size": 32, "hidden_size": 768,
-             "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072, "layer_norm_eps": 1e-5,
-             "num_channels": 3} | dict(inner)
-    _require("encoder", [
-        (found["model_type"] in ("clip", "clip_vision_model"),
-         f"model_type is {found['model_type']!r} instead of clip or clip_vision_model"),
-        (value["hidden_act"] == "quick_gelu", f"hidden_act is {value['hidden_act']!r} instead of quick_gelu"),
-        (value["num_channels"] == 3, f"num_channels is {value['num_channels']} instead of 3")])
-    return config_lib.Vit(
-        image_size=value["image_size"], patch=value["patch_size"], width=value["hidden_size"],
-        depth=value["num_hidden_layers"], heads=value["num_attention_heads"], mlp_width=value["intermediate_size"],
-        eps=float(value["layer_norm_eps"]))
+    act, colours = inner.text("hidden_act", "quick_gelu"), inner.whole("num_channels", 3)
+    cfg = {"image_size": inner.whole("image_size", 224, most=PIXELS),
+           "patch": inner.whole("patch_size", 32, most=PIXELS),
+           "width": inner.whole("hidden_size", 768, most=CHANNELS),
+           "depth": inner.whole("num_hidden_layers", 12, most=BLOCKS),
+           "heads": inner.whole("num_attention_heads", 12, most=CHANNELS),
+           "mlp_width": inner.whole("intermediate_size", 3072, most=CHANNELS),
+           "eps": inner.number("layer_norm_eps", 1e-5)}
+    _require(inner, "encoder", [
+        (kind in ("clip", "clip_vision_model"), f"model_type is {kind!r} instead of clip or clip_vision_model"),
+        (act == "quick_gelu", f"hidden_act is {act!r} instead of quick_gelu"),
+        (colours == 3, f"num_channels is {colours} instead of 3"),
+        (cfg["image_size"] % cfg["patch"] == 0,
+         f"image_size {cfg['image_size']} is no multiple of patch_size {cfg['patch']}"),
+        _heads(cfg)])
+    return config_lib.Vit(**cfg)
 
 
-def llama(found: Json) -> config_lib.Llama:
+def llama(found: json_files.Table) -> config_lib.Llama:
     """The language model of a `llama` config (Vicuna is one)."""
-    value = {"num_key_value_heads": found.get("num_attention_heads"), "hidden_act": "silu", "rms_norm_eps": 1e-6,
-             "max_position_embeddings": 2048} | {k: v for k, v in found.items() if v is not None}
-    rope = {"rope_theta": value.get("rope_theta", 1e4), "rope_type": "default"} | dict(
-        value.get("rope_parameters") or value.get("rope_scaling") or {})
-    head = value.get("head_dim")
-    _require("language model", [
-        (value["model_type"] == "llama", f"model_type is {value['model_type']!r} instead of llama"),
-        (value["hidden_act"] == "silu", f"hidden_act is {value['hidden_act']!r} instead of silu"),
-        (rope.get("rope_type", rope.get("type")) == "default",
-         f"its rotary frequencies are scaled ({rope.get('rope_type', rope.get('type'))!r})"),
-        (not value.get("attention_bias") and not value.get("mlp_bias"), "its linear layers have biases"),
-        (head is None or head * value.get("num_attention_heads", 0) == value.get("hidden_size"),
-         f"head_dim is {head}, not hidden_size / num_attention_heads")])
-    return config_lib.Llama(
-        vocab=value["vocab_size"], width=value["hidden_size"], depth=value["num_hidden_layers"],
-        heads=value["num_attention_heads"], kv_heads=value["num_key_value_heads"],
-        mlp_width=value["intermediate_size"], eps=float(value["rms_norm_eps"]), rope_theta=float(rope["rope_theta"]),
-        positions=value["max_position_embeddings"])
+    kind, act = found.text("model_type"), found.text("hidden_act", "silu")
+    if kind != "llama":  # its fields have other names then
+        _require(found, "language model", [(False, f"model_type is {kind!r} instead of llama")])
+    rope = [found.table(name) for name in ("rope_parameters", "rope_scaling") if name in found]
+    scaled = [scale for table in rope for name in ("rope_type", "type")
+              if (scale := table.text(name, "default")) != "default"]
+    theta = next((table.number("rope_theta") for table in rope if "rope_theta" in table),
+                 found.number("rope_theta", 1e4))
+    turned = found.number("partial_rotary_factor", 1.0)
+    width, heads = (found.whole(name, most=CHANNELS) for name in ("hidden_size", "num_attention_heads"))
+    cfg = {"vocab": found.whole("vocab_size", most=TOKENS), "width": width,
+           "depth": found.whole("num_hidden_layers", most=BLOCKS), "heads": heads,
+           "kv_heads": found.whole("num_key_value_heads", heads, most=CHANNELS),
+           "mlp_width": found.whole("intermediate_size", most=CHANNELS), "eps": found.number("rms_norm_eps", 1e-6),
+           "rope_theta": theta, "positions": found.whole("max_position_embeddings", 2048, most=TOKENS)}
+    head = found.whole("head_dim", width // heads, least=0, most=CHANNELS)
+    _require(found, "language model", [
+        (act == "silu", f"hidden_act is {act!r} instead of silu"),
+        (not scaled, f"its rotary frequencies are scaled ({', '.join(map(repr, dict.fromkeys(scaled)))})"),
+        (turned == 1, f"it turns a part of its channels alone (partial_rotary_factor {turned:g})"),
+        (not any(found.flag(f"{name}_bias", False) for name in ("attention", "mlp")), "its linear layers have biases"),
+        _heads(cfg),
+        (head * heads == width or width % heads > 0, f"head_dim is {head}, not hidden_size / num_attention_heads"),
+        (heads % cfg["kv_heads"] == 0,
+         f"num_attention_heads {heads} is no multiple of num_key_value_heads {cfg['kv_heads']}")])
+    return config_lib.Llama(**cfg)
 
 
-def qformer(found: Json) -> config_lib.QFormer:
+def qformer(found: json_files.Table) -> config_lib.QFormer:
     """The Q-Former of a `blip_2`, `blip_2_qformer`, `instructblip` or `instructblip_qformer` config."""
-    kind = found["model_type"]
-    inner = dict(found.get("qformer_config") or {}) if kind in ("blip_2", "blip-2", "instructblip") else dict(found)
-    value = {"hidden_act": "gelu", "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12,
-             "intermediate_size": 3072, "cross_attention_frequency": 2, "layer_norm_eps": 1e-12} | inner
-    _require("Q-Former", [
-        (kind.replace("-", "_") in ("blip_2", "blip_2_qformer", "instructblip", "instructblip_qformer"),
-         f"model_type is {kind!r} instead of blip-2 or instructblip"),
-        (value["hidden_act"] == "gelu", f"hidden_act is {value['hidden_act']!r} instead of gelu")])
-    return config_lib.QFormer(
-        width=value["hidden_size"], depth=value["num_hidden_layers"], heads=value["num_attention_heads"],
-        mlp_width=value["intermediate_size"], cross_every=value["cross_attention_frequency"],
-        queries=found.get("num_query_tokens", 32), eps=float(value["layer_norm_eps"]))
+    kind = found.text("model_type").replace("-", "_")
+    inner = found.table("qformer_config", {}) if kind in WHOLE_QFORMERS else found
+    act = inner.text("hidden_act", "gelu")
+    cfg = {"width": inner.whole("hidden_size", 768, most=CHANNELS),
+           "depth": inner.whole("num_hidden_layers", 12, most=BLOCKS),
+           "heads": inner.whole("num_attention_heads", 12, most=CHANNELS),
+           "mlp_width": inner.whole("intermediate_size", 3072, most=CHANNELS),
+           "cross_every": inner.whole("cross_attention_frequency", 2, most=BLOCKS),
+           "queries": found.whole("num_query_tokens", 32, most=CHANNELS), "eps": inner.number("layer_norm_eps", 1e-12)}
+    _require(inner, "Q-Former", [
+        (kind in (*WHOLE_QFORMERS, *(f"{name}_qformer" for name in WHOLE_QFORMERS)),
+         f"model_type is {found.text('model_type')!r} instead of blip-2 or instructblip"),
+        (act == "gelu", f"hidden_act is {act!r} instead of gelu"),
+        (cfg["depth"] % cfg["cross_every"] == 0, f"num_hidden_layers {cfg['depth']} is no multiple of "
+         f"cross_attention_frequency {cfg['cross_every']}"),
+        _heads(cfg)])
+    return config_lib.QFormer(**cfg)
+
+
+def _heads(cfg: Mapping[str, int]) -> tuple[bool, str]:
+    return (cfg["width"] % cfg["heads"] == 0,
+            f"hidden_size {cfg['width']} is no multiple of num_attention_heads {cfg['heads']}")
 
 
 def qformer_of(found: Mapping[str, tuple[int, ...]]) -> config_lib.QFormer:
@@ -114,7 +137,7 @@ def qformer_of(found: Mapping[str, tuple[int, ...]]) -> config_lib.QFormer:
             blocks.setdefault(int(match[1]), {})[match[2]] = tuple(shape)
     tokens = tuple(found.get("query_tokens", ()))
     known = len(tokens) == 3 and tokens[0] == 1
-    lost = sorted(set(range(max(blocks, default=-1) + 1)) - blocks.keys())
+    lost = sorted(set(range(max(blocks, default=-1) + 1)) - blocks.keys())[:10]
     mlp = blocks.get(0, {}).get("intermediate_query.dense.weight", ())
     crossed = [n for n in sorted(blocks) if any(name.startswith("crossattention.") for name in blocks[n])]
     every = crossed[1] - crossed[0] if len(crossed) > 1 else max(len(blocks), 1)
@@ -136,7 +159,8 @@ def qformer_of(found: Mapping[str, tuple[int, ...]]) -> config_lib.QFormer:
                               cross_every=every, queries=tokens[1], eps=1e-12)
 
 
-def _require(what: str, checks: list[tuple[bool, str]]) -> None:
+def _require(found: json_files.Table, what: str, checks: list[tuple[bool, str]]) -> None:
     wrong = [reason for holds, reason in checks if not holds]
     if wrong:
-        raise GeometryError(f"this {what} is not of a kind that CALM computes: {'; '.join(wrong)}")
+        raise GeometryError(f"{found.name}: this {what} is not of a kind that CALM computes: {'; '.join(wrong)}; give "
+                            "another model")

@@ -12,6 +12,7 @@ import dataclasses
 import json
 import pathlib
 import re
+import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -19,10 +20,13 @@ import ml_dtypes
 import numpy as np
 
 from calm_jax import config as config_lib
+from calm_jax import json_files
 
 SINGLE = ("model.safetensors", "pytorch_model.bin")
 INDICES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 HUB_FILES = ("*.json", "*.safetensors", "tokenizer.model", "README.md")
+OTHERS = ("*.gguf", "*.pth", "*.h5", "*.msgpack", "*.onnx")  # weights that are not read from a folder
+CARD = 1 << 20  # bytes of a README.md at most
 DTYPES = {"BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16), "F32": np.dtype(np.float32)}
 
 
@@ -32,12 +36,17 @@ class FileError(config_lib.ConfigError):
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """A tensor that is not in memory: its name, shape and NumPy dtype, and how to read it."""
+    """A tensor that is not in memory: its name, shape and NumPy dtype, and how to read it.
+
+    Files hold tensors that no model needs, in every dtype and form; `unusable` is the sentence that says why one that
+    is needed could not be read, or "".
+    """
 
     name: str
     shape: tuple[int, ...]
     dtype: np.dtype
     read: Callable[[], np.ndarray]
+    unusable: str = ""
 
     @property
     def nbytes(self) -> int:
@@ -48,11 +57,18 @@ def locate(where: str) -> pathlib.Path:
     """The local folder or file of `where`: a path, or a hub id such as `lmsys/vicuna-7b-v1.5`, which is fetched.
 
     Raises:
-      FileError: it is neither, or the hub cannot be reached.
+      FileError: it is neither, or the hub cannot be reached, or it is an adapter of another model.
     """
-    path = pathlib.Path(where).expanduser()
-    if path.exists():
-        return path
+    try:
+        path = pathlib.Path(where).expanduser()
+        there = path.exists()
+    except (OSError, RuntimeError, ValueError) as error:  # a name that is too long, or of a user that there is not
+        raise FileError(f"{where} cannot be opened ({getattr(error, 'strerror', None) or error}); give a folder, a "
+                        "weight file or a hub id such as lmsys/vicuna-7b-v1.5") from None
+    return _no_adapter(path if there else _fetched(where))
+
+
+def _fetched(where: str) -> pathlib.Path:
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", where):
         raise FileError(f"{where} does not exist; give a folder, a weight file or a hub id such as "
                         "lmsys/vicuna-7b-v1.5")
@@ -68,17 +84,36 @@ def locate(where: str) -> pathlib.Path:
     return folder
 
 
+def _no_adapter(path: pathlib.Path) -> pathlib.Path:
+    """The same path, unless what lies there is a PEFT adapter, which is small and computes nothing by itself."""
+    folder = path if path.is_dir() else path.parent
+    config = folder / "adapter_config.json"
+    whole = any((folder / name).is_file() for name in (*INDICES, *SINGLE)) if path.is_dir() else (
+        not path.name.startswith("adapter_"))
+    if whole or not config.is_file():
+        return path
+    base = json_files.table(config, error=FileError, remedy="fetch it again").text("base_model_name_or_path", "")
+    raise FileError(f"{path} is a LoRA adapter and no whole model ({config} says so); merge it into the model that it "
+                    f"was trained on{f', {base}' if base else ''}, with PEFT's merge_and_unload and save_pretrained, "
+                    "and give the folder that this writes")
+
+
 def licence(path: pathlib.Path) -> str:
-    """The `license` in the front matter of the README.md of a folder, or of a file's folder; empty where it is not
-    said."""
+    """The `license` in the front matter of the README.md of a folder, or of a file's folder: a short line of text, or
+    empty where none is said."""
     import huggingface_hub
-    import yaml
     card = (path if path.is_dir() else path.parent) / "README.md"
     try:
+        if not card.is_file() or card.stat().st_size > CARD:
+            return ""
         said = (huggingface_hub.metadata_load(card) or {}).get("license")
-    except (OSError, ValueError, yaml.YAMLError):  # none there, or one that only people can read
+    except Exception:  # one that only people can read: YAML has many ways to be wrong
         return ""
-    return ", ".join(map(str, said)) if isinstance(said, list) else str(said or "")
+    said = said if isinstance(said, list) else [said]
+    if not all(isinstance(name, str) for name in said):
+        return ""
+    line = " ".join("".join(c if c.isprintable() else " " for c in ", ".join(said[:8])).split())
+    return line if len(line) <= 200 else f"{line[:200]}..."
 
 
 def tensors(path: pathlib.Path) -> dict[str, Tensor]:
@@ -93,19 +128,25 @@ def tensors(path: pathlib.Path) -> dict[str, Tensor]:
     for name in (INDICES[0], SINGLE[0], INDICES[1], SINGLE[1]):
         if (path / name).is_file():
             return _of_index(path / name) if name in INDICES else tensors(path / name)
-    raise FileError(f"{path} holds no weights: none of {', '.join((*INDICES, *SINGLE))} is there")
+    others = sorted(file.name for pattern in OTHERS for file in path.glob(pattern))
+    raise FileError(f"{path} holds no weights: none of {', '.join((*INDICES, *SINGLE))} is there"
+                    + (f", but {others[0]}, of another kind; name that file itself if it is torch's (.pth), or save "
+                       "the model with transformers' save_pretrained" if others else "; fetch them"))
 
 
 def _of_index(index: pathlib.Path) -> dict[str, Tensor]:
-    try:
-        places: Mapping[str, str] = json.loads(index.read_text())["weight_map"]
-        shards = sorted(set(places.values()))
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise FileError(f"{index} is damaged: it holds no table weight_map; fetch it again") from None
-    missing = [shard for shard in shards if not (index.parent / shard).is_file()]
+    table = json_files.table(index, error=FileError, remedy="fetch it again").table("weight_map")
+    places: dict[str, str] = {name: table.text(name) for name in table.values}
+    if not places:
+        raise table.refuse("it is empty")
+    shards = sorted(set(places.values()))
+    for shard in shards:  # of a file that anybody may have written: nothing outside of the folder is touched
+        if shard in ("", ".", "..") or re.search(r"[/\\\0]", shard):
+            raise table.refuse(f"{shard[:200]!r} is no name of a file beside it")
+    missing = [shard for shard in shards if not _is_file(index.parent / shard)]
     if missing:
-        raise FileError(f"{index.parent} lacks {len(missing)} of its {len(shards)} shards: {', '.join(missing)}; fetch "
-                        "them again")
+        raise FileError(f"{index.parent} lacks {len(missing)} of its {len(shards)} shards: {', '.join(missing[:20])}"
+                        f"{', ...' if len(missing) > 20 else ''}; fetch them again")
     found: dict[str, Tensor] = {}
     for shard in shards:
         for tensor in _of_file(index.parent / shard):
@@ -118,6 +159,13 @@ def _of_index(index: pathlib.Path) -> dict[str, Tensor]:
     return found
 
 
+def _is_file(path: pathlib.Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # such as a name that is too long
+        return False
+
+
 def _of_file(path: pathlib.Path) -> Iterator[Tensor]:
     return _safetensors(path) if path.suffix == ".safetensors" else _pickled(path)
 
@@ -128,20 +176,20 @@ def _safetensors(path: pathlib.Path) -> Iterator[Tensor]:
         file = safetensors.safe_open(path, "np")
         for name in file.keys():  # noqa: SIM118  (no mapping: it has no iterator)
             part = file.get_slice(name)
-            kind = part.get_dtype()
-            if kind not in DTYPES and "F" in kind:
-                raise FileError(f"{name} in {path} is {kind}; weights are read as float32, float16 or bfloat16: "
-                                "convert the file first")
-            dtype = DTYPES.get(kind, np.dtype(np.int64))  # buffers such as position ids: named, never read
-            yield Tensor(name, tuple(part.get_shape()), dtype, lambda name=name: file.get_tensor(name))
-    except safetensors.SafetensorError as error:
-        raise FileError(f"{path} is truncated or no safetensors file ({error}); fetch it again") from None
+            kind, shape = part.get_dtype(), tuple(part.get_shape())
+            if kind in DTYPES:
+                yield Tensor(name, shape, DTYPES[kind], lambda name=name: file.get_tensor(name))
+            else:
+                yield _unusable(path, name, shape, f"is {kind}")
+    except (safetensors.SafetensorError, OSError, ValueError) as error:
+        raise FileError(f"{path} is truncated or no safetensors file ({_reason(error)}); fetch it again") from None
 
 
 def _pickled(path: pathlib.Path) -> Iterator[Tensor]:
     import pickle
 
     import torch
+    _check_archive(path)
     try:
         try:
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -152,29 +200,79 @@ def _pickled(path: pathlib.Path) -> Iterator[Tensor]:
     except pickle.UnpicklingError:
         raise FileError(f"{path} is a pickle of other things than weights, and is not opened: it could run any code; "
                         "save it as safetensors where it comes from") from None
-    except (RuntimeError, EOFError, OSError, ValueError) as error:
-        reason = (str(error).strip().splitlines() or [repr(error)])[0]
-        raise FileError(f"{path} is truncated or no weight file ({reason}); fetch it again") from None
-    while isinstance(content, Mapping) and len(content) <= 8 and isinstance(content.get("model"), Mapping):
-        content = content["model"]  # LAVIS keeps the weights beside its training config
+    except Exception as error:  # torch and pickle raise what they like on damaged files
+        raise FileError(f"{path} is truncated or no weight file ({_reason(error)}); fetch it again") from None
+    for _ in range(4):  # LAVIS keeps the weights beside its training config; a table may hold itself
+        if isinstance(content, Mapping) and len(content) <= 8 and isinstance(content.get("model"), Mapping):
+            content = content["model"]
     if not isinstance(content, Mapping) or not any(isinstance(value, torch.Tensor) for value in content.values()):
         raise FileError(f"{path} holds no table of tensors; give a checkpoint's weights")
     for name, value in content.items():
         if isinstance(value, torch.Tensor):
-            yield _of_torch(name, value)
+            if not isinstance(name, str):
+                raise FileError(f"{path} holds a tensor that is called {str(name)[:80]!r}, which is no text; give a "
+                                "checkpoint's weights")
+            yield _of_torch(path, name, value)
 
 
-def _of_torch(name, value) -> Tensor:
+def _check_archive(path: pathlib.Path) -> None:
+    """Raises FileError for an archive that torch did not write: it never compresses, so that nothing in its files is
+    larger than they are."""
+    try:
+        if not zipfile.is_zipfile(path):
+            return
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+    except (OSError, ValueError, zipfile.BadZipFile, NotImplementedError) as error:
+        raise FileError(f"{path} is a damaged archive ({_reason(error)}); fetch it again") from None
+    if not any(re.fullmatch(r"[^/]*/data\.pkl", entry.filename) for entry in entries) or any(
+            entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+        raise FileError(f"{path} is an archive (zip) of other things than torch's weights; unpack it, and give "
+                        "what is in it")
+
+
+def _of_torch(path: pathlib.Path, name: str, value) -> Tensor:
     import torch
 
+    kind = str(value.dtype).removeprefix("torch.")
+    if value.is_meta:
+        flaw = "lies on the device `meta`, without values"
+    elif value.is_nested or value.layout != torch.strided:
+        flaw = f"is sparse or nested ({str(value.layout).removeprefix('torch.')})"
+    elif value.is_quantized:
+        flaw = f"is quantised ({kind})"
+    elif value.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        flaw = f"is {kind}"
+    elif value.untyped_storage().nbytes() < value.numel() * value.element_size():
+        flaw = "is a few values many times over"
+    else:
+        flaw = ""
+    if flaw:
+        return _unusable(path, name, () if value.is_nested else tuple(value.shape), flaw)
+
     def read() -> np.ndarray:
-        tensor = value.detach().contiguous()
+        tensor = value.detach().resolve_neg().contiguous()
         if tensor.dtype == torch.bfloat16:  # NumPy has no such type of its own
             return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
         return tensor.numpy()
 
-    dtype = DTYPES["BF16"] if value.dtype == torch.bfloat16 else np.dtype(str(value.dtype).removeprefix("torch."))
-    return Tensor(name, tuple(value.shape), dtype, read)
+    return Tensor(name, tuple(value.shape), DTYPES["BF16"] if kind == "bfloat16" else np.dtype(kind), read)
+
+
+def _unusable(path: pathlib.Path, name: str, shape: tuple[int, ...], flaw: str) -> Tensor:
+    """A tensor that is named and never read, such as position ids; where a model needs it, `unusable` says why not."""
+    sentence = (f"{name} in {path} {flaw}; weights are plain tensors of float32, float16 or bfloat16: convert the file "
+                "first")
+
+    def read() -> np.ndarray:
+        raise FileError(sentence)
+
+    return Tensor(name, shape, np.dtype(np.int64), read, sentence)
+
+
+def _reason(error: Exception) -> str:
+    """The first line of what an error says."""
+    return (str(error).strip().splitlines() or [repr(error)])[0][:300]
 
 
 def save(folder: pathlib.Path, tensors: Sequence[Tensor], *, name: str = SINGLE[0], shard: int = 5 * 10**9,

@@ -11,6 +11,7 @@ import sentencepiece
 from calm_jax import config as config_lib
 
 SHIPPED = pathlib.Path(__file__).with_name("tokenizer_small.model")
+REMEDY = "give --config.tokenizer the path of a tokenizer.model, or leave it empty for the one that ships"
 
 
 class Tokenizer:
@@ -20,20 +21,29 @@ class Tokenizer:
       vocab, bos, eos, pad: vocabulary size and special ids; padding is the unknown id, which nothing supervises.
       fingerprint: short hash of the model file, kept in checkpoints so that a wrong tokenizer is noticed.
 
+    Args:
+      path: of the model file; empty for the one that ships.
+      remedy: what helps where it cannot be used.
+
     Raises:
-      ConfigError: the file is absent or is no SentencePiece model.
+      ConfigError: the file is absent or is no SentencePiece model, or one without LLaMA's special pieces.
     """
 
-    def __init__(self, path: str = ""):
+    def __init__(self, path: str = "", *, remedy: str = REMEDY):
         self.path = pathlib.Path(path) if path else SHIPPED
         try:
-            content = self.path.read_bytes()
-            self._model = sentencepiece.SentencePieceProcessor(model_proto=content)
-        except (OSError, RuntimeError) as error:
-            reason = "there is no such file" if isinstance(error, OSError) else "the file is no SentencePiece model"
-            raise config_lib.ConfigError(
-                f"cannot read the tokenizer {self.path}: {reason}; give --config.tokenizer the path of a "
-                "tokenizer.model, or leave it empty for the one that ships") from None
+            content = self.path.read_bytes() if self.path.is_file() else None
+            reason = ("the file is empty" if content == b"" else "" if content else
+                      "it is no regular file" if self.path.exists() else "there is no such file")
+            self._model = sentencepiece.SentencePieceProcessor(model_proto=content or None)
+            if content and min(self._model.bos_id(), self._model.eos_id(), self._model.unk_id()) < 0:
+                reason = "it has no pieces for the beginning and end of a text and for what is unknown"
+        except OSError as error:
+            reason = error.strerror or str(error)
+        except Exception:  # the library raises RuntimeError and others
+            reason = "the file is no SentencePiece model"
+        if reason:
+            raise config_lib.ConfigError(f"cannot read the tokenizer {self.path}: {reason}; {remedy}")
         self.fingerprint = hashlib.sha256(content).hexdigest()[:12]
         self.vocab = self._model.get_piece_size()
         self.bos, self.eos, self.pad = self._model.bos_id(), self._model.eos_id(), self._model.unk_id()

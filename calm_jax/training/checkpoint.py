@@ -44,7 +44,7 @@ from jax.experimental import multihost_utils
 
 import calm_jax
 from calm_jax import config as config_lib
-from calm_jax import files
+from calm_jax import files, json_files
 from calm_jax.models.parameters import Parameters
 
 MARKER, META, ARRAYS, BEST, NEEDED = "COMPLETE.json", "meta.json", "arrays", "best.json", "needed_by"
@@ -260,14 +260,14 @@ def folders(folder: pathlib.Path) -> list[pathlib.Path]:
     """Checkpoint folders by step, complete or not."""
     if not folder.is_dir():
         return []
-    return sorted(path for path in folder.iterdir() if path.is_dir() and path.name.isdigit())
+    return sorted(path for path in folder.iterdir() if path.is_dir() and path.name.isascii() and path.name.isdigit())
 
 
 def best_step(folder: pathlib.Path) -> int | None:
     """The step of the checkpoint in a process's folder that validated best, if one was marked."""
     try:
-        return json.loads((folder / BEST).read_text())["step"]
-    except (OSError, ValueError, KeyError, TypeError):
+        return json_files.table(folder / BEST, remedy="", error=ValueError).whole("step", least=0)
+    except ValueError:
         return None
 
 
@@ -318,8 +318,11 @@ def _places(path: pathlib.Path) -> list[pathlib.Path]:
     if not is_workdir(path):
         return [path]
     try:
-        return [path / "checkpoints" / name for name in json.loads((path / "config.json").read_text())["run"]]
-    except (OSError, ValueError, KeyError):
+        names = json_files.table(path / "config.json", remedy="", error=ValueError).names("run")
+        if not all(_inside(name) and "/" not in name for name in names):
+            raise ValueError
+        return [path / "checkpoints" / name for name in names]
+    except ValueError:
         raise CheckpointError(f"{path}/config.json is damaged; the folder is no usable workdir") from None
 
 
@@ -353,14 +356,14 @@ def offered(path: str | os.PathLike) -> dict[str, tuple[pathlib.Path, dict[str, 
                 if (best := _best(place)) is None:
                     break
                 try:
-                    meta = json.loads((best / META).read_text())
-                    found[meta["process"]] = [str(place), meta]
+                    meta = json_files.table(best / META, remedy="use another checkpoint", error=CheckpointError)
+                    meta.table("config")
+                    found[meta.text("process")] = [str(place), dict(meta.values)]
                     break
-                except FileNotFoundError:
-                    continue
-                except (OSError, ValueError, KeyError, TypeError):
-                    read(best)  # says what is wrong
-                    raise CheckpointError(f"the {META} of the checkpoint {best} is damaged; use another one") from None
+                except CheckpointError:
+                    if (best / META).exists():
+                        read(best)  # says what is wrong
+                        raise
         return found
 
     found = _of_the_first(look)
@@ -416,14 +419,12 @@ def read(path: pathlib.Path) -> Saved:
 
 def _verified(path: pathlib.Path) -> Saved:
     try:
-        marker = json.loads((path / MARKER).read_text())
-        files, digest = marker["files"], marker["digest"]
-        valid = digest == _digest(files)
-    except FileNotFoundError:
+        marker = json_files.table(path / MARKER, remedy="", error=ValueError)
+        files, digest = marker.table("files").values, marker.text("digest")
+        valid = META in files and all(map(_listed, files.items())) and digest == _digest(files)
+    except ValueError:
         if not path.exists():
             raise Vanished(path) from None
-        valid = False
-    except (OSError, ValueError, KeyError, TypeError):
         valid = False
     if not valid:
         raise CheckpointError(f"the checkpoint {path} is incomplete or its {MARKER} is damaged; use another one")
@@ -433,6 +434,8 @@ def _verified(path: pathlib.Path) -> Saved:
         file = path / name
         try:
             found = file.stat().st_size
+            if not file.is_file():
+                return f"{name} is no file"
             if found != size:
                 return f"{name} has {found} bytes instead of {size}"
             return None if _checksum(file) == checksum else f"{name} was changed"
@@ -449,15 +452,61 @@ def _verified(path: pathlib.Path) -> Saved:
         raise CheckpointError(f"the checkpoint {path} is damaged: {problems[0]}"
                               + (f" (and {len(problems) - 1} more files)" if len(problems) > 1 else "")
                               + "; use another one")
-    try:
-        return Saved(path, json.loads((path / META).read_text()), digest)
-    except FileNotFoundError:
-        raise Vanished(path) from None
+    if not (path / META).exists():
+        raise Vanished(path)
+    return Saved(path, _meta(path), digest)
+
+
+def _inside(name: str) -> bool:
+    """Whether a name is that of something below the folder where it is written."""
+    return bool(name) and "\0" not in name and not name.startswith("/") and ".." not in name.split("/")
+
+
+def _listed(item: tuple[str, Any]) -> bool:
+    """Whether an entry of a marker is a file of the checkpoint with its size and checksum."""
+    name, entry = item
+    return _inside(name) and isinstance(entry, list) and list(map(type, entry)) == [int, str]
+
+
+def _meta(path: pathlib.Path) -> dict[str, Any]:
+    """The meta data of a checkpoint, with everything in it that readers rely on.
+
+    Raises:
+      CheckpointError: names what is not as it should be.
+    """
+    found = json_files.table(path / META, remedy="use another checkpoint", error=CheckpointError)
+    found.whole("step", least=0), found.whole("seed", least=0), found.table("config")
+    found.text("process"), found.text("tokenizer"), found.names("trained")
+    pins = [found.table("base")] if isinstance(found.values.get("base"), dict) else []
+    if not pins:
+        found.text("base")
+    if "borrowed" in found:
+        borrowed = found.table("borrowed")
+        borrowed.table("parameters")
+        listed = borrowed.values.get("checkpoints")
+        if not isinstance(listed, list) or not all(isinstance(pin, dict) for pin in listed):
+            raise borrowed.refuse("checkpoints is no list of tables")
+        pins += [dataclasses.replace(found, values=pin, name=f"{borrowed.name}: checkpoints") for pin in listed]
+    for pin in pins:
+        pin.text("path"), pin.whole("step", least=0), pin.text("digest")
+        if len(pin.values) != 3:
+            raise pin.refuse("a checkpoint is named by path, step and digest alone")
+    if "sources" in found:
+        sources = found.table("sources")
+        qformers = sources.values.get("qformer")
+        if not isinstance(qformers, list) or not all(isinstance(source, dict) for source in qformers):
+            raise sources.refuse("qformer is no list of tables")
+        for source in (sources.table("vit"), sources.table("llm"), *(dataclasses.replace(
+                sources, values=source, name=f"{sources.name}: qformer") for source in qformers)):
+            source.text("name"), source.text("licence")
+    return dict(found.values)
 
 
 def _locked(path: pathlib.Path, kind: int) -> BinaryIO | bool | None:
     """A lock on a checkpoint's marker, held until it is closed: readers share it, and pruning wants it alone. False
     where there is no marker or no locking; None where somebody else holds it and `kind` does not wait."""
+    if not is_complete(path):  # a pipe in its place would be waited for
+        return False
     stream: BinaryIO | None = None
     try:
         stream = (path / MARKER).open("r+b" if kind & fcntl.LOCK_EX else "rb")
@@ -486,8 +535,8 @@ def hold(saved: Saved) -> BinaryIO | bool:
 def digest_of(path: pathlib.Path) -> str:
     """The digest in a checkpoint's marker, without verifying anything; empty where there is none."""
     try:
-        return str(json.loads((path / MARKER).read_text())["digest"])
-    except (OSError, ValueError, KeyError, TypeError):
+        return json_files.table(path / MARKER, remedy="", error=ValueError).text("digest")
+    except ValueError:
         return ""
 
 
@@ -504,9 +553,13 @@ def reading(saved: Saved) -> Iterator[None]:
     except CheckpointError:
         raise
     except Exception as error:
-        if digest_of(saved.path) == saved.digest:
+        if digest_of(saved.path) != saved.digest:
+            raise Vanished(saved.path) from error
+        if isinstance(error, config_lib.ConfigError):
             raise
-        raise Vanished(saved.path) from error
+        reason = (str(error).strip().splitlines() or [repr(error)])[0][:300]
+        raise CheckpointError(f"the checkpoint {saved.path} cannot be read ({reason}); it is damaged, or memory does "
+                              "not suffice: use another one, or another machine") from error
     finally:
         if lock:
             lock.close()
@@ -597,7 +650,7 @@ def base(saved: Saved) -> Saved | None:
     pin = Pin(**saved.meta["base"])
     if (place := located(pin)) is None:
         raise CheckpointError(f"{saved.path} was trained from {pin}, which is no longer there")
-    return Saved(place, json.loads((place / META).read_text()), pin.digest)
+    return Saved(place, _meta(place), pin.digest)
 
 
 def sole(saved: Saved) -> Saved:
@@ -611,7 +664,7 @@ def sole(saved: Saved) -> Saved:
         chosen = _choose(folder)
         others = [path for path in folders(chosen.parent) if is_complete(path)] if chosen != folder else [chosen]
         younger = (chosen / MARKER).stat().st_mtime > (saved.path / MARKER).stat().st_mtime
-        base = Saved(chosen, json.loads((chosen / META).read_text()), digest_of(chosen))
+        base = Saved(chosen, _meta(chosen), digest_of(chosen))
     except (CheckpointError, OSError, ValueError):
         raise CheckpointError(f"the checkpoint {saved.path} needs weights of {folder}, where there is none now; bring "
                               "it back there (a relative path is one from the folder where training was started)"
@@ -661,7 +714,7 @@ def shapes(saved: Saved) -> dict[str, tuple[int, ...]]:
     """path -> shape of every parameter a checkpoint holds."""
     with reading(saved), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as orbax:
         tree = orbax.metadata(saved.path / ARRAYS).item_metadata.tree
-    return {path: tuple(leaf.shape) for path, leaf in unnest(tree["parameters"]).items()}
+        return {path: tuple(leaf.shape) for path, leaf in unnest(tree["parameters"]).items()}
 
 
 def arrays(saved: Saved) -> dict[str, tensorstore.TensorStore]:

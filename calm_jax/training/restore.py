@@ -144,11 +144,18 @@ def _own(saved: checkpoint.Saved, paths: Collection[str]) -> dict[str, Origin]:
             return Drawn(plain["seed"])
         return Merged(origin(plain["kernel"]), origin(plain["a"]), origin(plain["b"]), plain["scale"])
 
+    def known(path):
+        try:
+            return origin(listed["parameters"][path])
+        except (AttributeError, IndexError, KeyError, RecursionError, TypeError):
+            raise checkpoint.CheckpointError(f"{saved.path}/{checkpoint.META} is damaged: it does not say where {path} "
+                                             "is; use another checkpoint") from None
+
     rest = [path for path in paths if path not in held and path not in listed["parameters"]]
     below = _own(checkpoint.sole(saved), rest) if rest and checkpoint.unpinned(meta) else {
         path: Drawn(meta["seed"]) for path in rest}
     return {path: Held(saved.pin) if path in held else
-            origin(listed["parameters"][path]) if path in listed["parameters"] else below[path] for path in paths}
+            known(path) if path in listed["parameters"] else below[path] for path in paths}
 
 
 def _adapters(model: config_lib.Model) -> tuple[dict[str, tuple[int, ...]], float] | None:
@@ -366,7 +373,7 @@ def tokenizer(saved: checkpoint.Saved) -> Tokenizer:
     """
     inside = saved.path / "tokenizer.model"
     with checkpoint.reading(saved):
-        found = Tokenizer(str(inside) if inside.is_file() else saved.meta["config"]["tokenizer"])
+        found = Tokenizer(str(inside) if inside.is_file() else saved.meta["config"].get("tokenizer", ""))
     if found.fingerprint != saved.meta["tokenizer"]:
         raise checkpoint.CheckpointError(f"the checkpoint {saved.path} was trained with another tokenizer than "
                                          f"{found.path}; give that file back its content")

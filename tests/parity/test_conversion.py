@@ -18,6 +18,7 @@ import pytest
 import transformers
 
 from calm_jax import config as config_lib
+from calm_jax import json_files
 from calm_jax.convert import geometry, tables, torch_files
 from calm_jax.data.tokenizer import SHIPPED
 from calm_jax.models.parameters import Geometry
@@ -399,7 +400,7 @@ def harm(folder, what):
         return "promises model.extra in model-00001"
     if what == "damaged index":
         (folder / "llm" / "model.safetensors.index.json").write_text("{")
-        return "is damaged: it holds no table weight_map"
+        return "model.safetensors.index.json is damaged"
     if what == "no config":
         (folder / "vit" / "config.json").unlink()
         return r"vit/config.json is missing"
@@ -433,7 +434,7 @@ def harm(folder, what):
         return r"tokenizer.model has 2048 pieces and the language model beside it 2050"
     if what == "no tokenizer":
         (folder / "llm" / "tokenizer.model").unlink()
-        return "cannot read the tokenizer .*llm/tokenizer.model: there is no such file"
+        return "cannot read the tokenizer .*llm/tokenizer.model: there is no such file; .*fetch it into that folder"
     vit_file.unlink()
     return "vit holds no weights: none of model.safetensors.index.json"
 
@@ -464,7 +465,7 @@ def test_a_place_that_is_neither_folder_nor_hub_id_is_named(tmp_path):
 ])
 def test_encoders_that_calm_does_not_compute_are_refused(found, reason):
     with pytest.raises(config_lib.ConfigError, match=reason):
-        geometry.vit(found)
+        geometry.vit(json_files.Table(found, "config.json"))
 
 
 def test_public_geometries_are_the_presets():
@@ -475,8 +476,10 @@ def test_public_geometries_are_the_presets():
               "max_position_embeddings": 4096, "num_attention_heads": 32, "num_hidden_layers": 32,
               "num_key_value_heads": 32, "rms_norm_eps": 1e-05, "rope_scaling": None, "vocab_size": 32000}
     preset = config_lib.model("7b")
+    blip = {"model_type": "blip-2", "qformer_config": {}, "num_query_tokens": 32}
+    clip, vicuna, blip = (json_files.Table(found, "config.json") for found in (clip, vicuna, blip))
     assert geometry.vit(clip) == preset.vit and geometry.llama(vicuna) == preset.llama
-    assert geometry.qformer({"model_type": "blip-2", "qformer_config": {}, "num_query_tokens": 32}) == preset.qformer
+    assert geometry.qformer(blip) == preset.qformer
 
 
 @pytest.mark.slow

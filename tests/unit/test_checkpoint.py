@@ -75,7 +75,7 @@ def test_what_two_runs_in_a_row_kept_frozen_is_drawn_from_the_first_seed(tmp_pat
     for number, seed in enumerate((5, 6)):  # the second one holds nothing that the first one lacks
         store = checkpoint.Checkpoints(tmp_path / str(number), config_lib.Checkpoint())
         store.save(1, {"parameters": learned, "optimizer": ()},
-                   {"process": "only", "base": base, "seed": seed, "config": dataclasses.asdict(config)})
+                   META | {"base": base, "seed": seed, "config": dataclasses.asdict(config)})
         store.close()
         base = str(tmp_path / str(number) / "00000001")
     found = restore.load(checkpoint.find(base), geometry, config, abstract(geometry.shapes))

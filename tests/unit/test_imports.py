@@ -15,14 +15,15 @@ INFERENCE_MAY = {f"data.{name}" for name in ("images", "prompts", "samples", "sc
 # part -> the parts of the package that it may import; a part with a dot is a single module.
 MAY: dict[str, set[str]] = {
     "jaxlib_guard": set(),
+    "json_files": {"config"},
     "config": set(),
     "files": {"config"},
     "models": {"config", "models"},
-    "data": {"files", "config", "data"},
-    "training": {"files", "config", "models", "data", "training"},
-    "convert": {"config", "models", "convert"},
-    "inference": {"config", "models", "inference", *INFERENCE_MAY},
-    "evaluation": {"files", "config", "inference", "data", "evaluation"},
+    "data": {"files", "json_files", "config", "data"},
+    "training": {"files", "json_files", "config", "models", "data", "training"},
+    "convert": {"json_files", "config", "models", "convert"},
+    "inference": {"json_files", "config", "models", "inference", *INFERENCE_MAY},
+    "evaluation": {"files", "json_files", "config", "inference", "data", "evaluation"},
 }
 FOREIGN = {"torch", "transformers", "tensorflow", "tensorflow_datasets"}
 SHIPPED = sorted((PACKAGE / "convert" / "huggingface").glob("*_calm.py"))  # files of exported models, not modules

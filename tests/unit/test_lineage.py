@@ -160,6 +160,7 @@ def test_merged_adapters_below_merged_adapters(trained, tmp_path):
     store = checkpoint.Checkpoints(tmp_path / "third", config_lib.Checkpoint())
     store.save(1, {"parameters": kept, "optimizer": ()}, {
         "process": "only", "base": dataclasses.asdict(saved.pin), "borrowed": restore.borrowed(where, kept), "seed": 9,
+        "trained": sorted(kept),
         "config": dataclasses.asdict(config), "tokenizer": saved.meta["tokenizer"]})
     store.close()
     third = values(tmp_path / "third")
@@ -183,6 +184,7 @@ def test_adapters_on_kernels_that_were_never_saved(tmp_path):
     store, held = checkpoint.Checkpoints(tmp_path / "next", config_lib.Checkpoint()), {"llama/norm/scale": np.ones(32)}
     store.save(1, {"parameters": held, "optimizer": ()}, {
         "process": "only", "base": dataclasses.asdict(saved.pin), "borrowed": restore.borrowed(where, held), "seed": 4,
+        "trained": sorted(held),
         "config": dataclasses.asdict(config), "tokenizer": saved.meta["tokenizer"]})
     store.close()
     lazily = restore.lazily(checkpoint.find(tmp_path / "next"))
