@@ -63,6 +63,7 @@ def run(main: Callable[..., int | None], *, words: bool = False) -> None:
     """
 
     terminal.protect()
+    logging.get_absl_handler().python_handler.stream = sys.stderr  # it took the unprotected one when it was made
     threading.excepthook, sys.excepthook = _in_a_thread, _unhandled
 
     def parse(argv):

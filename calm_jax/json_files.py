@@ -22,12 +22,13 @@ NEEDED: Any = object()  # default of a field that must be there
 Error = Callable[[str], Exception]
 
 
-def load(path: str | os.PathLike, *, remedy: str, error: Error = config_lib.ConfigError) -> Any:
+def load(path: str | os.PathLike, *, remedy: str, error: Error = config_lib.ConfigError, nan: bool = False) -> Any:
     """The value in a JSON file of any of JSON's encodings, with or without a byte-order mark.
 
     Args:
       remedy: what helps, the end of every sentence.
       error: the class that is raised.
+      nan: NaN and Infinity, which JSON has not, are read all the same: earlier versions of a writer wrote them.
 
     Raises:
       error: it is missing, no regular file, larger than LARGEST, no JSON, or nested too deeply.
@@ -43,16 +44,16 @@ def load(path: str | os.PathLike, *, remedy: str, error: Error = config_lib.Conf
     except OSError as problem:
         raise error(f"{path} cannot be read: {problem.strerror or problem}; {remedy}") from None
     try:
-        return json.loads(content, parse_constant=_refused, object_pairs_hook=_once)
+        return json.loads(content, parse_constant=float if nan else _refused, object_pairs_hook=_once)
     except RecursionError:
         raise error(f"{path} is damaged: it is nested too deeply; {remedy}") from None
     except ValueError as problem:
         raise error(f"{path} is damaged: it is no JSON ({problem}); {remedy}") from None
 
 
-def table(path: str | os.PathLike, *, remedy: str, error: Error = config_lib.ConfigError) -> Table:
+def table(path: str | os.PathLike, *, remedy: str, error: Error = config_lib.ConfigError, nan: bool = False) -> Table:
     """The table in a JSON file; raises as `load`, and where it holds another thing."""
-    value = load(path, remedy=remedy, error=error)
+    value = load(path, remedy=remedy, error=error, nan=nan)
     if not isinstance(value, dict):
         raise error(f"{path} is damaged: it holds {reprlib.repr(value)} instead of a table; {remedy}")
     return Table(value, str(path), remedy, error)

@@ -356,7 +356,8 @@ def offered(path: str | os.PathLike) -> dict[str, tuple[pathlib.Path, dict[str, 
                 if (best := _best(place)) is None:
                     break
                 try:
-                    meta = json_files.table(best / META, remedy="use another checkpoint", error=CheckpointError)
+                    meta = json_files.table(best / META, remedy="use another checkpoint", error=CheckpointError,
+                                            nan=True)
                     meta.table("config")
                     found[meta.text("process")] = [str(place), dict(meta.values)]
                     break
@@ -474,7 +475,7 @@ def _meta(path: pathlib.Path) -> dict[str, Any]:
     Raises:
       CheckpointError: names what is not as it should be.
     """
-    found = json_files.table(path / META, remedy="use another checkpoint", error=CheckpointError)
+    found = json_files.table(path / META, remedy="use another checkpoint", error=CheckpointError, nan=True)
     found.whole("step", least=0), found.whole("seed", least=0), found.table("config")
     found.text("process"), found.text("tokenizer"), found.names("trained")
     pins = [found.table("base")] if isinstance(found.values.get("base"), dict) else []

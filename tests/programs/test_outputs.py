@@ -183,6 +183,12 @@ def test_what_a_terminal_shows_has_no_control_characters():
     assert stream.getvalue() == "x\\x1b[31my\r\n\n" and not safe.isatty()
 
 
+def test_no_log_brings_a_control_sequence_to_a_terminal():
+    body = "(__import__('absl.logging').logging.warning('a\\x1b[2Jb'), __import__('logging').warning('c\\x9bd'), 0)[2]"
+    done = subprocess.run([sys.executable, "-c", PROGRAM.format(body)], cwd=miniature.ROOT, capture_output=True)
+    assert done.stderr.count(b"\n") == 2 and not set("\x1b\x9b") & set(done.stderr.decode()), done.stderr
+
+
 def test_a_list_may_come_in_many_forms(tmp_path):
     names = [b"a b.jpg", b"caf\xe9.jpg", b"c.jpg"]
     wanted = list(map(os.fsdecode, names))
