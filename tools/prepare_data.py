@@ -49,7 +49,7 @@ if __name__ == "__main__":
     flags.DEFINE_string("data_dir", None, "folder of prepared datasets, the config.data.dir of training")
     flags.DEFINE_string("name", None, "name to store it under; default: that of the dataset")
     flags.DEFINE_integer("longest_side", 512, "of a stored picture, pixels; larger ones are shrunk; 0 = kept as they "
-                         "are", lower_bound=0)
+                         "are up to 33 megapixels", lower_bound=0)
     flags.DEFINE_string("scale", None, "csv: lowest and highest score, such as 1,10")
     flags.DEFINE_string("shares", None, "of train, validation and test where there is no official split, such as "
                         "0.8,0.1,0.1")

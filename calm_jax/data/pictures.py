@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import io
+import itertools
 import os
 import stat
 import threading
@@ -18,16 +19,21 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 PADDING = tuple(round(255 * mean) for mean in (0.48145466, 0.4578275, 0.40821073))  # CLIP's mean colour
 # Pillow knows formats that start other programs (EPS) or fetch files; a picture of these is a picture and nothing else.
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
 # Pillow refuses 179 megapixels and more by itself; it is asked again here in case its guard was switched off.
 MAX_PIXELS = 178_956_970
-KEPT_PIXELS = 1 << 25  # larger pictures are reduced by a whole number, strip by strip, before anything else is done
-STRIP = 1 << 22  # pixels that are converted at a time then
-BUDGET = 1 << 28  # pixels that all threads together decode at a time: a gigabyte, in Pillow's four bytes each
+KEPT_PIXELS = 1 << 25  # larger pictures are reduced by a whole number
+STRIP = 1 << 20  # pixels that are converted at a time: besides the decoded picture and the result little is held
+BUDGET = 1 << 31  # bytes that all threads together hold while they decode; a picture that needs more is refused
+SAMPLES = 1 << 20  # of a picture of floats, about so many numbers tell the unit
+# Bytes a pixel that decoders hold beside Pillow's own picture, from above; measured, see docs/decisions.md.
+_EXTRA = {"WEBP": 12, "JPEG2000": 16, "AVIF": 12, "TIFF": 4, "GIF": 4}
+_COEFFICIENTS = 6  # of a progressive JPEG, all of which are held until the last scan
+_NARROW = {"1": 1, "L": 1, "P": 1, "I;16": 2, "I;16L": 2, "I;16B": 2, "I;16N": 2}  # bytes a pixel; all others have 4
 
 # It warns from half of its limit on; that and the budget are ours here.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
@@ -57,9 +63,11 @@ def pixels(picture: str | os.PathLike | bytes | Image.Image | np.ndarray) -> np.
     """
     if isinstance(picture, Image.Image):
         try:
-            return _rgb(_upright(picture))
+            return _decoded(picture)
         except BadRecord as error:
             raise BadRecord(f"an opened picture {error}") from None
+        except Exception as error:  # Pillow decodes it now, see `read`
+            raise BadRecord(f"an opened picture is truncated or damaged: {_reason(error)}") from error
     if isinstance(picture, np.ndarray):
         if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3:
             raise BadRecord(f"an array {picture.shape} of {picture.dtype} is no picture; give uint8 [H, W, 3], RGB "
@@ -71,10 +79,10 @@ def pixels(picture: str | os.PathLike | bytes | Image.Image | np.ndarray) -> np.
 def read(source: str | os.PathLike | bytes) -> np.ndarray:
     """Decodes a picture: RGB 0..255, upright (EXIF), the first frame of an animation, transparency over PADDING.
 
-    A picture of more than KEPT_PIXELS comes reduced to fewer. 16-bit grey is 0..65535; what numbers a picture of floats
-    counts in is told by most of its pixels: 0..1 where 99 % are at most 1, 0..255 where more than half
-    are above 1, 1 % above 32 and 99 % at most 255.
-    Threads share a BUDGET, so that giants are decoded one after the other.
+    A picture of more than KEPT_PIXELS comes reduced to fewer. 16-bit grey is 0..65535, and integers of 32 bits are
+    taken for that where any is above 255; what numbers a picture of floats counts in is told by most of its pixels:
+    0..1 where 99 % are at most 1, 0..255 where more than half are above 1, 1 % above 32 and 99 % at most 255.
+    Threads share a BUDGET of memory, so that giants are decoded one after the other.
 
     Args:
       source: a path, or the bytes of a file.
@@ -84,19 +92,11 @@ def read(source: str | os.PathLike | bytes) -> np.ndarray:
     """
     name = f"a picture of {len(source):,} bytes" if isinstance(source, bytes) else str(Path(source))
     try:
-        with _opened(source) as stream, Image.open(stream, formats=formats()) as picture:
-            width, height = picture.size
-            if width * height > MAX_PIXELS:
-                raise BadRecord(f"{name} has {width * height / 1e6:,.0f} megapixels, and pictures above "
-                                f"{MAX_PIXELS / 1e6:.0f} are not decoded; make it smaller")
-            with _DECODING.of(width * height):
-                picture.seek(0)
-                if width * height <= KEPT_PIXELS:
-                    picture.load()
-                    return _rgb(_upright(picture))
-                return _reduced(picture)
+        with opened(source) as stream, Image.open(stream, formats=formats()) as picture:
+            picture.seek(0)
+            return _decoded(picture)
     except BadRecord as error:
-        raise BadRecord(str(error) if str(error).startswith(name) else f"{name} {error}") from None
+        raise BadRecord(f"{name} {error}") from None
     except FileNotFoundError:
         raise BadRecord(f"{name} does not exist") from None
     except IsADirectoryError:
@@ -109,31 +109,34 @@ def read(source: str | os.PathLike | bytes) -> np.ndarray:
     except UnidentifiedImageError:
         raise BadRecord(f"{name} is not a picture in a known format, or its beginning is damaged") from None
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error and others
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise BadRecord(f"{name} is truncated or damaged: {reason}") from error
+        raise BadRecord(f"{name} is truncated or damaged: {_reason(error)}") from error
 
 
-class _Budget:
-    """So many pixels may be under way in all threads together; one that alone is more may be so when it is alone."""
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
 
-    def __init__(self, pixels: int):
-        self._free, self._all, self._changed = pixels, pixels, threading.Condition()
+
+class Budget:
+    """So many bytes may be in use in all threads together. Thread-safe."""
+
+    def __init__(self, size: int):
+        self.size, self._free, self._changed = size, size, threading.Condition()
 
     @contextlib.contextmanager
-    def of(self, pixels: int) -> Iterator[None]:
-        pixels = min(pixels, self._all)
+    def of(self, count: int) -> Iterator[None]:
+        """Waits until `count` bytes, at most all of them, are free, and holds them."""
         with self._changed:
-            self._changed.wait_for(lambda: self._free >= pixels)
-            self._free -= pixels
+            self._changed.wait_for(lambda: self._free >= count)
+            self._free -= count
         try:
             yield
         finally:
             with self._changed:
-                self._free += pixels
+                self._free += count
                 self._changed.notify_all()
 
 
-_DECODING = _Budget(BUDGET)
+_DECODING = Budget(BUDGET)
 
 
 @functools.cache
@@ -143,8 +146,12 @@ def formats() -> list[str]:
     return [name for name in FORMATS if name in Image.OPEN]
 
 
-def _opened(source: str | os.PathLike | bytes) -> BinaryIO:
-    """The bytes of a picture. A pipe, which nobody may ever write into, is not waited for."""
+def opened(source: str | os.PathLike | bytes) -> BinaryIO:
+    """The bytes of a picture. A pipe, which nobody may ever write into, is not waited for.
+
+    Raises:
+      OSError, BadRecord: it cannot be opened, or is no regular file.
+    """
     if isinstance(source, bytes):
         return io.BytesIO(source)
     try:
@@ -165,24 +172,58 @@ def _opened(source: str | os.PathLike | bytes) -> BinaryIO:
         raise
 
 
-def _reduced(picture: Image.Image) -> np.ndarray:
-    """RGB pixels of a large picture, reduced by a whole number; besides the decoded picture only strips are held."""
+def _decoded(picture: Image.Image) -> np.ndarray:
+    """Upright RGB pixels of an opened picture, at most KEPT_PIXELS of them; besides the decoded picture and the result
+    only strips are held."""
     width, height = picture.size
-    factor = next(n for n in range(2, 100) if -(-width // n) * -(-height // n) <= KEPT_PIXELS)
-    orientation = _orientation(picture)
-    picture.draft(None, (width // factor, height // factor))  # JPEG decodes to a half, a quarter or an eighth by itself
-    picture.load()
-    factor = next(n for n in range(1, 100) if -(-picture.width // n) * -(-picture.height // n) <= KEPT_PIXELS)
-    scale = _grey_scale(picture)
-    rows = max(STRIP // picture.width // factor, 1) * factor
-    out = np.empty((-(-picture.height // factor), -(-picture.width // factor), 3), np.uint8)
-    for top in range(0, picture.height, rows):
-        strip = picture.crop((0, top, picture.width, min(top + rows, picture.height)))
-        part = Image.fromarray(_rgb(strip, scale)).reduce(factor)
-        out[top // factor:top // factor + part.height] = np.asarray(part)
-    small = Image.fromarray(out)
-    small.getexif()[0x0112] = orientation
-    return np.asarray(_upright(small))
+    if width * height > MAX_PIXELS:
+        raise BadRecord(f"has {width * height / 1e6:,.0f} megapixels, and pictures above {MAX_PIXELS / 1e6:.0f} are "
+                        "not decoded; make it smaller")
+    need = _memory(picture)
+    if need > _DECODING.size:
+        raise BadRecord(f"has {width * height / 1e6:,.0f} megapixels of {picture.format}, for which decoding takes "
+                        f"{need / 2 ** 30:.1f} GiB, and more than {_DECODING.size / 2 ** 30:.1f} are not given; make "
+                        "it smaller")
+    with _DECODING.of(need):
+        picture.load()
+        width, height = picture.size
+        factor, scale = _factor(width, height), _grey_scale(picture)
+        rows = max(STRIP // width // factor, 1) * factor
+        out = np.empty((-(-height // factor), -(-width // factor), 3), np.uint8)
+        for top in range(0, height, rows):
+            part = _rgb(_strip(picture, top, rows), scale)
+            if factor > 1:
+                part = np.asarray(Image.fromarray(part).reduce(factor))
+            out[top // factor:top // factor + len(part)] = part
+        turn = _TURNS.get(_orientation(picture))
+        return np.ascontiguousarray(turn(out)) if turn else out
+
+
+def _strip(picture: Image.Image, top: int, rows: int) -> Image.Image:
+    if rows >= picture.height:
+        return picture
+    return picture.crop((0, top, picture.width, min(top + rows, picture.height)))
+
+
+def _factor(width: int, height: int) -> int:
+    """The least whole number by which a picture's sides are divided so that at most KEPT_PIXELS are left."""
+    return next(n for n in itertools.count(1) if -(-width // n) * -(-height // n) <= KEPT_PIXELS)
+
+
+def _memory(picture: Image.Image) -> int:
+    """Bytes that decoding takes, from above, with the result and, where that is turned, a copy of it."""
+    pixels = picture.width * picture.height
+    each = _NARROW.get(picture.mode, 4) + _EXTRA.get(picture.format or "", 0)
+    if picture.info.get("progressive"):
+        each += _COEFFICIENTS
+    strip = min(pixels, max(STRIP, picture.width * _factor(*picture.size)))
+    return pixels * each + 2 * 3 * min(pixels, KEPT_PIXELS) + 32 * strip
+
+
+# What makes a picture of an EXIF orientation upright.
+_TURNS = {2: lambda pixels: pixels[:, ::-1], 3: lambda pixels: pixels[::-1, ::-1], 4: lambda pixels: pixels[::-1],
+          5: lambda pixels: pixels.transpose(1, 0, 2), 6: lambda pixels: pixels.transpose(1, 0, 2)[:, ::-1],
+          7: lambda pixels: pixels[::-1, ::-1].transpose(1, 0, 2), 8: lambda pixels: pixels.transpose(1, 0, 2)[::-1]}
 
 
 def _orientation(picture: Image.Image) -> int:
@@ -199,7 +240,10 @@ def _grey_scale(picture: Image.Image) -> float:
       BadRecord: they could mean anything.
     """
     if picture.mode == "F":
-        values = np.asarray(picture)
+        rows = max(STRIP // picture.width, 1)
+        step = 1 + picture.width * picture.height // SAMPLES
+        values = np.concatenate([np.asarray(_strip(picture, top, rows)).ravel()[::step]
+                                 for top in range(0, picture.height, rows)])
         values = values[np.isfinite(values)]
         middle, most = np.percentile(values, (50, 99)) if values.size else (0.0, 0.0)
         if most <= 1:
@@ -212,23 +256,17 @@ def _grey_scale(picture: Image.Image) -> float:
         low, high = picture.getextrema()
         if low < 0 or high > 65_535:
             raise BadRecord(f"holds numbers from {low} to {high}, not 16-bit grey; convert it to 8 or 16 bits")
+        if picture.mode == "I" and 0 < high <= 255:
+            raise BadRecord(f"holds integers of 32 bits up to {high}, which could be 8-bit grey or a black picture of "
+                            "16; convert it to 8 or 16 bits")
         return 1 / 257
     return 1.0
 
 
-def _upright(picture: Image.Image) -> Image.Image:
-    try:
-        if picture.getexif().get(0x0112, 1) == 1:
-            return picture  # exif_transpose would copy it
-        return ImageOps.exif_transpose(picture)
-    except Exception:  # a damaged EXIF block spoils the rotation only, not the picture
-        return picture
-
-
-def _rgb(picture: Image.Image, scale: float | None = None) -> np.ndarray:
+def _rgb(picture: Image.Image, scale: float) -> np.ndarray:
     """RGB pixels; `scale` is the `_grey_scale` of the whole that this is a part of."""
     if picture.mode in ("I", "I;16", "I;16L", "I;16B", "I;16N", "F"):  # 16-bit grey is I or I;16
-        values = np.asarray(picture, np.float32) * (_grey_scale(picture) if scale is None else scale)
+        values = np.asarray(picture, np.float32) * np.float32(scale)
         grey = np.clip(np.rint(np.nan_to_num(values, posinf=255)), 0, 255).astype(np.uint8)
         return np.repeat(grey[..., None], 3, 2)
     if picture.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in picture.info:

@@ -133,6 +133,8 @@ class Record:
                  *self.ratings, *self.deciles)
         if not all(isinstance(text, str) for text in texts):
             raise ValueError("something that is no text stands where text should")
+        if not isinstance(self.facts, Mapping):
+            raise ValueError("the facts have no names")
         scores = (*([] if self.score is None else [self.score]), *self.ratings.values())
         if not all(self.scale[0] <= score <= self.scale[1] for score in scores):
             raise ValueError("a score is off the scale")

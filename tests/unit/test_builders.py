@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import errno
 import hashlib
 import io
 import json
@@ -9,6 +10,7 @@ import os
 import pathlib
 import pickle
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -714,3 +716,152 @@ def test_a_rebuild_that_ends_anywhere_leaves_the_old_or_the_new_data(tmp_path, m
     make(rebuild=True)
     assert len(stored.Stored("folder", tmp_path / "data")) == 4
     assert sorted(path.name for path in (tmp_path / "data" / "folder").iterdir()) == ["1.0.0"]
+
+
+def test_the_bytes_behind_a_picture_are_not_stored(tmp_path):
+    path = picture(tmp_path / "source/a.jpg", quality=80)
+    whole = path.read_bytes()
+    os.truncate(path, 300 << 20)  # a sparse file: a picture and much else
+    data, pixels = store.encode(path, 512)
+    assert len(data) < 1 << 20 and pixels.shape == (40, 60, 3)
+    path.write_bytes(whole)
+    assert store.encode(path, 512)[0] == whole
+
+
+@pytest.mark.parametrize("kind", ["oasis", "para"])
+def test_one_file_under_two_names_is_one_picture(tmp_path, kind):
+    names = ("a.jpg", "./a.jpg", "b/../a.jpg", "../../outside.jpg", "/etc/a.jpg")
+    if kind == "oasis":
+        table(tmp_path / "ratings.csv", [("userId", "imageName", "category", "beauty"), *(
+            (str(user), name, "Scene", 3) for user, name in enumerate(names))])
+        made = oasis.Oasis(tmp_path)
+    else:
+        table(tmp_path / "annotation/PARA-Images.csv", [
+            ("sessionId", "imageName", "userId", "imageEmotion", "semantic", "aestheticScore", *para.ASPECTS.values()),
+            *(("s1", name, str(user), "awe", "scene", 3, *[3] * len(para.ASPECTS)) for user, name in enumerate(names))])
+        made = para.Para(tmp_path, shares=(0.8, 0.1, 0.1))
+    entry, = made.entries()
+    assert (entry.key, len(entry.label["ratings"])) == ("a", 3)
+    assert len(made.malformed) == 2 and all("line" in text for text in made.malformed)
+
+
+def test_one_picture_in_two_splits_is_refused(tmp_path):
+    class Leaking(folder.Folder):
+        def entries(self):
+            yield labels.Entry("train", "one", "a.jpg", {})
+            yield labels.Entry("test", "two", "./a.jpg", {})
+
+    picture(tmp_path / "a.jpg")
+    with pytest.raises(config_lib.ConfigError, match=r"a\.jpg"):
+        build(Leaking(tmp_path), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_table_in_another_encoding_names_its_pictures_and_spoils_no_text(tmp_path):
+    """Names of files are bytes; words that are no UTF-8 are not guessed at."""
+    source = tmp_path / "source"
+    for name in (b"caf\xe9.jpg", b"caf\xe8.jpg", b"c.jpg"):
+        picture(source / os.fsdecode(name), seed=1)
+    (source / "mine.csv").write_bytes(b"image,score,comment\ncaf\xe9.jpg,3,good\ncaf\xe8.jpg,5,\nc.jpg,4,tr\xe8s bon\n")
+    dataset = build(csv_lib.Csv(source, scale=(1, 5), shares=(1, 0, 0)), tmp_path / "out", max_bad_share=0.5)
+    assert sorted(record.score for record in by_key(dataset).values()) == [3.0, 5.0] and len(by_key(dataset)) == 2
+    assert "comment is not UTF-8" in dataset.said
+
+
+def test_linked_folders_are_entered_and_no_file_comes_twice(tmp_path):
+    for name in ("source/real/a.jpg", "elsewhere/b.jpg", "elsewhere/deep/c.jpg", "single.jpg"):
+        picture(tmp_path / name)
+    source = tmp_path / "source"
+    for name, target in {"linked": "../elsewhere", "again": "../elsewhere/deep", "loop": ".", "up": "..",
+                         "copy": "real", "d.jpg": "../single.jpg", "e.jpg": "real/a.jpg"}.items():
+        (source / name).symlink_to(target)
+    (tmp_path / "elsewhere/back").symlink_to("../source")
+    made = folder.Folder(source)
+    found = [entry.picture for entry in made.entries()]
+    assert len(found) == len({(source / name).resolve() for name in found}) == 4
+    assert {"real/a.jpg", "linked/b.jpg", "d.jpg"} < set(found) and sum(made.left_out.values()) >= 4
+
+
+@pytest.mark.parametrize("given", ["pipe.csv", "."])
+def test_a_pipe_in_the_place_of_labels_is_not_waited_for(tmp_path, given):
+    os.mkfifo(tmp_path / "pipe.csv")
+    with pytest.raises(config_lib.ConfigError, match="csv"):
+        list(csv_lib.Csv(tmp_path / given, scale=(1, 5)).entries())
+
+
+class Killed(BaseException):
+    """As good as kill -9: after it nothing is written or removed any more."""
+
+
+class _Disk:
+    """Stands between Python and a folder: from write number `stop` on, each write there raises."""
+
+    def __init__(self, folder: pathlib.Path):
+        self.folder, self.stop, self.made, self.error = str(folder), None, 0, None
+        sys.addaudithook(self._hook)
+
+    def _hook(self, event, args):
+        if self.stop is None or event not in ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate"):
+            return
+        if event == "open" and not (args[2] or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
+            return
+        path = args[0]
+        if not isinstance(path, str | bytes | os.PathLike):
+            return
+        removes = event in ("os.remove", "os.rmdir", "os.rename")
+        # shutil.rmtree removes by names relative to an open folder.
+        if not (os.fsdecode(path).startswith(self.folder) or (removes and not os.path.isabs(os.fsdecode(path)))):
+            return
+        if self.error is OSError and removes:
+            return
+        self.made += 1
+        if self.made > self.stop:
+            raise OSError(errno.ENOSPC, "No space left on device") if self.error is OSError else Killed
+
+    @contextlib.contextmanager
+    def ends_at(self, stop: int, error: type[BaseException]):
+        self.stop, self.made, self.error = stop, 0, error
+        try:
+            yield
+        finally:
+            self.stop = None
+
+
+@pytest.mark.parametrize("error", [Killed, OSError], ids=["killed", "full"])
+def test_a_build_that_ends_at_any_write_harms_nothing_and_goes_on(tmp_path, error):
+    """First builds and rebuilds; what is read is the old data set or the new one, whole, or a sentence."""
+    source = tmp_path / "source"
+    for name in "abc":
+        picture(source / f"{name}.jpg")
+    options = {"shares": (1, 0, 0)}
+    build(folder.Folder(source, **options), tmp_path / "old")
+    picture(source / "d.jpg")
+    build(folder.Folder(source, **options), tmp_path / "new")
+    whole, disk = tree(tmp_path / "new"), _Disk(tmp_path / "out")
+    for rebuild in (False, True):
+        stop, ended = 0, False
+        while not ended:
+            out = tmp_path / "out"
+            shutil.rmtree(out, ignore_errors=True)
+            if rebuild:
+                shutil.copytree(tmp_path / "old", out)
+                (out / "folder/1.0.0.partial").mkdir()  # and the rest of an unfinished rebuild of the old data
+                shutil.copy(out / "folder/1.0.0/manifest.json", out / "folder/1.0.0.partial")
+            try:
+                with disk.ends_at(stop, error):
+                    store.prepare(folder.Folder(source, **options), out, say=lambda text: None, rebuild=rebuild,
+                                  workers=1)
+                ended = True
+            except (Killed, config_lib.ConfigError) as caught:
+                assert isinstance(caught, Killed) == (error is Killed)
+                assert error is Killed or ("No space left" in str(caught) and "\n" not in str(caught))
+            if (out / "folder/1.0.0").exists():
+                dataset = stored.Stored("folder", out)
+                assert set(by_key(dataset)) in ({"a.jpg", "b.jpg", "c.jpg"}, {"a.jpg", "b.jpg", "c.jpg", "d.jpg"})
+                assert all(dataset.pixels(index).size for index in range(len(dataset)))
+            elif rebuild:
+                assert (out / "folder/1.0.0.replaced/manifest.json").exists()
+            store.prepare(folder.Folder(source, **options), out, say=lambda text: None, rebuild=rebuild, workers=1)
+            assert tree(out) == whole
+            stop += 1
+        assert stop > 10

@@ -204,6 +204,22 @@ def test_a_corrupt_picture_is_masked_counted_and_named_and_shifts_nothing(demo):
     assert "truncated" in next(iter(spoiled.bad.values()))
 
 
+def test_a_damaged_label_is_refused_counted_and_named_and_the_others_are_read(demo):
+    class Torn(Spoiled):
+        def record(self, index):
+            if index == self._index:
+                raise BadRecord(f"record {index} is damaged")
+            return self._dataset.record(index)
+
+    index = make_rows(demo).plan(1).examples[0].index
+    rows = make_rows(Torn(demo, index))
+    read = [rows.row(number) for number in range(pipeline.BLOCK)]
+    planned = [example.index for number in range(pipeline.BLOCK) for example in rows.plan(number).examples]
+    refused, taken = sum(int(row["bad"]) for row in read), sum(rows.row(pipeline.BLOCK)["cursor"][1:])
+    assert refused >= 1 and index not in planned and len(planned) + refused == taken
+    assert len(rows.bad) >= 1 and all(f"record {index} is damaged" in reason for reason in rows.bad.values())
+
+
 def test_a_conversation_longer_than_a_row_is_named_and_skipped(demo):
     process = dataclasses.replace(PROCESS, row=config_lib.Row(tokens=40, images=2, answers=64))
     with pytest.raises(config_lib.ConfigError, match=r"no record .* can be used; .* a row has 40"):

@@ -35,12 +35,9 @@ class Csv(labels.Source):
         splits: dict[str, str] = {}
         with_splits = False
         # `score` is read as text: a row may have a comment alone.
-        rows = self.table(path, text=("image",), blank=("score",), optional=("user", "comment", "split"))
+        rows = self.table(path, pictures=("image",), blank=("score",), optional=("user", "comment", "split"))
         for count, row in enumerate(rows, 1):
-            place = f"{path.name}, row {count}"
-            image = self.picture(row["image"], place)
-            if not image:
-                continue
+            image, place = row["image"], f"{path.name}, row {count}"
             try:
                 score = labels.number(row["score"]) if row["score"] else None
             except ValueError:

@@ -71,6 +71,9 @@ class Source:
         self.folder = self.path if self.path.is_dir() else self.path.parent
         if not self.path.exists():
             raise config_lib.ConfigError(f"{self.path} does not exist; --source is the folder that holds {self.title}")
+        if not (self.path.is_dir() or self.path.is_file()):  # a pipe would be waited for
+            raise config_lib.ConfigError(f"{self.path} is neither a folder nor a file; --source is the folder that "
+                                         f"holds {self.title}")
         if scale and self.scale:
             raise config_lib.ConfigError(f"{self.name} has the scale {_words(self.scale)}; leave --scale out")
         self.scale = self.scale or scale
@@ -109,7 +112,8 @@ class Source:
         Raises:
           ConfigError: there is none, or there are several.
         """
-        found = [self.path] if self.path.is_file() else sorted(self.folder.glob(f"*{suffix}"))
+        found = [self.path] if self.path.is_file() else sorted(
+            path for path in self.folder.glob(f"*{suffix}") if path.is_file())
         if len(found) != 1:
             raise config_lib.ConfigError(f"{self.folder} holds {len(found)} files *{suffix}; name the one with the "
                                          f"labels: --source {self.folder}/NAME{suffix}")
@@ -124,12 +128,13 @@ class Source:
             self.malformed.append(f"{place}: {error}")
             return ""
 
-    def table(self, path: Path, *, text: Sequence[str] = (), scores: Sequence[str] = (), numbers: Sequence[str] = (),
-              blank: Sequence[str] = (), optional: Sequence[str] = (), delimiter: str = ","
-              ) -> Iterator[dict[str, Any]]:
+    def table(self, path: Path, *, pictures: Sequence[str] = (), text: Sequence[str] = (),
+              scores: Sequence[str] = (), numbers: Sequence[str] = (), blank: Sequence[str] = (),
+              optional: Sequence[str] = (), delimiter: str = ",") -> Iterator[dict[str, Any]]:
         """Rows of a table with a header: column -> stripped text, or a number; further columns are not looked at.
 
         Args:
+          pictures: columns that name files below a folder, in any bytes; they come as `inside` writes them.
           text: columns that must be there and not be empty.
           scores: columns of numbers on the dataset's scale.
           numbers: columns of any finite numbers.
@@ -138,13 +143,13 @@ class Source:
         Raises:
           ConfigError: the file cannot be read, a column is missing, or a score lies outside of the scale.
         """
-        with _reading(path), open(path, encoding="utf-8-sig", errors="replace", newline="") as stream:
+        with _reading(path), open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as stream:
             reader = csv.reader(stream, delimiter=delimiter)
             try:
                 header = [name.strip() for name in next(reader, [])]
             except csv.Error as error:
                 raise config_lib.ConfigError(f"{path} is no table of text ({error}); check --source") from None
-            needed = (*text, *scores, *numbers, *blank)
+            needed = (*pictures, *text, *scores, *numbers, *blank)
             missing = [name for name in needed if name not in header]
             if missing:
                 raise config_lib.ConfigError(
@@ -161,9 +166,16 @@ class Source:
                     continue
                 found: dict[str, Any] = dict.fromkeys(optional, "")
                 found.update((name, row[at].strip()) for name, at in places.items())
-                empty = [name for name in text if not found[name]]
+                empty = [name for name in (*pictures, *text) if not found[name]]
                 if empty:
                     self.malformed.append(f"{place}: {empty[0]} is empty")
+                    continue
+                torn = [name for name in places if name not in pictures and not _is_text(found[name])]
+                if torn:
+                    self.malformed.append(f"{place}: {torn[0]} is not UTF-8")
+                    continue
+                found.update((name, self.picture(found[name], place)) for name in pictures)
+                if not all(found[name] for name in pictures):
                     continue
                 try:
                     for name in (*scores, *numbers):
@@ -272,3 +284,12 @@ def averaged(scores: Sequence[float], weights: Sequence[float] | None = None) ->
 
 def _words(values: Sequence[float]) -> str:
     return ",".join(f"{value:g}" for value in values)
+
+
+def _is_text(value: str) -> bool:
+    """Whether it was UTF-8 in the file."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -33,7 +33,8 @@ class Oasis(labels.Source):
         """One a picture; facts: `category` (Animal, Object, Person, Scene)."""
         ratings: dict[str, dict[str, float]] = collections.defaultdict(dict)
         categories: dict[str, str] = {}
-        for row in self.table(self.file("ratings.csv"), text=("userId", "imageName", "category"), scores=("beauty",)):
+        for row in self.table(self.file("ratings.csv"), pictures=("imageName",), text=("userId", "category"),
+                              scores=("beauty",)):
             ratings[row["imageName"]][row["userId"]] = row["beauty"]
             categories[row["imageName"]] = row["category"]
         split = self.parted(ratings)

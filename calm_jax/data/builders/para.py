@@ -50,7 +50,7 @@ class Para(labels.Source):
         more = self._histograms()
         for split, name in MEANS.items():
             path = self.file(f"annotation/{name}", what=f"the {split} labels")
-            for row in self.table(path, text=("imageName", "sessionId"), scores=("aestheticScore_mean",),
+            for row in self.table(path, pictures=("imageName",), text=("sessionId",), scores=("aestheticScore_mean",),
                                   numbers=("qualityScore_mean", *EMOTIONS)):
                 known = more.get(row["imageName"], {}) if split == "test" else {}
                 label = {"score": round(row["aestheticScore_mean"], 6), **known.get("label", {})}
@@ -67,7 +67,7 @@ class Para(labels.Source):
         return {row["imageName"]: {"label": {"spread": round(row["aestheticScore_std"], 6)},
                                    "facts": {"semantic": row["semantic"],
                                              **{fact: round(row[column], 6) for fact, column in aspects.items()}}}
-                for row in self.table(path, text=("imageName", "semantic"),
+                for row in self.table(path, pictures=("imageName",), text=("semantic",),
                                       numbers=("aestheticScore_std", *aspects.values()))}
 
     def _ratings(self) -> Iterator[labels.Entry]:
@@ -76,7 +76,7 @@ class Para(labels.Source):
         ratings: dict[str, dict[str, float]] = collections.defaultdict(dict)
         emotions: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
         sums: dict[str, list[float]] = collections.defaultdict(lambda: [0.0] * (1 + len(ASPECTS)))
-        for row in self.table(path, text=("sessionId", "imageName", "userId", "imageEmotion", "semantic"),
+        for row in self.table(path, pictures=("imageName",), text=("sessionId", "userId", "imageEmotion", "semantic"),
                               scores=("aestheticScore",), numbers=tuple(ASPECTS.values())):
             name = row["imageName"]
             if row["userId"] in ratings[name]:
@@ -106,7 +106,7 @@ class Para(labels.Source):
                 raise config_lib.ConfigError(f"{self.folder}/annotation has no {missing[0]}, the official split of "
                                              "PARA; put it there, or draw a split of your own: --shares 0.8,0.1,0.1")
             return self.parted(names)
-        listed = {split: {row["imageName"] for row in self.table(path, text=("imageName",))}
+        listed = {split: {row["imageName"] for row in self.table(path, pictures=("imageName",))}
                   for split, path in lists.items()}
         self.origin = (f"official lists; validation is {self.shares[1]:g} of the training list, drawn by picture with "
                        f"seed {labels.SEED} (ours)")

@@ -45,7 +45,7 @@ class Qa(labels.Source):
                 reason = f"no {error}" if isinstance(error, KeyError) else str(error)
                 self.malformed.append(f"{path.name}, record {count}: {reason}")
                 continue
-            key = str(record.get("id", image))
+            key = image if record.get("id") is None else str(record["id"])
             keys[key] += 1
             found.append((key if keys[key] == 1 else f"{key}#{keys[key]}", image, questions))
         split = self.parted(image for _, image, _ in found)

@@ -46,6 +46,7 @@ from calm_jax.data.samples import BadRecord, Record
 
 QUALITY = 95  # of pictures that are encoded anew
 SHARD = 2000  # records; a killed build loses less than one shard
+PLAIN, LARGEST = 1 << 20, 8  # bytes, and bytes a pixel, above which there is something else in a JPEG: encoded anew
 NAMED = 10  # skipped pictures and rows that are named in the summary; skipped.jsonl names all
 # Fields of a Record that a label may hold.
 FIELDS = {field.name for field in dataclasses.fields(Record)} - {"key", "image", "scale", "deciles"}
@@ -55,16 +56,19 @@ def encode(path: Path, longest_side: int) -> tuple[bytes, UInt8[np.ndarray, "H W
     """The picture as it is stored: an upright RGB JPEG whose longest side is at most `longest_side` pixels (0 = any);
     and its pixels.
 
-    A file that is that already is taken byte for byte; any other is decoded, shrunk if it is larger (antialiased,
-    never cropped), and encoded with QUALITY and full colour resolution.
+    A file that is that already, and little else, is taken byte for byte; any other is decoded, shrunk if it is larger
+    (antialiased, never cropped), and encoded with QUALITY and full colour resolution.
 
     Raises:
       BadRecord: the file is missing, unreadable, truncated or too large.
     """
     pixels = pictures.read(path)  # also when the bytes are kept: only decoding tells a truncated file
-    data = path.read_bytes()
-    larger = longest_side and max(pixels.shape[:2]) > longest_side
-    if not larger and _plain(data):
+    height, width = pixels.shape[:2]
+    limit = PLAIN + LARGEST * height * width
+    with pictures.opened(path) as stream:
+        data = stream.read(limit + 1)
+    larger = longest_side and max(height, width) > longest_side
+    if not larger and len(data) <= limit and _plain(data):
         return data, pixels
     if larger:
         pixels = pictures.fit(pixels, longest_side)
@@ -118,26 +122,35 @@ def prepare(source: Source, data_dir: Path | str, *, name: str = "", longest_sid
     partial = folder.with_name(f"{VERSION}.partial")
     entries = _checked(source, max_bad_share)
     build = _Build(partial, source, _plan(source, name, entries, longest_side, shard), _shards(entries, shard))
+    replaced = folder.with_name(f"{VERSION}.replaced")
     with _writing(folder):
+        if replaced.exists() and not folder.exists():  # a rebuild was killed between its last two steps
+            partial.mkdir(exist_ok=True)
+            with _alone(partial):
+                if not folder.exists():
+                    replaced.rename(folder)
         if folder.exists():
             _same(folder, build.plan, "holds a dataset", replace=rebuild)
             if not rebuild:
-                shutil.rmtree(folder / "parts", ignore_errors=True)  # left by a build killed at its very end
+                for left in (folder / "parts", replaced):  # by a build killed at its very end
+                    shutil.rmtree(left, ignore_errors=True)
                 say(f"{folder} is prepared already")
                 say(summary(folder))
                 return folder
         partial.mkdir(parents=True, exist_ok=True)
         with _alone(partial):
-            if any(partial.iterdir()):
+            # What says whose build it is goes last and comes first: whenever this is killed, the same command goes on.
+            held = [path for path in partial.iterdir() if path.name != "plan.json.partial"]
+            if held:
                 _same(partial, build.plan, "holds an unfinished build", replace=rebuild)
                 if rebuild:
-                    for path in partial.iterdir():
-                        shutil.rmtree(path) if path.is_dir() else path.unlink()
+                    for path in held:
+                        if path.name not in ("plan.json", "manifest.json"):
+                            shutil.rmtree(path) if path.is_dir() else path.unlink()
             build.start()
             build.store(max_bad_share, workers or os.cpu_count() or 1)
             build.finish()
             # Whenever this ends, a reader finds the old data set, none, or the new one, and never a part of one.
-            replaced = folder.with_name(f"{VERSION}.replaced")
             shutil.rmtree(replaced, ignore_errors=True)
             if folder.exists():
                 folder.rename(replaced)
@@ -172,9 +185,18 @@ def summary(folder: Path) -> str:
 
 def _checked(source: Source, max_bad_share: float) -> list[Entry]:
     """All entries of the source, of which none is named twice and each has a picture inside of it."""
-    # A name of a file that is no UTF-8 is written out, so that no two come to be called alike.
-    entries = [dataclasses.replace(entry, picture=place, key=entry.key.encode("utf-8", "backslashreplace").decode())
-               for entry in source.entries() if (place := source.picture(entry.picture, f"the picture of {entry.key}"))]
+    entries = []
+    splits: dict[str, str] = {}
+    for entry in source.entries():
+        place, label = source.picture(entry.picture, f"the picture of {entry.key}"), dict(entry.label)
+        if not place:
+            continue
+        if "group" in label:
+            label["group"] = _written(label["group"])
+        if splits.setdefault(place, entry.split) != entry.split:
+            raise config_lib.ConfigError(f"{place} is named in {splits[place]} and in {entry.split}; a picture belongs "
+                                         f"to one split: correct the labels in {source.folder}")
+        entries.append(dataclasses.replace(entry, picture=place, key=_written(entry.key), label=label))
     bad = len(source.malformed)
     if bad > max_bad_share * source.rows:
         raise BadRecord(f"{bad:,} of {source.rows:,} label rows of {source.folder} are malformed, more than the share "
@@ -250,9 +272,10 @@ class _Build:
 
     def start(self) -> None:
         """Says what is built here, before anything is."""
+        _write(self.partial / "plan.json", _json(self.plan))
+        (self.partial / "manifest.json").unlink(missing_ok=True)
         for name in ("parts", "labels"):
             (self.partial / name).mkdir(exist_ok=True)
-        _write(self.partial / "plan.json", _json(self.plan))
 
     def store(self, max_bad_share: float, workers: int) -> None:
         """Writes the shards that are not there yet.
@@ -293,7 +316,11 @@ class _Build:
         """The file is renamed last, so it speaks for all. Pictures that arrived since are not missed for ever."""
         if not self._file(shard).exists():
             return False
-        missing = {item.key for item in self._skipped(shard) if item.kind == "missing"}
+        try:
+            missing = {item.key for item in self._skipped(shard) if item.kind == "missing"}
+            self._measured(shard)
+        except (OSError, ValueError, KeyError, TypeError):  # a rebuild was killed while it cleared the folder
+            return False
         return not any(os.path.exists(self.source.folder / entry.picture) for entry in shard.entries
                        if entry.key in missing)
 
@@ -455,6 +482,11 @@ def _serializer() -> Callable[[str, bytes, str], bytes]:
 
 def _json(value: Any) -> str:
     return _clean(json.dumps(value, ensure_ascii=False, separators=(",", ":")))
+
+
+def _written(name: str) -> str:
+    """The name of a file as UTF-8: other bytes are written out, so that no two names come to be called alike."""
+    return name.encode("utf-8", "backslashreplace").decode()
 
 
 def _clean(text: str) -> str:

@@ -107,7 +107,9 @@ class Stored:
         try:
             label = json.loads(text[int(starts[place]):int(starts[place + 1])])
             for name in ("captions", "comments", "unfit"):
-                label[name] = tuple(label.get(name, ()))
+                if not isinstance(label.setdefault(name, []), list):
+                    raise ValueError(f"{name} is no list")
+                label[name] = tuple(label[name])
             label["questions"] = tuple((question, answer) for question, answer in label.get("questions", ()))
             record = Record(label.pop("key"), ImageRef(int(index)), scale=self._scale, **label)
             record.check()
