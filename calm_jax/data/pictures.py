@@ -63,7 +63,8 @@ def pixels(picture: str | os.PathLike | bytes | Image.Image | np.ndarray) -> np.
     """
     if isinstance(picture, Image.Image):
         try:
-            return _decoded(picture)
+            with _DECODING.of(_memory(picture)):
+                return _decoded(picture)
         except BadRecord as error:
             raise BadRecord(f"an opened picture {error}") from None
         except Exception as error:  # Pillow decodes it now, see `read`
@@ -94,7 +95,11 @@ def read(source: str | os.PathLike | bytes) -> np.ndarray:
     try:
         with opened(source) as stream, Image.open(stream, formats=formats()) as picture:
             picture.seek(0)
-            return _decoded(picture)
+            with _DECODING.of(_memory(picture)):
+                try:
+                    return _decoded(picture)
+                finally:
+                    picture.close()  # what is given back must be free
     except BadRecord as error:
         raise BadRecord(f"{name} {error}") from None
     except FileNotFoundError:
@@ -175,28 +180,18 @@ def opened(source: str | os.PathLike | bytes) -> BinaryIO:
 def _decoded(picture: Image.Image) -> np.ndarray:
     """Upright RGB pixels of an opened picture, at most KEPT_PIXELS of them; besides the decoded picture and the result
     only strips are held."""
+    picture.load()
     width, height = picture.size
-    if width * height > MAX_PIXELS:
-        raise BadRecord(f"has {width * height / 1e6:,.0f} megapixels, and pictures above {MAX_PIXELS / 1e6:.0f} are "
-                        "not decoded; make it smaller")
-    need = _memory(picture)
-    if need > _DECODING.size:
-        raise BadRecord(f"has {width * height / 1e6:,.0f} megapixels of {picture.format}, for which decoding takes "
-                        f"{need / 2 ** 30:.1f} GiB, and more than {_DECODING.size / 2 ** 30:.1f} are not given; make "
-                        "it smaller")
-    with _DECODING.of(need):
-        picture.load()
-        width, height = picture.size
-        factor, scale = _factor(width, height), _grey_scale(picture)
-        rows = max(STRIP // width // factor, 1) * factor
-        out = np.empty((-(-height // factor), -(-width // factor), 3), np.uint8)
-        for top in range(0, height, rows):
-            part = _rgb(_strip(picture, top, rows), scale)
-            if factor > 1:
-                part = np.asarray(Image.fromarray(part).reduce(factor))
-            out[top // factor:top // factor + len(part)] = part
-        turn = _TURNS.get(_orientation(picture))
-        return np.ascontiguousarray(turn(out)) if turn else out
+    factor, scale = _factor(width, height), _grey_scale(picture)
+    rows = max(STRIP // width // factor, 1) * factor
+    out = np.empty((-(-height // factor), -(-width // factor), 3), np.uint8)
+    for top in range(0, height, rows):
+        part = _rgb(_strip(picture, top, rows), scale)
+        if factor > 1:
+            part = np.asarray(Image.fromarray(part).reduce(factor))
+        out[top // factor:top // factor + len(part)] = part
+    turn = _TURNS.get(_orientation(picture))
+    return np.ascontiguousarray(turn(out)) if turn else out
 
 
 def _strip(picture: Image.Image, top: int, rows: int) -> Image.Image:
@@ -211,13 +206,25 @@ def _factor(width: int, height: int) -> int:
 
 
 def _memory(picture: Image.Image) -> int:
-    """Bytes that decoding takes, from above, with the result and, where that is turned, a copy of it."""
+    """Bytes that decoding takes, from above, with the result and, where that is turned, a copy of it.
+
+    Raises:
+      BadRecord: these are too many, or its pixels are.
+    """
     pixels = picture.width * picture.height
+    if pixels > MAX_PIXELS:
+        raise BadRecord(f"has {pixels / 1e6:,.0f} megapixels, and pictures above {MAX_PIXELS / 1e6:.0f} are not "
+                        "decoded; make it smaller")
     each = _NARROW.get(picture.mode, 4) + _EXTRA.get(picture.format or "", 0)
     if picture.info.get("progressive"):
         each += _COEFFICIENTS
     strip = min(pixels, max(STRIP, picture.width * _factor(*picture.size)))
-    return pixels * each + 2 * 3 * min(pixels, KEPT_PIXELS) + 32 * strip
+    need = pixels * each + 2 * 3 * min(pixels, KEPT_PIXELS) + 32 * strip
+    if need > _DECODING.size:
+        raise BadRecord(f"has {pixels / 1e6:,.1f} megapixels, which take {need / 2 ** 30:.2g} GiB to decode from "
+                        f"{picture.format or 'memory'}, and there are {_DECODING.size / 2 ** 30:.2g}; make it smaller, "
+                        "or a PNG or JPEG")
+    return need
 
 
 # What makes a picture of an EXIF orientation upright.
@@ -242,7 +249,7 @@ def _grey_scale(picture: Image.Image) -> float:
     if picture.mode == "F":
         rows = max(STRIP // picture.width, 1)
         step = 1 + picture.width * picture.height // SAMPLES
-        values = np.concatenate([np.asarray(_strip(picture, top, rows)).ravel()[::step]
+        values = np.concatenate([np.asarray(_strip(picture, top, rows)).ravel()[::step].copy()
                                  for top in range(0, picture.height, rows)])
         values = values[np.isfinite(values)]
         middle, most = np.percentile(values, (50, 99)) if values.size else (0.0, 0.0)

@@ -140,7 +140,9 @@ def prepare(source: Source, data_dir: Path | str, *, name: str = "", longest_sid
         partial.mkdir(parents=True, exist_ok=True)
         with _alone(partial):
             # What says whose build it is goes last and comes first: whenever this is killed, the same command goes on.
-            held = [path for path in partial.iterdir() if path.name != "plan.json.partial"]
+            for left in (*partial.glob(".*.partial"), *partial.glob("parts/.*.partial")):  # half-written files
+                left.unlink()
+            held = list(partial.iterdir())
             if held:
                 _same(partial, build.plan, "holds an unfinished build", replace=rebuild)
                 if rebuild:
