@@ -21,6 +21,7 @@ from calm_jax import terminal
 from calm_jax.terminal import shown
 
 ADDRESSES = ("base_url",)  # flags whose value is one
+LONGEST = 3000  # characters of a sentence
 POINTLESS = 3  # exit code: it cannot go on, and would end in the same way if it were started again
 
 
@@ -209,5 +210,11 @@ def _quietly() -> None:
 
 def _fail(sentence: str, code: int) -> None:
     with contextlib.suppress(OSError):
-        print(f"error: {shown(sentence)}", file=sys.stderr, flush=True)
+        print(f"error: {_short(shown(sentence))}", file=sys.stderr, flush=True)
     sys.exit(code)
+
+
+def _short(sentence: str) -> str:
+    """A sentence that quotes something endless, such as a name in a damaged file, without its middle: at its end is
+    the remedy."""
+    return sentence if len(sentence) <= LONGEST else f"{sentence[:LONGEST - 800]} [...] {sentence[-700:]}"

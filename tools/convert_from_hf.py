@@ -57,10 +57,12 @@ def convert(vit: str, llm: str, qformers: list[str], out: str, seed: int = 0,
     tokenizer = _tokenizer(places["llm"], model.llama)
     shapes = {path: leaf.shape for path, leaf in Geometry.of(model).shapes.items()}
     pieces: Pieces = {}
-    _add(pieces, "vit/", tables.vit(model.vit), torch_files.tensors(places["vit"]), shapes)
-    _add(pieces, "llama/", tables.llama(), _untied(torch_files.tensors(places["llm"]), places["llm"]), shapes)
+    _add(pieces, "vit/", tables.vit(model.vit), places["vit"], torch_files.tensors(places["vit"]), shapes)
+    _add(pieces, "llama/", tables.llama(), places["llm"], _untied(torch_files.tensors(places["llm"]), places["llm"]),
+         shapes)
     if found:
-        _add_qformers(pieces, model, found * (3 // len(found)), shapes, say)
+        every = 3 // len(found)
+        _add_qformers(pieces, model, sources * every, found * every, shapes, say)
     leaves = {path: streaming.Leaf(shapes[path], np.result_type(*(tensor.dtype for _, tensor, _ in parts)),
                                    tuple((index, _reader(tensor, transform)) for index, tensor, transform in parts))
               for path, parts in pieces.items()}
@@ -118,18 +120,23 @@ def _untied(found: Tensors, llm: pathlib.Path) -> Tensors:
     return {**found, "lm_head.weight": both} if both else found
 
 
-def _add(pieces: Pieces, prefix: str, table: tables.Table, found: Tensors, shapes: tables.Shapes,
-         lead: tuple[int, ...] = ()) -> None:
+def _add(pieces: Pieces, prefix: str, table: tables.Table, source: pathlib.Path, found: Tensors,
+         shapes: tables.Shapes, lead: tuple[int, ...] = ()) -> None:
     """Puts the place of every tensor of a part into `pieces`; `lead` is the index in front of the part's own axes."""
     own = {path.removeprefix(prefix): shape[len(lead):] for path, shape in shapes.items() if path.startswith(prefix)}
-    for name, entry in tables.match(table, {name: tensor.shape for name, tensor in found.items()}, own).items():
+    try:
+        entries = tables.match(table, {name: tensor.shape for name, tensor in found.items()}, own)
+    except tables.WeightError as error:
+        raise torch_files.FileError(f"{source}: {error}; the config and the weights belong together: fetch both from "
+                                    "one place") from None
+    for name, entry in entries.items():
         if found[name].unusable:
             raise torch_files.FileError(found[name].unusable)
         pieces.setdefault(prefix + entry.path, []).append(((*lead, *entry.index), found[name], entry.transform))
 
 
-def _add_qformers(pieces: Pieces, model: config_lib.Model, found: list[Tensors], shapes: tables.Shapes,
-                  say: Callable[[str], None]) -> None:
+def _add_qformers(pieces: Pieces, model: config_lib.Model, sources: list[pathlib.Path], found: list[Tensors],
+                  shapes: tables.Shapes, say: Callable[[str], None]) -> None:
     """All levels. What belongs to a Q-Former's former neighbours, and is absent or of other widths, stays random; in
     all levels, as they share their leaves."""
     prefix, table = "mfam/qformers/", tables.qformer(model.qformer)
@@ -139,8 +146,8 @@ def _add_qformers(pieces: Pieces, model: config_lib.Model, found: list[Tensors],
                    for level in found):
             table = table.without(pattern, f"the {what} is of another width, or absent")
             say(f"the Q-Former's {what} is absent or of another width: it is left to random numbers")
-    for level, tensors in enumerate(found):
-        _add(pieces, prefix, table, tensors, shapes, lead=(level,))
+    for level, (source, tensors) in enumerate(zip(sources, found, strict=True)):
+        _add(pieces, prefix, table, source, tensors, shapes, lead=(level,))
 
 
 def _reader(tensor: torch_files.Tensor, transform: tables.Rearrange) -> Callable[[], np.ndarray]:

@@ -66,7 +66,7 @@ def export(source: str, out: str, *, merge_lora: bool = False, parts: bool = Fal
     if path.exists():
         raise checkpoint.CheckpointError(f"{path} exists already; choose another folder, or remove it first")
     saved = checkpoint.find(source)
-    model = config_lib.from_config_dict(saved.meta["config"]).model
+    model = saved.config.model
     tokenizer = restore.tokenizer(saved)
     leaves = restore.lazily(saved)
     if merge_lora:

@@ -19,13 +19,17 @@ from calm_jax import config as config_lib
 
 Shapes = Mapping[str, tuple[int, ...]]
 TILE = 256  # rows and columns
+NAMED = 10  # tensors that one sentence names
 
 
 class WeightError(config_lib.ConfigError):
-    """Tensors and leaves that do not correspond; the message has one line for each of them."""
+    """Tensors and leaves that do not correspond; the message names the first of them, `problems` all."""
 
     def __init__(self, problems: Iterable[str]):
-        super().__init__("the weights do not fit the model:\n  " + "\n  ".join(problems))
+        self.problems = list(problems)
+        more = len(self.problems) - NAMED
+        super().__init__("the weights do not fit the model: " + "; ".join(self.problems[:NAMED])
+                         + (f"; and {more:,} more" if more > 0 else ""))
 
 
 @dataclasses.dataclass(frozen=True)

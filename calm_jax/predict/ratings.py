@@ -9,6 +9,8 @@ from collections.abc import Sequence
 
 from calm_jax import config as config_lib
 
+LARGEST = 1 << 26  # bytes of a table of ratings
+
 
 def read_ratings(table: str, user: str, scale: Sequence[str]) -> list[tuple[str, float]]:
     """(path, score) of each row of a CSV table `image,score[,user]`.
@@ -24,6 +26,10 @@ def read_ratings(table: str, user: str, scale: Sequence[str]) -> list[tuple[str,
     file = pathlib.Path(table)
     lowest, highest = map(float, scale)
     try:
+        if not file.is_file() or file.stat().st_size > LARGEST:
+            reason = "larger than any person's" if file.is_file() else "no regular file" if file.exists() else "missing"
+            raise config_lib.ConfigError(f"the ratings {table} cannot be read: the file is {reason}; --ratings is a "
+                                         "table image,score")
         with file.open(encoding="utf-8-sig", newline="") as stream:
             reader = csv.DictReader(stream, skipinitialspace=True)
             rows = list(reader)
@@ -50,8 +56,8 @@ def read_ratings(table: str, user: str, scale: Sequence[str]) -> list[tuple[str,
         except ValueError:
             score = math.nan
         if not lowest <= score <= highest:
-            raise config_lib.ConfigError(f"{place}: the score {row['score']!r} is no number from {lowest:g} to "
-                                         f"{highest:g}; --scale says what the scale is")
+            raise config_lib.ConfigError(f"{place}: the score {(row['score'] or '')[:40]!r} is no number from "
+                                         f"{lowest:g} to {highest:g}; --scale says what the scale is")
         if not pathlib.Path(path).is_file():
             raise config_lib.ConfigError(f"{place}: there is no picture {path}; paths are relative to the table")
         if path in rated:

@@ -105,6 +105,10 @@ class Saved:
         return self.meta["step"]
 
     @property
+    def config(self) -> config_lib.Config:
+        return config_of(self.path, self.meta)
+
+    @property
     def pin(self) -> Pin:
         return Pin(str(self.path.resolve()), self.step, self.digest)
 
@@ -456,6 +460,19 @@ def _verified(path: pathlib.Path) -> Saved:
     if not (path / META).exists():
         raise Vanished(path)
     return Saved(path, _meta(path), digest)
+
+
+def config_of(path: pathlib.Path, meta: Mapping[str, Any]) -> config_lib.Config:
+    """The config with which the checkpoint in a folder was trained, from its meta data.
+
+    Raises:
+      CheckpointError: it is none of today's.
+    """
+    try:
+        return config_lib.from_config_dict(meta["config"])
+    except config_lib.ConfigError as error:
+        raise CheckpointError(f"{path / META}: {error}; use another checkpoint, or the version of this program that "
+                              "wrote it") from None
 
 
 def _inside(name: str) -> bool:

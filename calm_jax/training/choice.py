@@ -86,7 +86,7 @@ def processes(path: str | os.PathLike, process: str = "") -> dict[str, str]:
 def _candidates(path: pathlib.Path, process: str = "") -> dict[str, _Candidate]:
     found = {}
     for name, (place, meta) in checkpoint.offered(path).items():
-        config = config_lib.from_config_dict(meta["config"])
+        config = checkpoint.config_of(place, meta)
         found[name] = _Candidate(place, config.processes.get(name), config.init)
     if process and process not in found:
         raise config_lib.ConfigError(f"{path} has no checkpoint of a process {process!r}"

@@ -70,7 +70,7 @@ def origins(saved: checkpoint.Saved | None, config: config_lib.Config) -> dict[s
     paths = Geometry.of(config.model).shapes
     if saved is None:
         return {path: Drawn(config.seed) for path in paths}
-    theirs = config_lib.from_config_dict(saved.meta["config"]).model
+    theirs = saved.config.model
     ours = dataclasses.replace(config.model, lora=theirs.lora)
     if not (ours.score_head.width and theirs.score_head.width):  # what the base lacks begins at random
         ours = dataclasses.replace(ours, score_head=theirs.score_head)
@@ -90,7 +90,7 @@ def changes(saved: checkpoint.Saved | None, config: config_lib.Config) -> list[s
     """A line on everything learned in `saved` that does not go on as it is in `config`'s model."""
     if saved is None:
         return []
-    before, after = config_lib.from_config_dict(saved.meta["config"]).model, config.model
+    before, after = saved.config.model, config.model
     lines = []
     if _adapters(before) != _adapters(after):
         old, new = _own(saved, Geometry.of(before).shapes), origins(saved, config)
@@ -278,7 +278,7 @@ def lazily(saved: checkpoint.Saved) -> dict[str, Lazy]:
     Raises:
       CheckpointError: a checkpoint that holds one of them is damaged or gone.
     """
-    config = config_lib.from_config_dict(saved.meta["config"])
+    config = saved.config
     where, shapes = origins(saved, config), Geometry.of(config.model).shapes
     reader, opened = _Reader(config.model, saved), dict[checkpoint.Pin, dict[str, tensorstore.TensorStore]]()
     locks = {}  # which live as long as anything that reads there
@@ -355,7 +355,7 @@ def model(path: str | os.PathLike) -> Restored:
 
 def whole(saved: checkpoint.Saved) -> Restored:
     """The model of a verified checkpoint; raises as `model`."""
-    config = config_lib.from_config_dict(saved.meta["config"])
+    config = saved.config
     geometry = Geometry.of(config.model)
     layout = sharding.parameters(geometry.shapes, sharding.inference_mesh(config.model))
     dtype, storage, _ = numerics(config.model)

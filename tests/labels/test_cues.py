@@ -196,7 +196,7 @@ def test_a_file_that_is_wrong_is_one_sentence(tmp_path, entries, sentence):
 
 
 def test_files_that_are_none(tmp_path):
-    with pytest.raises(config_lib.ConfigError, match=r"there is no file of cues .*tools.make_cues writes one"):
+    with pytest.raises(config_lib.ConfigError, match=r"is missing; .*tools.make_cues writes"):
         cues.bank(str(tmp_path / "none.json"))
     for content in ("{", "[]", '{"phrases": []}', '{"format": "calm_jax cues 1", "phrases": 3}', "\xff"):
         (tmp_path / "bad.json").write_text(content, encoding="latin-1")
@@ -216,7 +216,7 @@ def test_a_process_trains_with_its_file(tmp_path):
     said = {turn.answer.text for number in range(20) for sample, _ in rows(process).plan(number).texts
             for turn in sample.turns}
     assert any(text.startswith("Overall, the second one has the") for text in said)
-    with pytest.raises(config_lib.ConfigError, match="there is no file of cues nowhere"):
+    with pytest.raises(config_lib.ConfigError, match="nowhere is missing"):
         rows(dataclasses.replace(process, cues="nowhere.json"))
 
 

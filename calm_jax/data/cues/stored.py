@@ -7,11 +7,10 @@ The file is JSON: `phrases` is a list of {attribute, kind, grade, text, request}
 from __future__ import annotations
 
 import hashlib
-import json
-import pathlib
 from collections.abc import Iterator, Mapping
 
 from calm_jax import config as config_lib
+from calm_jax import json_files
 from calm_jax.data.cues.entry import Cues
 
 FORMAT = "calm_jax cues 1"
@@ -48,13 +47,8 @@ def read(path: str, bank: Mapping[str, Cues]) -> dict[Place, tuple[str, ...]]:
     Raises:
       ConfigError: the file cannot be read, or a phrase has no place in the bank, or occurs twice.
     """
-    try:
-        content = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise config_lib.ConfigError(f"there is no file of cues {path}; tools.make_cues writes one, and an empty "
-                                     "cues= does without") from None
-    except (OSError, ValueError) as error:
-        raise config_lib.ConfigError(f"the file of cues {path} cannot be read: {error}") from None
+    content = json_files.load(path, remedy="it is the file of cues, which tools.make_cues writes; an empty cues= does "
+                              "without one")
     phrases = content.get("phrases") if isinstance(content, dict) and content.get("format") == FORMAT else None
     if not isinstance(phrases, list):
         raise config_lib.ConfigError(f"{path} is no file of tools.make_cues: its format is not {FORMAT!r}")
@@ -95,6 +89,10 @@ def _check(where: str, place: Place, text: object, known: Mapping[Place, object]
             f"{where}: {name} has no questions, because one picture alone does not answer them")
     if not isinstance(text, str) or not normal(text):
         raise config_lib.ConfigError(f"{where} has no text")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise config_lib.ConfigError(f"{where}, {text!r}, holds half of a character; write it anew") from None
     wanted = 1 if kind.endswith("_answer") else 0
     if text.count("{which}") != wanted or text.count("{") != wanted or text.count("}") != wanted:
         raise config_lib.ConfigError(f"{where}, {text!r}, must hold {{which}} "
