@@ -280,6 +280,10 @@ def lazily(saved: checkpoint.Saved) -> dict[str, Lazy]:
     """
     config = saved.config
     where, shapes = origins(saved, config), Geometry.of(config.model).shapes
+    for path, shape in checkpoint.shapes(saved).items():
+        if path in shapes and shape != shapes[path].shape:
+            raise checkpoint.CheckpointError(f"{path} is {list(shape)} in the checkpoint {saved.path} and "
+                                             f"{list(shapes[path].shape)} in its own config; use another one")
     reader, opened = _Reader(config.model, saved), dict[checkpoint.Pin, dict[str, tensorstore.TensorStore]]()
     locks = {}  # which live as long as anything that reads there
 

@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Int64, UInt8
 
 from calm_jax import config as config_lib
+from calm_jax import json_files
 from calm_jax.data import pictures
 from calm_jax.data.builders.labels import SPLITS
 from calm_jax.data.samples import BadRecord, ImageRef, Record
@@ -50,7 +51,10 @@ class Stored:
         self.name, self.folder = name, Path(data_dir) / name / VERSION
         remedy = f"python -m tools.prepare_data --dataset {name} --source DIR --data_dir {data_dir}"
         try:
-            manifest = json.loads((self.folder / "manifest.json").read_text())
+            if not (self.folder / "manifest.json").exists():
+                raise FileNotFoundError
+            manifest = json_files.load(self.folder / "manifest.json", error=ValueError, nan=True,
+                                       remedy="it is made anew")
             self._scale = tuple(manifest["plan"]["scale"]) or (1.0, 10.0)
             self._counts = {split: int(count) for split, count in manifest["splits"].items()}
             self._checksums = manifest.get("pictures")
@@ -150,6 +154,9 @@ class Stored:
         if ("labels", split) not in self._open:
             path = self.folder / "labels" / f"{split}.jsonl"
             try:
+                for file in (path, path.with_suffix(".npy")):
+                    if file.exists() and not file.is_file():  # nobody may ever write into a pipe
+                        raise OSError(f"{file.name} is no regular file")
                 starts = np.load(path.with_suffix(".npy"), mmap_mode="r")
                 with open(path, "rb") as stream:  # an empty file cannot be mapped
                     text = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) if path.stat().st_size else b""
