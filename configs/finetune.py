@@ -5,7 +5,9 @@
     python -m calm_jax.train --config configs/finetune.py:7b+lora --config.init=runs/pretrain-7b
 
 `+lora` learns low-rank updates of the language model instead of all of it, as LLaVA-1.5's own recipe does, at its rate;
-`+head` also teaches the regression head that the reader `head` asks.
+`+head` also teaches the regression head that the reader `head` asks; `+keep` mixes a share of earlier tasks into each
+process, as `tiny` and `small` do anyway, for a process of scores alone unlearns to answer in words. They combine:
+`7b+keep+lora`.
 
 Facts of the paper: the two processes, MFAM and LLM trained with the encoder frozen, the peak learning rates of 2.5e-5
 and 7e-5, Adam with warm-up and cosine. Ours: everything else; `tiny` and `small` start from nothing, so the encoder
@@ -32,11 +34,16 @@ LORA = c.Lora(rank=128, alpha=256.0)  # LLaVA-1.5
 LORA_RATE = 2e-4  # LLaVA-1.5
 HEAD = 256  # hidden channels of the regression head (ours)
 
-
-# What a process with +keep learns besides, of all that it learns (ours): what programs ask for and the processes before
-# it taught, and suggestions, which the paper asks for unlearned.
-KEEP = {"comments": {"attributes": 0.2, "suggestion": 0.1},
-        "scores": {"comment": 0.2, "attributes": 0.15, "suggestion": 0.1}}
+# What a process learns besides, as shares of all that it learns (ours): what programs ask for and the processes before
+# it taught, so that the last one still answers. `tiny` and `small` also learn to suggest, which the paper asks for
+# unlearned; with +keep, which the large ones take it by, that stays zero-shot.
+LARGE = {"comments": {"attributes": 0.2}, "scores": {"comment": 0.15, "attributes": 0.1}}
+KEEP = {
+    "tiny": {"comments": {"attributes": 0.2, "suggestion": 0.35},
+             "scores": {"comment": 0.1, "attributes": 0.1, "suggestion": 0.15}},
+    "small": {"comments": {"attributes": 0.2, "suggestion": 0.2},
+              "scores": {"comment": 0.15, "attributes": 0.1, "suggestion": 0.1}},
+    "7b": LARGE, "13b": LARGE}
 KEPT_PHRASINGS = 5  # of each question and answer about attributes, in `tiny`, as in pretrain.py
 
 
@@ -64,7 +71,7 @@ def get_config(variant: str = "tiny"):
         if "head" in options and train != (".*",):  # where everything learns, the head does too
             head = ("score_head/.*",)
             learn, stay = (train + head, freeze) if scores else (train, freeze + head)
-        kept = KEEP[name] if keep else {}
+        kept = KEEP[size][name] if keep else {}
         processes[name] = c.Process(
             tasks={task: 1.0 - sum(kept.values()), **kept}, phrasings=KEPT_PHRASINGS if size == "tiny" else 0, row=row,
             batch=rows, steps=count, optimizer=c.Optimizer(peak_lr=rate, **adam), train=learn, freeze=stay,

@@ -71,7 +71,7 @@ def steps(workdir: pathlib.Path, quick: bool) -> list[Step]:
                             *(("--control", str(control)) if control else ()), "--out", str(workdir / "evaluation")),
                     workdir / "evaluation" / f"{task}-demo-test.json", (model, *((control,) if control else ())))
 
-    taught, control, tuned = (workdir / name / "checkpoints" for name in ("pretrain", "control", "finetune"))
+    taught, control = (workdir / name / "checkpoints/self_supervised" for name in ("pretrain", "control"))
     stage_one, stage_two = ("language", "self_supervised", "generic"), ("comments", "scores")
     return [
         training("control", "control: the same self-supervision with shuffled labels (beside the next steps)",
@@ -83,10 +83,9 @@ def steps(workdir: pathlib.Path, quick: bool) -> list[Step]:
                  stage_one),
         training("finetune", "finetune: comments, then scores", "configs/finetune.py", stage_two,
                  f"--config.init={workdir / 'pretrain'}"),
-        evaluation("attributes", "evaluation: attributes, beside the control", taught / "self_supervised",
-                   control / "self_supervised"),
-        evaluation("commenting", "evaluation: comments", tuned / "comments"),
-        evaluation("scoring", "evaluation: scores", tuned / "scores"),
+        evaluation("attributes", "evaluation: attributes, beside the control", taught, control),
+        evaluation("commenting", "evaluation: comments", workdir / "finetune"),
+        evaluation("scoring", "evaluation: scores", workdir / "finetune"),
     ]
 
 

@@ -89,7 +89,7 @@ def write(out: str | os.PathLike, *, workdirs: Mapping[str, str | os.PathLike], 
         "scores": scores(found.get("scoring"), truth),
         "curves": curves(runs),
         "pairs": pairs(asked, painter),
-        "models": {task: result["model"] for task, result in found.items()},
+        "models": {task: _answering(result) for task, result in found.items()},
         "configs": {run.name: json.dumps(run.config, indent=1) for run in runs if run.config},
     }
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True,
@@ -100,6 +100,12 @@ def write(out: str | os.PathLike, *, workdirs: Mapping[str, str | os.PathLike], 
     out.parent.mkdir(parents=True, exist_ok=True)
     files.write(out, environment.from_string(template).render(page))
     return out
+
+
+def _answering(result: Mapping[str, Any]) -> str:
+    """The model of a result, and which process of it was asked where its path leaves that open."""
+    model, process = result["model"], pathlib.PurePath(result.get("checkpoint", "")).parent.name
+    return f"{model} (process {process})" if process and process not in pathlib.PurePath(model).parts else model
 
 
 # ---- figures as words ------------------------------------------------------------------------------------------------
