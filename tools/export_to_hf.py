@@ -31,7 +31,7 @@ from calm_jax import command, files
 from calm_jax import config as config_lib
 from calm_jax.convert import huggingface, tables, torch_files
 from calm_jax.data import pictures, prompts
-from calm_jax.data.tasks import instructions
+from calm_jax.data.tasks import instructions, skills
 from calm_jax.data.tokenizer import Tokenizer
 from calm_jax.models import vit as vit_lib
 from calm_jax.training import checkpoint, restore
@@ -164,7 +164,7 @@ def whole(saved: checkpoint.Saved, model: config_lib.Model, leaves: Leaves, toke
         "vit": vit, "qformer": dataclasses.asdict(model.qformer), "llama": llama,
         "taps": {part: model.depths.block(part, model.vit.depth) for part in config_lib.PARTS},
         "lora": {"rank": model.lora.rank, "alpha": model.lora.alpha, "targets": targets},
-        "score_head": dataclasses.asdict(model.score_head),
+        "score_head": dataclasses.asdict(model.score_head), "taught": taught(saved),
         **_special(tokenizer), **_dtype(content)}
     processor = {
         "auto_map": {"AutoProcessor": CLASSES["AutoProcessor"]}, "processor_class": "CalmProcessor",
@@ -176,9 +176,17 @@ def whole(saved: checkpoint.Saved, model: config_lib.Model, leaves: Leaves, toke
     files = {f"{name}_calm.py": here / f"{name}_calm.py" for name in ("configuration", "modeling", "processing")}
     files |= {"pictures.py": pathlib.Path(pictures.__file__), "tokenizer.model": tokenizer.path}
     return Folder("", content, {
-        "README.md": model_card.card(saved, model, content), "generation_config.json": _generation(tokenizer),
+        "README.md": model_card.card(saved, model, content, config["taught"]),
+        "generation_config.json": _generation(tokenizer),
         "tokenizer_config.json": _tokenizer_config(model, processor=True), "processor_config.json": processor,
         "config.json": config}, files)
+
+
+def taught(saved: checkpoint.Saved) -> dict[str, Any]:
+    """What a checkpoint's own process taught it, as JSON values; what came before counts as unlearned."""
+    process = config_lib.from_config_dict(saved.meta["config"]).processes.get(saved.meta["process"])
+    return {"process": saved.meta["process"], "tasks": [*skills.learned(process)] if process else [],
+            "skills": [skill for skill in skills.SKILLS if process and skills.state(process, skill) == skills.TAUGHT]}
 
 
 def _dtype(content: Sequence[torch_files.Tensor]) -> dict[str, str]:
@@ -309,6 +317,9 @@ def main() -> None:
     given = command.require("checkpoint", "out")
     path = export(given.checkpoint, given.out, merge_lora=given["merge-lora"].value, parts=given.parts,
                   dtype=given.dtype)
+    known = json.loads((path / "config.json").read_text())["taught"]
+    print(f"this model is of the process {known['process'] or '(none: it was converted)'}, which taught it "
+          f"{', '.join(known['tasks']) or 'nothing'}; to export another process, give its folder")
     print(f"written to {path}; load it with AutoModelForCausalLM.from_pretrained({str(path)!r}, "
           "trust_remote_code=True)")
 

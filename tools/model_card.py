@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,11 +11,17 @@ import numpy as np
 from calm_jax import config as config_lib
 from calm_jax.convert import torch_files
 from calm_jax.data import scale
+from calm_jax.data.tasks import skills
 from calm_jax.training import checkpoint
 
 
-def card(saved: checkpoint.Saved, model: config_lib.Model, content: Sequence[torch_files.Tensor]) -> str:
-    """The README.md of the whole model: use, scale of the scores, how it was trained, sizes, licences of its parts."""
+def card(saved: checkpoint.Saved, model: config_lib.Model, content: Sequence[torch_files.Tensor],
+         taught: Mapping[str, Any]) -> str:
+    """The README.md of the whole model: use, what it was taught, scale of the scores, training, sizes, licences.
+
+    Args:
+      taught: by its own process: process, tasks and skills.
+    """
     history, sources = lineage(saved)
     count = sum(int(np.prod(tensor.shape, dtype=np.int64)) for tensor in content)
     dtypes = sorted({tensor.dtype.name for tensor in content})
@@ -24,9 +30,9 @@ def card(saved: checkpoint.Saved, model: config_lib.Model, content: Sequence[tor
             "tags:", "- image-aesthetics", "- calm",
             # as YAML, whatever the source's own card says there
             f"license: {json.dumps(licences[0]) if len(licences) == 1 else 'other'}", "---"]
-    asks = [name for name in history if "score" in name["tasks"]]
-    scored = (f"It was trained on scores by the process {asks[-1]['process']!r}." if asks else
-              "**It was never trained on scores: its numbers mean nothing.**")
+    can = ", ".join(skills.SKILLS[skill].what for skill in taught["skills"])
+    scored = [] if "score" in taught["skills"] else ["", "**It was never trained on scores, or has unlearned them: its "
+                                                     "numbers mean nothing.**"]
     return "\n".join([
         *head, "",
         "# CALM, exported from calm_jax", "",
@@ -44,13 +50,18 @@ def card(saved: checkpoint.Saved, model: config_lib.Model, content: Sequence[tor
         "```", "",
         "It needs torch, transformers (4.46 or newer), sentencepiece and pillow. The files beside the weights compute",
         "everything themselves; the processor pads pictures to a square and never crops them.", "",
+        "## What it was taught", "",
+        f"{can.capitalize()}, by its last training process, {taught['process']}." if can else "Nothing.",
+        f"Tasks of that process: {', '.join(taught['tasks']) or 'none'}. What an earlier process taught counts as",
+        "unlearned. Asked for anything else, the model answers all the same, and that means nothing; suggestions alone",
+        "can be asked for unlearned (zero-shot, as in the paper), of a model that learned words about pictures.", "",
         "## Scores", "",
         f"From {scale.LOWEST:g} to {scale.HIGHEST:g}, higher is better; the scale of each data set was mapped to it "
         "linearly. `score` gives the mean of",
         f"all {len(scale.DECIMALS)} decimals under the model's probabilities of saying them, "
         "`score(images, reader=\"levels\")` that of",
         "five words from bad to excellent" + (
-            ", and `reader=\"head\"` asks the regression head." if model.score_head.width else "."), "", scored, "",
+            ", and `reader=\"head\"` asks the regression head." if model.score_head.width else "."), *scored, "",
         "## Training", "",
         *_table(("process", "steps", "rows a step", "data", "tasks"),
                 [(entry["process"], entry["steps"], entry["batch"], entry["dataset"], ", ".join(entry["tasks"]))

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import time
+import warnings
 
 import miniature
 import numpy as np
@@ -194,7 +195,7 @@ def test_another_dtype_is_rounded_once(tmp_path):
 
 def test_what_was_never_trained_comes_from_its_base_and_its_seed(tmp_path):
     """A checkpoint of some leaves, on one of others, on random numbers: the export holds what training would load."""
-    first = miniature.saved(tmp_path / "first")
+    first = miniature.saved(tmp_path / "first", tasks=("caption",))
     config = miniature.config(init=first)
     changed = {"llama/norm/scale": np.full(32, 3.0, np.float32)}
     checkpoints = checkpoint.Checkpoints(tmp_path / "second", config_lib.Checkpoint())
@@ -211,6 +212,22 @@ def test_what_was_never_trained_comes_from_its_base_and_its_seed(tmp_path):
         np.testing.assert_array_equal(out[name].read(), value, name)
     card = (tmp_path / "hf" / "README.md").read_text()
     assert card.count("| only |") == 2 and "never trained on scores" in card
+
+
+def test_an_export_says_what_it_was_taught_and_warns_of_the_rest(tmp_path):
+    out = export_to_hf.export(miniature.saved(tmp_path / "run", tasks=("score", "caption")), str(tmp_path / "hf"))
+    taught = json.loads((out / "config.json").read_text())["taught"]
+    assert taught == {"process": "only", "tasks": ["score", "caption"], "skills": ["score"]}
+    assert "score, caption" in (out / "README.md").read_text()
+    model = transformers.AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True)
+    pictures = [np.zeros((32, 32, 3), np.uint8)]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="this model never learned")
+        model.score(pictures)
+    for unlearned in (lambda: model.comment(pictures, max_new_tokens=1),
+                      lambda: model.score(pictures, reader="levels")):
+        with pytest.warns(UserWarning, match="never learned"):
+            unlearned()
 
 
 # ---- what goes wrong ----------------------------------------------------------------------------------------------

@@ -11,15 +11,18 @@ class CalmConfig(PretrainedConfig):
         llama: vocab, width, depth, heads, kv_heads, mlp_width, eps, rope_theta and positions.
         score_head: width, hidden channels of the regression head; 0 is none.
         lora: rank, alpha, and targets (names of the linear layers that carry a low-rank update); rank 0 is none.
+        taught: what its last training taught it: process, tasks, and skills (score, levels, head, comment, suggest,
+            attributes, personalise, ask); None where that is not known.
     """
 
     model_type = "calm"
 
     def __init__(self, vit=None, taps=None, qformer=None, llama=None, lora=None, score_head=None,
-                 **kwargs):
+                 taught=None, **kwargs):
         self.vit, self.taps, self.qformer, self.llama = vit or {}, taps or {}, qformer or {}, llama or {}
         self.lora = lora or {"rank": 0, "alpha": 1.0, "targets": []}
         self.score_head = score_head or {"width": 0}
+        self.taught = taught
         # Names that transformers' generation and caches ask for.
         self.vocab_size = self.llama.get("vocab", 0)
         self.hidden_size = self.llama.get("width", 0)

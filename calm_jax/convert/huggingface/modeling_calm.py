@@ -6,6 +6,7 @@ numbers do not depend on its version.
 
 import itertools
 import os
+import warnings
 
 import torch
 import torch.nn.functional as F
@@ -502,6 +503,7 @@ class CalmForCausalLM(PreTrainedModel, GenerationMixin):
             raise ValueError(f"there is no reader {reader!r}; there are {', '.join(SAID)} and head")
         if reader == "head" and not self.config.score_head["width"]:
             raise ValueError("this model has no regression head; leave reader='head' out")
+        self._learned(reader if reader in ("levels", "head") else "score")
         read = self._head if reader == "head" else self._tree(SAID[reader])
         instruction = self.processor.instructions["level" if reader == "levels" else "score"]
         scores = []
@@ -547,8 +549,16 @@ class CalmForCausalLM(PreTrainedModel, GenerationMixin):
 
         return read
 
+    def _learned(self, skill):
+        """Warns of answers that mean nothing, because the last training did not teach them."""
+        taught = self.config.taught
+        if taught is not None and skill not in taught["skills"]:
+            warnings.warn(f"this model never learned what is asked ({skill}), so that its answers mean nothing; its "
+                          f"last training taught it {', '.join(taught['tasks']) or 'nothing'}", stacklevel=3)
+
     def comment(self, images, max_new_tokens=128, batch_size=8, **generation):
         """What the model says of each picture when asked for a comment; `generation` goes to `generate`."""
+        self._learned("comment")
         return self.ask(images, self.processor.instructions["comment"], max_new_tokens, batch_size, **generation)
 
     @torch.no_grad()
