@@ -28,6 +28,7 @@ from calm_jax.training.startup import Startup
 from calm_jax.training.step import State
 
 MIN_EXAMPLES = 200  # before that many, a share of bad records says little
+REPEATED = 1.0  # seconds after which a second signal is a second request
 UNTRACED = 5  # first steps of a process, which compile and warm up
 
 
@@ -303,7 +304,7 @@ class StopSignal:
     """
 
     def __init__(self):
-        self.received = ""
+        self.received, self._since = "", 0.0
 
     def now(self, step: int) -> bool:
         """Whether to stop behind this step; all processes must ask at every step, and get the same answer."""
@@ -320,9 +321,13 @@ class StopSignal:
         return self
 
     def _note(self, number, _):
-        if self.received:  # asked twice: do not wait for the step to end
-            raise KeyboardInterrupt
-        self.received = signal.Signals(number).name
+        if self.received:
+            # Asked twice: do not wait for the step to end. One request can come twice at once: the kernel tells of a
+            # parent's end for every thread of it.
+            if time.monotonic() - self._since > REPEATED:
+                raise KeyboardInterrupt
+            return
+        self.received, self._since = signal.Signals(number).name, time.monotonic()
 
     def __exit__(self, *_):
         for number, handler in self._old.items():
