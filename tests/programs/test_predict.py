@@ -352,7 +352,7 @@ def test_a_personal_verdict_from_a_table(album, checkpoint, model, tmp_path):
     ("image,score\na.jpg,7\n", {}, "row 2: the score '7' is no number from 1 to 5"),
     ("image,score\na.jpg,nan\n", {}, "the score 'nan' is no number"),
     ("image,score\na.jpg,good\n", {}, "the score 'good' is no number"),
-    ("image,score\na.jpg\n", {}, "the score None is no number"),
+    ("image,score\na.jpg\n", {}, "row 2: the score"),
     ("image,score,user\na.jpg,3,ann\n", {"user": "anne"}, "know no user 'anne'; the nearest is 'ann'"),
     ("image,score\na.jpg,3\n", {"user": "ann"}, "know no user 'ann'")])
 def test_wrong_ratings_are_refused(tmp_path, text, options, sentence):
