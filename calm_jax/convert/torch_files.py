@@ -145,7 +145,8 @@ def _of_index(index: pathlib.Path) -> dict[str, Tensor]:
             raise table.refuse(f"{shard[:200]!r} is no name of a file beside it")
     missing = [shard for shard in shards if not _is_file(index.parent / shard)]
     if missing:
-        raise FileError(f"{index.parent} lacks {len(missing)} of its {len(shards)} shards: {', '.join(missing[:20])}"
+        named = ", ".join(shard.encode("unicode_escape").decode() for shard in missing[:20])
+        raise FileError(f"{index.parent} lacks {len(missing)} of its {len(shards)} shards: {named}"
                         f"{', ...' if len(missing) > 20 else ''}; fetch them again")
     found: dict[str, Tensor] = {}
     for shard in shards:

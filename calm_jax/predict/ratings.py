@@ -32,14 +32,14 @@ def read_ratings(table: str, user: str, scale: Sequence[str]) -> list[tuple[str,
                                          "table image,score")
         with file.open(encoding="utf-8-sig", newline="") as stream:
             reader = csv.DictReader(stream, skipinitialspace=True)
-            rows = list(reader)
+            fields, rows = set(reader.fieldnames or ()), list(reader)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise config_lib.ConfigError(f"the ratings {table} cannot be read: {error}") from None
-    missing = {"image", "score"} - set(reader.fieldnames or ())
+    missing = {"image", "score"} - fields
     if missing:
         raise config_lib.ConfigError(f"the ratings {table} have no column {' and no '.join(sorted(missing))}; the "
                                      "first line names the columns: image,score or image,score,user")
-    users = sorted({row["user"] or "" for row in rows}) if "user" in reader.fieldnames else []
+    users = sorted({row["user"] or "" for row in rows}) if "user" in fields else []
     if user and user not in users:
         raise config_lib.ConfigError(f"the ratings {table} know no user {user!r}{config_lib.nearest(user, users)}")
     if not user and len(users) > 1:

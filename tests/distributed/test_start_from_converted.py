@@ -194,7 +194,7 @@ def test_the_program_trains_from_it_on_eight_devices(tmp_path):
     values = {
         "model": {name: model[name] for name in ("vit", "depths", "qformer", "llama")} | {"remat": "none"},
         "init": str(out), "tokenizer": str(out / "tokenizer.model"), "run": ("generic",), "log_every": 1,
-        "processes": {"generic": {"steps": 2, "batch": 8, "eval_every": 0, "eval_batches": 1,  # the first rate is zero
+        "processes": {"generic": {"steps": 2, "batch": 8, "eval_every": 0, "eval_batches": 1,
                                   "optimizer": {"peak_lr": rate, "scale": ()},
                                   "row": {"tokens": 192, "images": 2, "answers": 64}}}}
     done = miniature.run(miniature.command(tmp_path / "run", values=values), miniature.environment(devices=8))
@@ -205,7 +205,8 @@ def test_the_program_trains_from_it_on_eight_devices(tmp_path):
     assert len(losses) == 2 and np.isfinite(losses).all()
     _, before = test_conversion.values(out)
     _, after = test_conversion.values(tmp_path / "run")
-    assert checkpoint.find(tmp_path / "run").meta["base"] == str(out)
+    assert checkpoint.find(tmp_path / "run").meta["base"]["path"] == str(out)
     moved = {path: float(np.abs(after[path] - before[path]).max()) for path in before}
-    assert max(moved.values()) < 1.1 * rate  # Adam's first step; random numbers would be far off
+    # Two steps of Adam, at the rate and at half of it; random numbers would be far off.
+    assert max(moved.values()) < 1.6 * rate
     assert min(moved[path] for path in before if path.startswith(("vit/blocks", "llama/"))) > 0

@@ -160,7 +160,7 @@ class Stored:
                 starts = np.load(path.with_suffix(".npy"), mmap_mode="r")
                 with open(path, "rb") as stream:  # an empty file cannot be mapped
                     text = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) if path.stat().st_size else b""
-            except (OSError, ValueError) as error:
+            except (OSError, ValueError, EOFError) as error:
                 raise config_lib.ConfigError(f"{path} cannot be read ({error}); prepare {self.name} again with "
                                              "--rebuild") from None
             self._open["labels", split] = (starts, text)
