@@ -10,7 +10,6 @@ import runpy
 import signal
 import sys
 import threading
-import types
 from collections.abc import Callable
 
 from absl import app, flags, logging
@@ -65,7 +64,7 @@ def run(main: Callable[..., int | None], *, words: bool = False) -> None:
 
     terminal.protect()
     logging.get_absl_handler().python_handler.stream = sys.stderr  # it took the unprotected one when it was made
-    threading.excepthook, sys.excepthook = _in_a_thread, _unhandled
+    threading.excepthook = _in_a_thread
 
     def parse(argv):
         try:
@@ -194,12 +193,6 @@ def _in_a_thread(happened: threading.ExceptHookArgs) -> None:
             print(f"warning: {shown(_of_system(happened.exc_value))}", file=sys.stderr, flush=True)
     else:
         threading.__excepthook__(happened)
-
-
-def _unhandled(kind: type[BaseException], value: BaseException, trace: types.TracebackType | None) -> None:
-    """TensorStore prints this where a write ends after another has failed, of which the program then speaks itself."""
-    if not (kind is RuntimeError and str(value) == "Event loop is closed"):
-        sys.__excepthook__(kind, value, trace)
 
 
 def _quietly() -> None:
