@@ -13,7 +13,6 @@ import hashlib
 import json
 import pathlib
 import random
-import re
 import subprocess
 import sys
 import time
@@ -152,16 +151,14 @@ def unbroken(sources, env, tmp_path_factory):
     return ask
 
 
-# TensorStore writes this itself, past every hook of Python and between other lines, where one write ends after another
-# has failed on a full disk and Orbax has closed its loop: known, and to be mended there.
-LATE = re.compile(r"Traceback \(most recent call last\):(?=\n  File \"[^\"]*asyncio/base_events.py\", line \d+, in "
-                  r"call_soon_threadsafe\n)")
-
-
 def sentences(text: str, code: int) -> None:
-    """No traceback; and where it failed, an error is said."""
-    text = LATE.sub("", text)
-    assert "Traceback" not in text and "Exception ignored" not in text, text
+    """No traceback; and where it failed, an error is said.
+
+    Of one kind alone there may be some: TensorStore writes them itself, past every hook of Python and several at once,
+    where a write ends after another has failed on a full disk and Orbax has closed its loop. To be mended there.
+    """
+    assert text.count("Traceback") <= text.count("in call_soon_threadsafe"), text
+    assert "Exception ignored" not in text, text
     assert code == 0 or "error: " in text, text
 
 
