@@ -21,6 +21,7 @@ import numpy as np
 import PIL.Image
 
 from calm_jax import config as config_lib
+from calm_jax.checkpoints import lineage, restore
 from calm_jax.data import attributes as attributes_lib
 from calm_jax.data import pictures
 from calm_jax.data.cues import bank, fingerprint
@@ -29,11 +30,12 @@ from calm_jax.data.samples import Answer, ImageRef, Mention, Sample, Turn
 from calm_jax.data.scale import HIGHEST, LOWEST, READERS, checked, mapped
 from calm_jax.data.tasks import instructions, skills
 from calm_jax.data.tasks.opinions import contexts, in_context
+from calm_jax.errors import ConfigError
+from calm_jax.inference import choice
 from calm_jax.inference.decoding import GREEDY, Sampling
 from calm_jax.inference.generate import Generator, Pixels
 from calm_jax.inference.once import once
 from calm_jax.inference.scorer import Score
-from calm_jax.training import choice, restore
 
 Picture: TypeAlias = str | os.PathLike | bytes | PIL.Image.Image | np.ndarray
 SCALE = (LOWEST, HIGHEST)
@@ -96,7 +98,7 @@ class Model:
     def __init__(self, checkpoint: str | os.PathLike, *, batch: int = 16, process: str = "",
                  say: Callable[[str], None] | None = None):
         if batch < 1:
-            raise config_lib.ConfigError(f"batch={batch} is not positive")
+            raise ConfigError(f"batch={batch} is not positive")
         self.path, self.batch, self._process, self._say = checkpoint, batch, process, say
         self.processes = choice.processes(checkpoint, process)
         self._loaded: dict[str, Loaded] = {}
@@ -176,7 +178,7 @@ class Model:
                scale: tuple[float, float] = SCALE) -> Iterator[Score]:
         """`score` of `count` pictures, which `pixels(0)` to `pixels(count - 1)` read ahead of the device."""
         if reader not in READERS:
-            raise config_lib.ConfigError(f"there is no reader {reader!r}{config_lib.nearest(reader, READERS)}")
+            raise ConfigError(f"there is no reader {reader!r}{config_lib.nearest(reader, READERS)}")
         scale = checked(scale)
         one = self.loaded(skills.for_reader(reader))
         asked = _about(one, count, instructions.for_reader(reader))
@@ -196,12 +198,12 @@ class Model:
           ConfigError: nothing is rated, a score is off the scale, or so many shots do not fit.
         """
         if not rated:
-            raise config_lib.ConfigError("no picture is rated; a personal score needs at least one")
+            raise ConfigError("no picture is rated; a personal score needs at least one")
         lowest, highest = scale = checked(scale)
         for place, (_, score) in enumerate(rated, 1):
             if not lowest <= score <= highest:
-                raise config_lib.ConfigError(f"rated picture {place} has the score {score:g}, which is not from "
-                                             f"{lowest:g} to {highest:g}, the scale")
+                raise ConfigError(f"rated picture {place} has the score {score:g}, which is not from "
+                                  f"{lowest:g} to {highest:g}, the scale")
         one = self.loaded("personalise")
         generator = one.generator
         shown = [pictures.fit(pictures.pixels(picture), generator.size) for picture, _ in rated]
@@ -245,8 +247,8 @@ class Model:
         asked = [attribute for attribute in attributes_lib.ATTRIBUTES.values()
                  if attribute.absolute and attribute.level in one.parts]
         if not asked:
-            raise config_lib.ConfigError(f"{one.path} computes the parts {', '.join(one.parts)}, none of which "
-                                         "answers for an attribute")
+            raise ConfigError(f"{one.path} computes the parts {', '.join(one.parts)}, none of which "
+                              "answers for an attribute")
         questions = ((_sample(index, (attribute.level,), one.phrases[attribute.name].questions[0]), 0)
                      for index in range(count) for attribute in asked)
         # The questions about a picture come one after the other: it is read and made small once.
@@ -272,14 +274,14 @@ def comment_on(aspect: str) -> str:
     if not aspect:
         return instructions.COMMENT[0]
     if aspect not in instructions.ASPECTS:
-        raise config_lib.ConfigError(f"there is no aspect {aspect!r}"
-                                     f"{config_lib.nearest(aspect, tuple(instructions.ASPECTS))}")
+        raise ConfigError(f"there is no aspect {aspect!r}"
+                          f"{config_lib.nearest(aspect, tuple(instructions.ASPECTS))}")
     return instructions.ASPECTS[aspect]
 
 
 def _load(chosen: choice.Choice) -> Loaded:
     restored = restore.model(chosen.path)
-    process, identity = restored.config.processes[chosen.process], restored.saved.identity
+    process, identity = restored.config.processes[chosen.process], lineage.identity(restored.saved)
     if process.cues:
         identity["cues"] = fingerprint(process.cues)
     model, parameters, tokenizer, dtype = (restored.config.model, restored.parameters, restored.tokenizer,

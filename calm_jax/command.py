@@ -17,11 +17,11 @@ from ml_collections import config_flags
 
 from calm_jax import config as config_lib
 from calm_jax import terminal
+from calm_jax.errors import ConfigError
 from calm_jax.terminal import shown
 
 ADDRESSES = ("base_url",)  # flags whose value is one
 LONGEST = 3000  # characters of a sentence
-POINTLESS = 3  # exit code: it cannot go on, and would end in the same way if it were started again
 
 
 def define_config() -> flags.FlagHolder:
@@ -33,7 +33,7 @@ def define_config() -> flags.FlagHolder:
 def config(holder: flags.FlagHolder) -> config_lib.Config:
     """The validated config of the command line."""
     if holder.value is None:
-        raise config_lib.ConfigError("name a configuration: --config configs/finetune.py")
+        raise ConfigError("name a configuration: --config configs/finetune.py")
     return config_lib.from_config_dict(holder.value)
 
 
@@ -50,7 +50,7 @@ def require(*names: str) -> flags.FlagValues:
     """
     for name in names:
         if not flags.FLAGS[name].value:
-            raise config_lib.ConfigError(f"--{name} is missing: {flags.FLAGS[name].help}")
+            raise ConfigError(f"--{name} is missing: {flags.FLAGS[name].help}")
     return flags.FLAGS
 
 
@@ -80,7 +80,7 @@ def run(main: Callable[..., int | None], *, words: bool = False) -> None:
             _fail(f"there is no flag --{error.flagname}{hint}", 2)
         except flags.Error as error:
             _fail(str(error), 2)
-        except config_lib.ConfigError as error:
+        except ConfigError as error:
             _fail(str(error), 2)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             _fail(str(error).splitlines()[0], 2)
@@ -88,12 +88,10 @@ def run(main: Callable[..., int | None], *, words: bool = False) -> None:
     def guarded(argv):
         try:
             if not words and len(argv) > 1:
-                raise config_lib.ConfigError(f"{argv[1]!r} is no flag; flags begin with two dashes")
+                raise ConfigError(f"{argv[1]!r} is no flag; flags begin with two dashes")
             code = main(argv[1:]) if words else main()
             sys.stdout.flush()  # a full disk or a closed pipe is met here at the latest
             sys.exit(code)
-        except config_lib.ConfigError as error:
-            _fail(str(error), 2)
         except KeyboardInterrupt:
             _fail("interrupted", 128 + signal.SIGINT)
         except BrokenPipeError:  # whoever read the output has read enough
@@ -103,14 +101,10 @@ def run(main: Callable[..., int | None], *, words: bool = False) -> None:
             _quietly()
             _fail(_of_system(error), 1)
         except Exception as error:
-            # Imported late: programs that need no JAX and Orbax should not wait for them.
-            from calm_jax.data.samples import BadRecord
-            from calm_jax.training.checkpoint import CheckpointError
-            from calm_jax.training.loop import TrainingError
-            if not isinstance(error, (BadRecord, CheckpointError, TrainingError)):
+            code = getattr(error, "exit_code", None)  # of `errors`, and of a bad picture
+            if code is None:
                 raise
-            # The code that tells a supervisor that to try again is pointless.
-            _fail(str(error), POINTLESS if isinstance(error, TrainingError) else 1)
+            _fail(str(error), code)
 
     app.run(guarded, flags_parser=parse)
 
@@ -144,22 +138,22 @@ def _check_config(argv: list[str]) -> None:
         return
     path, _, variant = given[-1].partition(":")
     if not pathlib.Path(path).is_file():
-        raise config_lib.ConfigError(f"there is no configuration file {path}; ours are configs/pretrain.py and "
-                                     "configs/finetune.py, with a variant behind a colon")
+        raise ConfigError(f"there is no configuration file {path}; ours are configs/pretrain.py and "
+                          "configs/finetune.py, with a variant behind a colon")
     try:
         values = runpy.run_path(path)["get_config"](*[variant] if variant else [])
-    except config_lib.ConfigError:
+    except ConfigError:
         raise
     except Exception as error:
-        raise config_lib.ConfigError(f"the configuration {given[-1]} fails: {error!r}") from None
+        raise ConfigError(f"the configuration {given[-1]} fails: {error!r}") from None
     for word in words:
         if word.startswith("config."):
             node, known = values, "config"
             for piece in word.partition("=")[0].split(".")[1:]:
                 names = list(node.keys()) if hasattr(node, "keys") else []
                 if piece not in names:
-                    raise config_lib.ConfigError(f"{known}.{piece} is not a field"
-                                                 + (config_lib.nearest(piece, names) if names else ""))
+                    raise ConfigError(f"{known}.{piece} is not a field"
+                                      + (config_lib.nearest(piece, names) if names else ""))
                 node, known = node[piece], f"{known}.{piece}"
 
 

@@ -18,13 +18,11 @@ from typing import Any
 
 import ml_collections
 
+from calm_jax.errors import ConfigError
+
 PARTS = ("low", "middle", "high", "thematic")  # the LLM's input order (paper)
 LEVELS = PARTS[:3]
 VARIANTS = ("tiny", "small", "7b", "13b")
-
-
-class ConfigError(ValueError):
-    """A configuration that cannot be used; the message names the field and the remedy."""
 
 
 def field(default: Any, doc: str, source: str, *, choices: tuple = (), runtime: bool = False, form: str = "",

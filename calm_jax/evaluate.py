@@ -25,13 +25,16 @@ from absl import flags
 
 from calm_jax import command, files
 from calm_jax import config as config_lib
+from calm_jax.checkpoints import lineage, locate, on_disk, restore
+from calm_jax.checkpoints.meta import Saved
 from calm_jax.data import builders, cues, scale
 from calm_jax.data.samples import Dataset
 from calm_jax.data.tasks import skills
+from calm_jax.errors import ConfigError
 from calm_jax.evaluation import charts, peers, personalised, protocols, suggesting
 from calm_jax.evaluation.replies import Replies
+from calm_jax.inference import choice
 from calm_jax.inference.generate import Generator
-from calm_jax.training import checkpoint, choice, restore
 from calm_jax.training.startup import keep_programs
 
 TASKS = ("attributes", "scoring", "commenting", "suggesting", "personalised")
@@ -109,33 +112,33 @@ def _kept(file: pathlib.Path) -> tuple[pathlib.Path, pathlib.Path]:
 def _chosen(path: str, options: Options) -> list[choice.Choice]:
     """What is measured: the model, and its control if there is one, which may be one that never learned the task."""
     return [choice.choose(path, options.skill, process=options.process,
-                          as_it_is=not checkpoint.is_workdir(pathlib.Path(path))),
+                          as_it_is=not locate.is_workdir(pathlib.Path(path))),
             *([choice.choose(options.control, options.skill, as_it_is=True)] if options.control else ())]
 
 
-def _found(path: str, options: Options) -> tuple[checkpoint.Saved, checkpoint.Saved | None]:
+def _found(path: str, options: Options) -> tuple[Saved, Saved | None]:
     """The checkpoints of a model and of its control."""
-    saved, *control = (checkpoint.find(chosen.path) for chosen in _chosen(path, options))
+    saved, *control = (locate.find(chosen.path) for chosen in _chosen(path, options))
     return saved, control[0] if control else None
 
 
-def _asked(path: str, options: Options, dataset: Dataset, saved: checkpoint.Saved,
-           control: checkpoint.Saved | None) -> dict[str, Any]:
+def _asked(path: str, options: Options, dataset: Dataset, saved: Saved,
+           control: Saved | None) -> dict[str, Any]:
     """What a result is an answer to: the options, and the content of everything that they name."""
     process = saved.meta["config"]["processes"].get(saved.meta["process"], {})
     asked_in = cues.fingerprint(process.get("cues", "")) if options.task == "attributes" else ""
     return json.loads(json.dumps({
-        "model": str(path), **saved.identity, "beside": control.identity if control else None,
+        "model": str(path), **lineage.identity(saved), "beside": lineage.identity(control) if control else None,
         "data": dataset.fingerprint, "cues": asked_in, **dataclasses.asdict(options)}))
 
 
-def _answers(saved: checkpoint.Saved, options: Options, dataset: Dataset, indices: Sequence[int],
+def _answers(saved: Saved, options: Options, dataset: Dataset, indices: Sequence[int],
              replies: pathlib.Path, asked: Mapping[str, Any]) -> list:
     model = restore.whole(saved)
     trained = model.config.processes[model.saved.meta["process"]]
     parts = trained.parts if options.task != "attributes" else config_lib.LEVELS
     generator = Replies(Generator(model.config.model, model.parameters, model.tokenizer, parts, model.dtype), replies,
-                        {**asked, "replies": saved.identity})
+                        {**asked, "replies": lineage.identity(saved)})
     del model  # the generator holds its weights in arrays of its own
     if options.task == "attributes":
         unlearned = [f"the level {level}" for level in config_lib.LEVELS if level not in trained.parts]
@@ -274,9 +277,9 @@ def main() -> None:
     try:
         shots = tuple(sorted({int(count) for count in given.shots}))
     except ValueError:
-        raise config_lib.ConfigError(f"--shots {','.join(given.shots)} are not all whole numbers") from None
+        raise ConfigError(f"--shots {','.join(given.shots)} are not all whole numbers") from None
     if min(shots) < 0:
-        raise config_lib.ConfigError(f"--shots {','.join(given.shots)}: fewer than none cannot be shown")
+        raise ConfigError(f"--shots {','.join(given.shots)}: fewer than none cannot be shown")
     options = Options(given.task, given.dataset, given.data_dir, given.split, given.reader, given.records,
                       given.control, given.process, given.threshold, shots, given.raters, given.shown, given.context,
                       given.spice)
@@ -305,10 +308,10 @@ def result_name(task: str, dataset: str, split: str, reader: str = "text") -> st
 
 def _once(path: str, options: Options, file: pathlib.Path) -> dict[str, Any]:
     """As `_measured`, of the checkpoint that is there: training may go on, and prune the one that was found."""
-    for _ in range(checkpoint.TRIES):
+    for _ in range(locate.TRIES):
         try:
             return _measured(path, options, file)
-        except checkpoint.Vanished as error:
+        except on_disk.Vanished as error:
             vanished = error
     raise vanished
 

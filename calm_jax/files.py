@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from calm_jax import config as config_lib
+from calm_jax.errors import ConfigError
 
 _turns = itertools.count()
 MARK = b'<meta name="generator" content="calm_jax">'  # in the head of pages that are written
@@ -157,13 +157,13 @@ def output(path: str | os.PathLike, flag: str = "--out", *, ours: Callable[[Path
     """
     path = Path(path)
     if path.is_dir():
-        raise config_lib.ConfigError(f"{flag} {path} is a folder; name a file in it")
+        raise ConfigError(f"{flag} {path} is a folder; name a file in it")
     if path.suffix.lower() in PICTURES or _is_picture(path):
-        raise config_lib.ConfigError(f"{flag} {path} is a picture, which would be overwritten; name a file for the "
-                                     "results")
+        raise ConfigError(f"{flag} {path} is a picture, which would be overwritten; name a file for the "
+                          "results")
     if ours and os.path.lexists(path) and not (path.is_file() and (not path.stat().st_size or ours(path))):
-        raise config_lib.ConfigError(f"{flag} {path} is there already and was not written by this program; name "
-                                     "another file, or move it away")
+        raise ConfigError(f"{flag} {path} is there already and was not written by this program; name "
+                          "another file, or move it away")
     folder(path.parent, flag)
     return path
 
@@ -178,12 +178,12 @@ def folder(path: str | os.PathLike, flag: str = "--out") -> Path:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except FileExistsError:
-        raise config_lib.ConfigError(f"{flag}: {path} is a file, where a folder is meant; name another") from None
+        raise ConfigError(f"{flag}: {path} is a file, where a folder is meant; name another") from None
     except OSError as error:
-        raise config_lib.ConfigError(f"{flag}: the folder {path} cannot be made: {error.strerror or error}; name "
-                                     "another") from None
+        raise ConfigError(f"{flag}: the folder {path} cannot be made: {error.strerror or error}; name "
+                          "another") from None
     if not os.access(path, os.W_OK | os.X_OK):
-        raise config_lib.ConfigError(f"{flag}: nothing may be written in the folder {path}; name another place")
+        raise ConfigError(f"{flag}: nothing may be written in the folder {path}; name another place")
     return path
 
 

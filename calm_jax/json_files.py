@@ -15,14 +15,14 @@ import reprlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from calm_jax import config as config_lib
+from calm_jax.errors import ConfigError
 
 LARGEST = 1 << 25  # bytes; the index of a model of a thousand billion parameters is a third of it
 NEEDED: Any = object()  # default of a field that must be there
 Error = Callable[[str], Exception]
 
 
-def load(path: str | os.PathLike, *, remedy: str, error: Error = config_lib.ConfigError, nan: bool = False) -> Any:
+def load(path: str | os.PathLike, *, remedy: str, error: Error = ConfigError, nan: bool = False) -> Any:
     """The value in a JSON file of any of JSON's encodings, with or without a byte-order mark.
 
     Args:
@@ -51,7 +51,7 @@ def load(path: str | os.PathLike, *, remedy: str, error: Error = config_lib.Conf
         raise error(f"{path} is damaged: it is no JSON ({problem}); {remedy}") from None
 
 
-def table(path: str | os.PathLike, *, remedy: str, error: Error = config_lib.ConfigError, nan: bool = False) -> Table:
+def table(path: str | os.PathLike, *, remedy: str, error: Error = ConfigError, nan: bool = False) -> Table:
     """The table in a JSON file; raises as `load`, and where it holds another thing."""
     value = load(path, remedy=remedy, error=error, nan=nan)
     if not isinstance(value, dict):
@@ -84,7 +84,7 @@ class Table:
     values: Mapping[str, Any]
     name: str
     remedy: str = "fetch it again"
-    error: Error = config_lib.ConfigError
+    error: Error = ConfigError
 
     def __contains__(self, field: str) -> bool:
         return self.values.get(field) is not None

@@ -18,12 +18,13 @@ import pathlib
 import jax
 from absl import flags
 
-from calm_jax import command
+from calm_jax import command, sharding
 from calm_jax import config as config_lib
 from calm_jax.data import builders
 from calm_jax.data.tokenizer import Tokenizer
+from calm_jax.errors import ConfigError
 from calm_jax.models.parameters import Geometry
-from calm_jax.training import filters, loop, processes, sharding
+from calm_jax.training import filters, loop, processes
 from calm_jax.training.startup import Startup, keep_programs
 from calm_jax.training.workdir import check, claim, held
 
@@ -45,8 +46,8 @@ def train(config: config_lib.Config, workdir: pathlib.Path, *, startup: Startup 
         check(workdir, config)
         tokenizer = Tokenizer(config.tokenizer)
         if tokenizer.vocab != config.model.llama.vocab:
-            raise config_lib.ConfigError(f"the tokenizer {tokenizer.path} has {tokenizer.vocab} pieces and "
-                                         f"model.llama.vocab is {config.model.llama.vocab}; set one to fit the other")
+            raise ConfigError(f"the tokenizer {tokenizer.path} has {tokenizer.vocab} pieces and "
+                              f"model.llama.vocab is {config.model.llama.vocab}; set one to fit the other")
         mesh = sharding.make_mesh(config.mesh)
         geometry = Geometry.of(config.model)
         datasets = {}

@@ -36,21 +36,22 @@ import numpy as np
 from PIL import Image
 
 from calm_jax import config as config_lib
+from calm_jax.checkpoints import locate, on_disk, restore
 from calm_jax.convert import tables, torch_files
 from calm_jax.data import builders, cues, pictures
 from calm_jax.data.builders import store, stored
 from calm_jax.data.cues import stored as stored_cues
 from calm_jax.data.samples import BadRecord
 from calm_jax.data.tokenizer import SHIPPED, Tokenizer
+from calm_jax.errors import CheckpointError, ConfigError
 from calm_jax.models.parameters import Geometry
 from calm_jax.predict.ratings import read_ratings
-from calm_jax.training import checkpoint, restore
 from tools import convert_from_hf
 
 PATIENCE = 20  # seconds for one item
 LONGEST = 8_000  # characters of a message
 # An error of the system is made a sentence where programs end (calm_jax.command).
-SENTENCES = (config_lib.ConfigError, BadRecord, checkpoint.CheckpointError, OSError)
+SENTENCES = (ConfigError, BadRecord, CheckpointError, OSError)
 Rng = random.Random
 
 
@@ -291,7 +292,7 @@ def saved() -> pathlib.Path:
     root = _scratch() / "workdir"
     miniature.saved(root / "checkpoints" / "only")
     (root / "config.json").write_text(json.dumps(dataclasses.asdict(miniature.config())))
-    checkpoint.write_json(root / "checkpoints" / "only" / "best.json", {"step": 3})
+    on_disk.write_json(root / "checkpoints" / "only" / "best.json", {"step": 3})
     return root
 
 
@@ -341,7 +342,7 @@ def convert(folder: pathlib.Path) -> None:
     out = folder.with_name("out")
     convert_from_hf.convert(str(folder / "vit"), str(folder / "llm"), [str(folder / "qformer")], str(out),
                             say=lambda _: None)
-    checkpoint.find(out)
+    locate.find(out)
 
 
 def convert_file(folder: pathlib.Path) -> None:
@@ -351,7 +352,7 @@ def convert_file(folder: pathlib.Path) -> None:
 
 
 def read_checkpoint(folder: pathlib.Path) -> None:
-    found = checkpoint.find(folder)
+    found = locate.find(folder)
     config_lib.from_config_dict(found.meta["config"])
     restore.tokenizer(found)
     for leaf in restore.lazily(found).values():
@@ -682,7 +683,7 @@ def checkpoint_items() -> tuple[dict[str, Callable], Callable]:
             place = folder / "checkpoints" / "only" / "00000003"
             text = change((place / "meta.json").read_text(), rng, outside)
             (place / "meta.json").write_text(text, errors="surrogatepass")
-            checkpoint.write_marker(place)
+            on_disk.write_marker(place)
         return item
 
     def marker(change):
@@ -722,7 +723,7 @@ def checkpoint_items() -> tuple[dict[str, Callable], Callable]:
                            *arrays])
         harm(path, rng)
         if kind == 1 and (inside / "meta.json").is_file():
-            checkpoint.write_marker(inside)
+            on_disk.write_marker(inside)
         return None
 
     secret = "../../../../../outside/secret.json"

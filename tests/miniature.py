@@ -77,14 +77,14 @@ def batch(model: config_lib.Model, of: config_lib.Process, seed: int = 0) -> dic
 def saved(folder: pathlib.Path, parts: tuple[str, ...] = PROCESS.parts, tasks: tuple[str, ...] = (), **changes) -> str:
     """A checkpoint as training saves it, of random parameters, which says that it learned some tasks or, without any
     named, all; `changes` are fields of MODEL."""
+    from calm_jax.checkpoints.store import Checkpoints
     from calm_jax.data.tasks import TASKS
     from calm_jax.data.tokenizer import Tokenizer  # here: what only starts programs needs no JAX
     from calm_jax.models.parameters import initial
-    from calm_jax.training import checkpoint
     model = dataclasses.replace(MODEL, **changes)
     parameters = jax.jit(lambda key: initial(model, key))(jax.random.key(1))
     parameters = {path: leaf + 0.1 if path.endswith("lora/b") else leaf for path, leaf in parameters.items()}
-    checkpoints = checkpoint.Checkpoints(folder, config_lib.Checkpoint())
+    checkpoints = Checkpoints(folder, config_lib.Checkpoint())
     meta = {"process": "only", "rows": 0, "best": None, "trained": sorted(parameters), "base": "", "seed": 0,
             "config": dataclasses.asdict(config(model=model, processes={"only": process(
                 parts=parts, tasks=dict.fromkeys(tasks or TASKS, 1.0), support=(1, 1),

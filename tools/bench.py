@@ -26,6 +26,7 @@ from absl import flags
 
 from calm_jax import command, files
 from calm_jax import config as config_lib
+from calm_jax.errors import ConfigError
 from tools import bench_conversion, bench_data, bench_inference, bench_page, bench_train, contenders
 
 _CONFIG = command.define_config()
@@ -45,8 +46,8 @@ NOT_SHOWN = ("--out", "--append", "--scratch")  # in the command that a table na
 
 def main(what: list[str]) -> None:
     if what not in (["train"], ["inference"], ["data"], ["conversion"]):
-        raise config_lib.ConfigError("say what to measure: train, inference, data or conversion, not "
-                                     f"{' '.join(what) or 'nothing'}")
+        raise ConfigError("say what to measure: train, inference, data or conversion, not "
+                          f"{' '.join(what) or 'nothing'}")
     if _OUT.value:
         files.output(_OUT.value, ours=files.json_with("results", "command"))
     if _APPEND.value:
@@ -72,7 +73,7 @@ def _one_process(config: config_lib.Config) -> config_lib.Config:
     """The config with --process alone, of --rows rows at a time."""
     name = _PROCESS.value or config.run[0]
     if name not in config.processes:
-        raise config_lib.ConfigError(f"there is no process {name!r}{config_lib.nearest(name, config.processes)}")
+        raise ConfigError(f"there is no process {name!r}{config_lib.nearest(name, config.processes)}")
     process = dataclasses.replace(config.processes[name], batch=_ROWS.value, accumulate=1)
     return dataclasses.replace(config, run=(name,), processes={name: process})
 

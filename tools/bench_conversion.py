@@ -23,6 +23,7 @@ import tqdm
 
 from calm_jax import config as config_lib
 from calm_jax.convert import tables, torch_files
+from calm_jax.errors import ConfigError
 from calm_jax.models.parameters import Geometry
 
 SHARD = 10 * 10**9  # bytes of a shard, as transformers writes by default when Vicuna was published
@@ -175,5 +176,5 @@ def _watched(command: list[str]) -> int:
         peak = max([peak, *(1024 * int(line.split()[1]) for line in status.splitlines() if line.startswith("RssAnon"))])
         time.sleep(0.05)
     if child.wait():
-        raise config_lib.ConfigError(f"{command[2]} ended with exit code {child.returncode}; its message is above")
+        raise ConfigError(f"{command[2]} ended with exit code {child.returncode}; its message is above")
     return peak

@@ -30,6 +30,7 @@ from calm_jax import config as config_lib
 from calm_jax.data import attributes, builders, images, pipeline, prompts
 from calm_jax.data.samples import Edit, ImageRef
 from calm_jax.data.tokenizer import Tokenizer
+from calm_jax.errors import ConfigError
 from calm_jax.models.vit import MEAN, STD
 
 PICTURES = 300
@@ -57,7 +58,7 @@ def measure(config: config_lib.Config, process: config_lib.Process, scratch: pat
                 done = subprocess.run([sys.executable, "-m", "tools.bench_data", side, str(scratch), str(seconds),
                                        text], capture_output=True, text=True)
                 if done.returncode:
-                    raise config_lib.ConfigError(f"{side} failed: {done.stderr[-2000:]}")
+                    raise ConfigError(f"{side} failed: {done.stderr[-2000:]}")
                 rates[side].append(float(done.stdout.splitlines()[-1]))
                 print(f"  round {number + 1}: {side:<10}{rates[side][-1]:>8.1f} pictures/s", flush=True)
     finally:

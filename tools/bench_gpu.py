@@ -26,6 +26,7 @@ from absl import flags
 
 from calm_jax import command
 from calm_jax import config as config_lib
+from calm_jax.errors import ConfigError
 from tools import bench_train, contenders
 
 SCRATCH = ("tiny", "small")  # sizes whose config freezes nothing
@@ -97,8 +98,8 @@ def fitting(config: config_lib.Config, memory: float) -> int:
     one = state(bench_train.with_depth(config, 1), TRAINED + COPY)
     depth = 1 + math.floor((room - one) / ((all_of_them - one) / (blocks - 1)))
     if depth < 1:
-        raise config_lib.ConfigError(f"one block of the language model takes {one / 2**30:.1f} GiB with all that is "
-                                     f"beside it, and {room / 2**30:.1f} GiB are there")
+        raise ConfigError(f"one block of the language model takes {one / 2**30:.1f} GiB with all that is "
+                          f"beside it, and {room / 2**30:.1f} GiB are there")
     return depth
 
 
@@ -113,8 +114,8 @@ def measure(names: list[str], size: str, folder: pathlib.Path, *, rows: int, rou
             print(f"\n{name}: python -m tools.bench {shlex.join(words)}", flush=True)
             result = run(words, folder, name)
             if error := result["results"]["calm_jax"].get("error"):
-                raise config_lib.ConfigError(error)
-        except config_lib.ConfigError as error:
+                raise ConfigError(error)
+        except ConfigError as error:
             wrong.append(f"{name}: {error}")
             print(wrong[-1], flush=True)
     if wrong:
@@ -139,7 +140,7 @@ def run(words: list[str], folder: pathlib.Path, name: str) -> dict:
     if done.returncode or not out.is_file():
         said = log.read_text().rpartition(f"==== {name}\n")[2].split("\n")
         last = next((line.strip() for line in reversed(said) if line.strip()), "no message")
-        raise config_lib.ConfigError(f"failed with exit code {done.returncode}: {last} (see {log})")
+        raise ConfigError(f"failed with exit code {done.returncode}: {last} (see {log})")
     return json.loads(out.read_text())
 
 
@@ -148,7 +149,7 @@ def main() -> int:
     names = given.only or list(NAMES)
     for name in names:
         if name not in NAMES:
-            raise config_lib.ConfigError(f"--only {name}: there is no such benchmark{config_lib.nearest(name, NAMES)}")
+            raise ConfigError(f"--only {name}: there is no such benchmark{config_lib.nearest(name, NAMES)}")
     device = contenders.probe()
     contenders.stay_on_cpu()
     known = "" if device["memory"] is None else f", {device['memory'] / 2**30:.1f} GiB"

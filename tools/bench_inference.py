@@ -25,6 +25,7 @@ import numpy as np
 from calm_jax import config as config_lib
 from calm_jax.data.samples import Answer, ImageRef, Mention, Sample, Turn
 from calm_jax.data.tasks import instructions
+from calm_jax.errors import ConfigError
 from tools import contenders
 
 SCORED, TOKENS = 8, 64  # pictures of a batch, tokens of an answer
@@ -84,11 +85,11 @@ def _row(played: contenders.Played, names: list[str]) -> dict:
 
 def _checkpoint(config: config_lib.Config, folder: pathlib.Path) -> pathlib.Path:
     """One of no arrays: everything is drawn from its seed when it is read."""
+    from calm_jax.checkpoints.store import Checkpoints
     from calm_jax.data.tokenizer import Tokenizer
-    from calm_jax.training import checkpoint
     meta = {"process": config.run[0], "rows": 0, "best": None, "trained": [], "base": "", "seed": config.seed,
             "config": dataclasses.asdict(config), "tokenizer": Tokenizer(config.tokenizer).fingerprint}
-    store = checkpoint.Checkpoints(folder, config_lib.Checkpoint())
+    store = Checkpoints(folder, config_lib.Checkpoint())
     store.save(1, {"parameters": {}, "optimizer": ()}, meta)
     store.close()
     return folder
@@ -103,7 +104,7 @@ def _agree(last: Mapping[str, Mapping], precise: bool) -> float:
     ours, theirs = last["calm_jax"], last["torch"]
     worst = float(np.abs(np.subtract(ours[f"score {SCORED}"], theirs[f"score {SCORED}"])).max())
     if precise and not worst <= TOLERANCE:
-        raise config_lib.ConfigError(f"the two sides do not compute the same: scores differ by {worst:.1e}")
+        raise ConfigError(f"the two sides do not compute the same: scores differ by {worst:.1e}")
     for batch in BATCHES:
         if ours[f"answer {batch}"] != theirs[f"answer {batch}"]:
             print(f"  note: not all greedy tokens are the same at batch {batch}; random weights have near ties",
@@ -139,9 +140,9 @@ def _pictures(size: int) -> list[np.ndarray]:
 
 
 def _calm_jax(source: str):
+    from calm_jax.checkpoints import restore
     from calm_jax.inference.decoding import Sampling
     from calm_jax.inference.generate import Generator
-    from calm_jax.training import restore
     model = restore.model(source)
     generator = Generator(model.config.model, model.parameters, model.tokenizer, dtype=model.dtype)
     del model

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pathlib
 from collections.abc import Sequence
 
-from calm_jax import config as config_lib
 from calm_jax import files
+from calm_jax.errors import ConfigError
 
 COMMON = ("date", "machine", "command")  # the first columns of every table
 
@@ -32,7 +32,7 @@ def append(page: pathlib.Path, section: str, columns: Sequence[str], rows: Seque
     end = next((i for i in range(begin, len(lines)) if lines[i].startswith("## ")), len(lines))
     place = next((i for i in range(begin, end) if lines[i].startswith("|")), None)
     if place is None or lines[place] != header:
-        raise config_lib.ConfigError(f"{page}: the table below '## {section}' does not begin with {header}")
+        raise ConfigError(f"{page}: the table below '## {section}' does not begin with {header}")
     while place < end and lines[place].startswith("|"):
         place += 1
     lines[place:place] = filled

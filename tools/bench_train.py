@@ -29,6 +29,7 @@ from typing import Any
 import numpy as np
 
 from calm_jax import config as config_lib
+from calm_jax.errors import ConfigError
 from tools import contenders
 
 SECTION = "Training step"  # of docs/benchmarks.md, and the columns of its table
@@ -54,7 +55,7 @@ def measure(config: config_lib.Config, *, against: bool, rounds: int, depth: int
     blocks = config.model.llama.depth
     if depth:
         if not 0 < depth <= blocks:
-            raise config_lib.ConfigError(f"--depth {depth}: the language model has {blocks} blocks")
+            raise ConfigError(f"--depth {depth}: the language model has {blocks} blocks")
         config = with_depth(config, depth)
     process = config.processes[config.run[0]]
     learns = learning(config)
@@ -142,14 +143,14 @@ def whole(config: config_lib.Config, learns: Mapping[str, bool]) -> None:
         mixed = [path for path, learn in learns.items()
                  if path.startswith(prefix) and "/lora/" not in path and learn != parts[name]]
         if mixed:
-            raise config_lib.ConfigError(f"--against torch freezes whole parts, and of {prefix}* the process teaches a "
-                                         f"part: {mixed[0]} is frozen; measure it alone, or change train and freeze")
+            raise ConfigError(f"--against torch freezes whole parts, and of {prefix}* the process teaches a "
+                              f"part: {mixed[0]} is frozen; measure it alone, or change train and freeze")
     updates = [path for path in learns if "/lora/" in path]
     if any(not path.startswith("llama/blocks/") for path in updates):
-        raise config_lib.ConfigError("--against torch has low-rank updates in the blocks of the language model only; "
-                                     f"model.lora.targets={config.model.lora.targets!r} asks for others")
+        raise ConfigError("--against torch has low-rank updates in the blocks of the language model only; "
+                          f"model.lora.targets={config.model.lora.targets!r} asks for others")
     if config.processes[config.run[0]].score_head:
-        raise config_lib.ConfigError("--against torch has no regression head; measure a variant without +head")
+        raise ConfigError("--against torch has no regression head; measure a variant without +head")
 
 
 def make_batch(config: config_lib.Config, seed: int = 0) -> dict[str, np.ndarray]:
@@ -163,7 +164,7 @@ def make_batch(config: config_lib.Config, seed: int = 0) -> dict[str, np.ndarray
     seen = sum(model.visual_tokens(part) for part in process.parts)
     count = min(row.images, row.tokens // (seen + 4))  # conversations, each with at least a few words
     if not count:
-        raise config_lib.ConfigError(f"row.tokens={row.tokens} does not hold the {seen} visual tokens of a picture")
+        raise ConfigError(f"row.tokens={row.tokens} does not hold the {seen} visual tokens of a picture")
     length = row.tokens // count
     answers = min(row.answers // count, length - seen - 2)
     side = model.vit.image_size
@@ -197,8 +198,8 @@ def jax_step(config: config_lib.Config) -> tuple[Callable[[], float], dict[str, 
     import jax
     import jax.numpy as jnp
 
+    from calm_jax import sharding
     from calm_jax.models.parameters import Geometry
-    from calm_jax.training import sharding
     from calm_jax.training.setup import Setup
     from calm_jax.training.step import State
     name = config.run[0]

@@ -32,17 +32,18 @@ from PIL import Image
 
 from calm_jax import command
 from calm_jax import config as config_lib
+from calm_jax.checkpoints import restore
 from calm_jax.data import pictures
 from calm_jax.data.prompts import Layout
 from calm_jax.data.samples import Answer, ImageRef, Mention, Sample, Turn
 from calm_jax.data.tasks import instructions
+from calm_jax.errors import ConfigError
 from calm_jax.inference.decoding import Sampling
 from calm_jax.inference.generate import Generator, bucket
 from calm_jax.models import layers
 from calm_jax.models.calm import Calm
 from calm_jax.models.llama import rotary
 from calm_jax.models.vit import normalise
-from calm_jax.training import restore
 
 QUESTIONS = ("What is wrong with the light here, and what would you do about it?", "Describe the picture.",
              "Which of them is the best, and why?", "Please comment on sharpness and noise.")
@@ -109,8 +110,8 @@ def check(source: str, hf: str, *, images: tuple[str, ...] = (), python: str = s
       CheckpointError: as `restore.model`.
     """
     if not (pathlib.Path(hf) / "processor_config.json").is_file():
-        raise config_lib.ConfigError(f"{hf} is no folder that tools.export_to_hf wrote: it has no "
-                                     "processor_config.json")
+        raise ConfigError(f"{hf} is no folder that tools.export_to_hf wrote: it has no "
+                          "processor_config.json")
     with tempfile.TemporaryDirectory() as scratch:
         folder = pathlib.Path(scratch)
         files = [str(pathlib.Path(file).absolute()) for file in images] or made(folder)
@@ -161,7 +162,7 @@ def _torch(python: str, hf: str, folder: pathlib.Path) -> None:
     done = subprocess.run([python, str(script), str(pathlib.Path(hf).absolute()), str(folder / "request.json"),
                            str(folder)], env=environment, text=True, stderr=subprocess.PIPE)
     if done.returncode:
-        raise config_lib.ConfigError(f"the torch side failed under {python}:\n{done.stderr[-3000:]}")
+        raise ConfigError(f"the torch side failed under {python}:\n{done.stderr[-3000:]}")
 
 
 def _compare(generator: Generator, cases, files, readers, folder, tolerance, new_tokens) -> Result:

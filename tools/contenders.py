@@ -23,7 +23,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from calm_jax import config as config_lib
+from calm_jax.errors import ConfigError
 
 # Unless the caller's environment says otherwise: JAX takes nearly all of a GPU's memory at once, so that nothing is
 # lost to pieces between the buffers, and torch joins its pieces.
@@ -92,7 +92,7 @@ def _note(played: Played, into: dict, said: dict) -> None:
 def _same_device(found: Mapping[str, Played]) -> None:
     kinds = {name: f"{played.device['count']} {played.device['platform']}" for name, played in found.items()}
     if len(set(kinds.values())) > 1:
-        raise config_lib.ConfigError(
+        raise ConfigError(
             "contenders must share their device, and " + ", ".join(f"{name} has {kind}" for name, kind in kinds.items())
             + "; install both for the same one, and show one device alone (CUDA_VISIBLE_DEVICES=0)")
 
@@ -115,7 +115,7 @@ class _Worker:
             return json.loads(text)
         if self.process.wait() == -9:  # by the system: nobody else kills it while it is read from
             return {"error": OUT_OF_MEMORY}
-        raise config_lib.ConfigError(f"the contender {self.name} died; its message is above")
+        raise ConfigError(f"the contender {self.name} died; its message is above")
 
     def end(self) -> None:
         """Returns when its memory is free again."""
@@ -198,7 +198,7 @@ def probe() -> dict[str, Any]:
     code = "import json; from tools import contenders; print(json.dumps(contenders.device('jax')))"
     done = subprocess.run([sys.executable, "-c", code], text=True, stdout=subprocess.PIPE, env=ENVIRONMENT | os.environ)
     if done.returncode:
-        raise config_lib.ConfigError("JAX finds no device; its message is above")
+        raise ConfigError("JAX finds no device; its message is above")
     return json.loads(done.stdout.splitlines()[-1])
 
 

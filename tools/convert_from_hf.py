@@ -22,10 +22,11 @@ from absl import flags
 
 from calm_jax import command
 from calm_jax import config as config_lib
+from calm_jax.checkpoints import streaming
 from calm_jax.convert import geometry, tables, torch_files
 from calm_jax.data.tokenizer import Tokenizer
+from calm_jax.errors import ConfigError
 from calm_jax.models.parameters import Geometry
-from calm_jax.training import streaming
 
 Tensors = Mapping[str, torch_files.Tensor]
 Pieces = dict[str, list[tuple[tuple[int, ...], torch_files.Tensor, tables.Rearrange]]]
@@ -47,7 +48,7 @@ def convert(vit: str, llm: str, qformers: list[str], out: str, seed: int = 0,
       CheckpointError: `out` exists, or cannot be written.
     """
     if len(qformers) not in (0, 1, 3):
-        raise config_lib.ConfigError(f"--qformer takes one Q-Former for all levels or three, not {len(qformers)}")
+        raise ConfigError(f"--qformer takes one Q-Former for all levels or three, not {len(qformers)}")
     places = {"vit": torch_files.locate(vit), "llm": torch_files.locate(llm)}
     sources = [torch_files.locate(name) for name in qformers]
     found = [torch_files.tensors(path) for path in sources]
@@ -88,7 +89,7 @@ def _model(vit: pathlib.Path, llm: pathlib.Path, qformers: list[config_lib.QForm
                                 llama=geometry.llama(geometry.read(llm)))
     if qformers:
         if any(kind != qformers[0] for kind in qformers):
-            raise config_lib.ConfigError("the Q-Formers of the three levels differ in geometry; CALM's are alike")
+            raise ConfigError("the Q-Formers of the three levels differ in geometry; CALM's are alike")
         model = dataclasses.replace(model, qformer=qformers[0])
     return model
 
@@ -99,7 +100,7 @@ def _qformer(path: pathlib.Path, found: Tensors) -> config_lib.QFormer:
         return geometry.qformer(geometry.read(path))
     try:
         return geometry.qformer_of({name: tensor.shape for name, tensor in found.items()})
-    except config_lib.ConfigError as error:
+    except ConfigError as error:
         raise geometry.GeometryError(f"{path}: {error}") from None
 
 
@@ -108,8 +109,8 @@ def _tokenizer(llm: pathlib.Path, cfg: config_lib.Llama) -> Tokenizer:
     tokenizer = Tokenizer(str(path), remedy="it is the SentencePiece model that belongs to the language model beside it"
                           ": fetch it into that folder (a tokenizer.json is not read)")
     if tokenizer.vocab != cfg.vocab:
-        raise config_lib.ConfigError(f"{path} has {tokenizer.vocab} pieces and the language model beside it "
-                                     f"{cfg.vocab}; they do not belong together: fetch both from one place")
+        raise ConfigError(f"{path} has {tokenizer.vocab} pieces and the language model beside it "
+                          f"{cfg.vocab}; they do not belong together: fetch both from one place")
     return tokenizer
 
 

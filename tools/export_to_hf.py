@@ -29,12 +29,14 @@ from absl import flags
 
 from calm_jax import command, files
 from calm_jax import config as config_lib
+from calm_jax.checkpoints import locate, restore
+from calm_jax.checkpoints.meta import Saved
 from calm_jax.convert import huggingface, tables, torch_files
 from calm_jax.data import pictures, prompts
 from calm_jax.data.tasks import instructions, skills
 from calm_jax.data.tokenizer import Tokenizer
+from calm_jax.errors import CheckpointError, ConfigError
 from calm_jax.models import vit as vit_lib
-from calm_jax.training import checkpoint, restore
 from tools import model_card
 
 DTYPES = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
@@ -64,14 +66,14 @@ def export(source: str, out: str, *, merge_lora: bool = False, parts: bool = Fal
     """
     path = pathlib.Path(out).absolute()
     if path.exists():
-        raise checkpoint.CheckpointError(f"{path} exists already; choose another folder, or remove it first")
-    saved = checkpoint.find(source)
+        raise CheckpointError(f"{path} exists already; choose another folder, or remove it first")
+    saved = locate.find(source)
     model = saved.config.model
     tokenizer = restore.tokenizer(saved)
     leaves = restore.lazily(saved)
     if merge_lora:
         if not model.lora.rank:
-            raise config_lib.ConfigError(f"{saved.path} has no low-rank updates to merge; leave --merge-lora out")
+            raise ConfigError(f"{saved.path} has no low-rank updates to merge; leave --merge-lora out")
         leaves = merged(leaves, model.lora)
         model = dataclasses.replace(model, lora=dataclasses.replace(model.lora, rank=0))
     if dtype != "stored":
@@ -84,8 +86,8 @@ def export(source: str, out: str, *, merge_lora: bool = False, parts: bool = Fal
             for folder in folders:  # the whole comes last: its config.json makes the folder one
                 _write(partial / folder.place, folder, bar.update)
     except OSError as error:
-        raise checkpoint.CheckpointError(f"{path} could not be written: {error}; free some space or choose another "
-                                         "place, and run the same command again") from error
+        raise CheckpointError(f"{path} could not be written: {error}; free some space or choose another "
+                              "place, and run the same command again") from error
     return path
 
 
@@ -150,7 +152,7 @@ def _tensor(entry: tables.Entry, leaf: restore.Lazy) -> torch_files.Tensor:
 # ---- the whole ------------------------------------------------------------------------------------------------------
 
 
-def whole(saved: checkpoint.Saved, model: config_lib.Model, leaves: Leaves, tokenizer: Tokenizer) -> Folder:
+def whole(saved: Saved, model: config_lib.Model, leaves: Leaves, tokenizer: Tokenizer) -> Folder:
     """The model under its own class, with the files that compute it."""
     table = tables.calm(model)
     updates = tables.lora(table, leaves)
@@ -182,7 +184,7 @@ def whole(saved: checkpoint.Saved, model: config_lib.Model, leaves: Leaves, toke
         "config.json": config}, files)
 
 
-def taught(saved: checkpoint.Saved) -> dict[str, Any]:
+def taught(saved: Saved) -> dict[str, Any]:
     """What a checkpoint's own process taught it, as JSON values; what came before counts as unlearned."""
     process = config_lib.from_config_dict(saved.meta["config"]).processes.get(saved.meta["process"])
     return {"process": saved.meta["process"], "tasks": [*skills.learned(process)] if process else [],

@@ -33,6 +33,7 @@ from absl import flags
 
 from calm_jax import command, evaluate, files
 from calm_jax import config as config_lib
+from calm_jax.errors import ConfigError
 from calm_jax.training import logging
 from tools import commands
 
@@ -174,7 +175,7 @@ def trees(data_dir: str) -> dict[str, dict]:
     try:
         from sklearn.ensemble import HistGradientBoostingRegressor
     except ImportError:
-        raise config_lib.ConfigError("boosted trees need scikit-learn; run: pip install calm_jax[demo]") from None
+        raise ConfigError("boosted trees need scikit-learn; run: pip install calm_jax[demo]") from None
 
     from calm_jax.data import builders, pipeline
     from calm_jax.data.scale import mapped
@@ -289,7 +290,7 @@ def main() -> int:
     workdir = pathlib.Path(given.workdir)
     files.folder(workdir, "--workdir")
     if not pathlib.Path(CONFIG).is_file():
-        raise config_lib.ConfigError("run it in the root of the repository, where configs/ lies")
+        raise ConfigError("run it in the root of the repository, where configs/ lies")
     more = [f"--config.{override}" for override in given.override]
     steps = plan(workdir, given.data_dir, given.steps, more)
     if code := run(steps, workdir, given.beside):

@@ -30,9 +30,9 @@ import tqdm
 from absl import flags
 
 from calm_jax import command, files
-from calm_jax import config as config_lib
 from calm_jax.data import attributes
 from calm_jax.data.cues import stored
+from calm_jax.errors import ConfigError
 from tools.cue_requests import Harvest, Request
 
 PRICES_OF = "2026-03"
@@ -61,11 +61,11 @@ class Journal:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file = path.open("ab+", buffering=0)
         except OSError as error:
-            raise config_lib.ConfigError(f"{path} cannot be written: {error}; choose another --out") from None
+            raise ConfigError(f"{path} cannot be written: {error}; choose another --out") from None
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise config_lib.ConfigError(f"another run is writing {path}; wait for it or stop it") from None
+            raise ConfigError(f"another run is writing {path}; wait for it or stop it") from None
         self.entries = self._read()
 
     def _read(self) -> list[dict[str, Any]]:
@@ -81,8 +81,8 @@ class Journal:
                 entries.append({**entry, "key": str(entry["key"]), "attempt": int(entry["attempt"]),
                                 "text": str(entry["text"])})
             except (ValueError, KeyError, TypeError):
-                raise config_lib.ConfigError(f"line {number} of {self.path} is damaged; remove that line, and its "
-                                             "reply is asked for again") from None
+                raise ConfigError(f"line {number} of {self.path} is damaged; remove that line, and its "
+                                  "reply is asked for again") from None
         return entries
 
     def append(self, entry: dict[str, Any]) -> None:
@@ -115,7 +115,7 @@ def price(model: str, given: str | None) -> tuple[float, float] | None:
         try:
             sent, received = map(float, given.split(","))
         except ValueError:
-            raise config_lib.ConfigError(f"--price_per_million={given!r} is not IN,OUT, such as 0.5,1.5") from None
+            raise ConfigError(f"--price_per_million={given!r} is not IN,OUT, such as 0.5,1.5") from None
         return sent, received
     fitting = [name for name in PRICES if model == name or model.startswith(f"{name}-")]
     return PRICES[max(fitting, key=len)] if fitting else None
@@ -304,8 +304,8 @@ def make(out: str, *, model: str, key: str, base_url: str | None = None, per_pla
                           names=names or list(attributes.ATTRIBUTES))
         for entry in journal.entries:
             if entry.get("model") != model:
-                raise config_lib.ConfigError(f"{out} holds replies of {entry.get('model')!r}; choose another --out for "
-                                             f"{model!r}")
+                raise ConfigError(f"{out} holds replies of {entry.get('model')!r}; choose another --out for "
+                                  f"{model!r}")
             harvest.take(entry)
         if journal.entries:
             say(f"{len(journal.entries)} replies are in {journal.path} and are not asked for again")
@@ -341,9 +341,9 @@ def _client(key: str, base_url: str | None, retries: int) -> tuple[openai.AsyncO
         host = (url.hostname or "") + (f":{url.port}" if url.port else "")
     except Exception as error:  # the client's URL parser has errors of its own
         given = base_url or os.environ.get("OPENAI_BASE_URL")
-        raise config_lib.ConfigError(f"--base_url={given!r} cannot be used: {error}") from None
+        raise ConfigError(f"--base_url={given!r} cannot be used: {error}") from None
     if url.scheme not in ("http", "https") or not host:
-        raise config_lib.ConfigError(f"--base_url={str(client.base_url)!r} is no address such as https://host/v1")
+        raise ConfigError(f"--base_url={str(client.base_url)!r} is no address such as https://host/v1")
     return client, host
 
 
@@ -363,18 +363,18 @@ def _ask_person(cost: str) -> bool:
     try:
         return input("start? [y/N] ").strip().lower() in ("y", "yes")
     except EOFError:
-        raise config_lib.ConfigError("nobody is there to confirm the cost; add --yes") from None
+        raise ConfigError("nobody is there to confirm the cost; add --yes") from None
 
 
 def main() -> int:
     given = command.require("out", "model")
     for flag in ("per_place", "concurrency", "attempts"):
         if given[flag].value < 1:
-            raise config_lib.ConfigError(f"--{flag}={given[flag].value} is below 1")
+            raise ConfigError(f"--{flag}={given[flag].value} is below 1")
     key = os.environ.get("OPENAI_API_KEY", "").strip()
     if not key:
-        raise config_lib.ConfigError("OPENAI_API_KEY is not set; export the key of the endpoint, or any word for one "
-                                     "that needs none")
+        raise ConfigError("OPENAI_API_KEY is not set; export the key of the endpoint, or any word for one "
+                          "that needs none")
     try:
         path = make(given.out, model=given.model, key=key, base_url=given.base_url, per_place=given.per_place,
                     concurrency=given.concurrency, attempts=given.attempts, retries=given.retries,

@@ -9,20 +9,22 @@ from typing import Any
 import numpy as np
 
 from calm_jax import config as config_lib
+from calm_jax.checkpoints import lineage
+from calm_jax.checkpoints.meta import Saved
 from calm_jax.convert import torch_files
 from calm_jax.data import scale
 from calm_jax.data.tasks import skills
-from calm_jax.training import checkpoint
+from calm_jax.errors import CheckpointError
 
 
-def card(saved: checkpoint.Saved, model: config_lib.Model, content: Sequence[torch_files.Tensor],
+def card(saved: Saved, model: config_lib.Model, content: Sequence[torch_files.Tensor],
          taught: Mapping[str, Any]) -> str:
     """The README.md of the whole model: use, what it was taught, scale of the scores, training, sizes, licences.
 
     Args:
       taught: by its own process: process, tasks and skills.
     """
-    history, sources = lineage(saved)
+    history, sources = ancestry(saved)
     count = sum(int(np.prod(tensor.shape, dtype=np.int64)) for tensor in content)
     dtypes = sorted({tensor.dtype.name for tensor in content})
     licences = sorted({source["licence"] for _, source in sources if source["licence"]})
@@ -79,11 +81,11 @@ def card(saved: checkpoint.Saved, model: config_lib.Model, content: Sequence[tor
         "The licences of the parts and of the training data go with the weights; the code is Apache-2.0.", ""])
 
 
-def lineage(saved: checkpoint.Saved) -> tuple[list[dict[str, Any]], list[tuple[str, dict[str, str]]]]:
+def ancestry(saved: Saved) -> tuple[list[dict[str, Any]], list[tuple[str, dict[str, str]]]]:
     """Training processes that led to a checkpoint, oldest first, and the parts that began it, as far as the
     checkpoints on the way are still where they were."""
     history: list[dict[str, Any]] = []
-    at: checkpoint.Saved | None = saved
+    at: Saved | None = saved
     while at is not None:
         if sources := at.meta.get("sources"):
             parts = [("encoder", sources["vit"]), ("language model", sources["llm"]),
@@ -91,8 +93,8 @@ def lineage(saved: checkpoint.Saved) -> tuple[list[dict[str, Any]], list[tuple[s
             return history, parts
         config = at.meta["config"]
         if at.meta["process"] not in config["run"]:
-            raise checkpoint.CheckpointError(f"{at.path} is of the process {at.meta['process']!r}, which its own "
-                                             "config does not run; use another checkpoint")
+            raise CheckpointError(f"{at.path} is of the process {at.meta['process']!r}, which its own "
+                                  "config does not run; use another checkpoint")
         last = config["run"].index(at.meta["process"])
         done = []
         for name in config["run"][:last + 1]:
@@ -102,8 +104,8 @@ def lineage(saved: checkpoint.Saved) -> tuple[list[dict[str, Any]], list[tuple[s
                          "tasks": [task for task, share in process["tasks"].items() if share]})
         history = done + history
         try:
-            at = checkpoint.base(at)
-        except checkpoint.CheckpointError:
+            at = lineage.base(at)
+        except CheckpointError:
             history.insert(0, {"process": f"{config['init']} (no longer there)", "steps": "", "batch": "",
                                "dataset": "", "tasks": []})
             at = None

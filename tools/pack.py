@@ -23,7 +23,7 @@ from absl import flags
 from packaging.requirements import Requirement
 
 from calm_jax import command, files
-from calm_jax import config as config_lib
+from calm_jax.errors import ConfigError
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 NAME = "calm_jax-pack"  # the folder inside
@@ -71,7 +71,7 @@ def download(folder: pathlib.Path, python: str, arch: str, glibc: int) -> None:
     known = pins(python, arch)
     missing = [name for name in CARRIED if name not in known]
     if missing:
-        raise config_lib.ConfigError(f"the lock file has no version of {', '.join(missing)}; run: make lock")
+        raise ConfigError(f"the lock file has no version of {', '.join(missing)}; run: make lock")
     platforms = [f"manylinux_2_{minor}_{arch}" for minor in range(glibc, 4, -1)]
     platforms += [f"manylinux{year}_{arch}" for year in ("2014", "2010", "1")]
     done = subprocess.run(
@@ -82,7 +82,7 @@ def download(folder: pathlib.Path, python: str, arch: str, glibc: int) -> None:
         text=True, stderr=subprocess.PIPE)
     if done.returncode:
         errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or done.stderr.splitlines()
-        raise config_lib.ConfigError(f"pip could not fetch the wheels: {errors[-1] if errors else 'it said nothing'}")
+        raise ConfigError(f"pip could not fetch the wheels: {errors[-1] if errors else 'it said nothing'}")
 
 
 def code(root: pathlib.Path) -> list[str]:
@@ -94,7 +94,7 @@ def code(root: pathlib.Path) -> list[str]:
     done = subprocess.run(["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=root, text=True,
                           capture_output=True)
     if done.returncode:
-        raise config_lib.ConfigError(f"{root} is no git working tree: {done.stderr.strip()}")
+        raise ConfigError(f"{root} is no git working tree: {done.stderr.strip()}")
     return sorted(path for path in set(done.stdout.split("\0")) if path and (root / path).is_file())
 
 
@@ -117,7 +117,7 @@ def pack(out: pathlib.Path, wheels: pathlib.Path, limit: float) -> int:
     size = packed.stat().st_size
     if size > limit:
         largest = sorted(members.items(), key=lambda item: -item[1].stat().st_size)[:3]
-        raise config_lib.ConfigError(
+        raise ConfigError(
             f"the pack would take {size / 1e6:.1f} MB of at most {limit / 1e6:.1f}; the largest of it: "
             + ", ".join(f"{name} ({file.stat().st_size / 1e6:.1f} MB)" for name, file in largest)
             + "; take something out, or raise --limit")

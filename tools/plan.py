@@ -30,6 +30,7 @@ from absl import flags
 
 from calm_jax import command, files
 from calm_jax import config as config_lib
+from calm_jax.errors import ConfigError
 
 GIB = 2 ** 30
 MFU = 0.4  # of the peak, assumed
@@ -78,18 +79,18 @@ class Topology:
         """
         found = SPEC.fullmatch(spec)
         if found is None or found["kind"] not in CHIPS:
-            raise config_lib.ConfigError(f"--topology {spec} is none that is known; write it as v5e-16, v5e:4x4, "
-                                         f"2xv5e-16 (two slices), v5p-8 or a100:8, of {', '.join(CHIPS)}")
+            raise ConfigError(f"--topology {spec} is none that is known; write it as v5e-16, v5e:4x4, "
+                              f"2xv5e-16 (two slices), v5p-8 or a100:8, of {', '.join(CHIPS)}")
         kind, shape = found["kind"], found["shape"]
         if shape is None:
             if not kind.startswith("v"):
-                raise config_lib.ConfigError(f"--topology {spec}: write --topology {kind}:{found['count']}")
+                raise ConfigError(f"--topology {spec}: write --topology {kind}:{found['count']}")
             known = FLAT if kind in ("v5e", "v6e") else DEEP
             shape = known.get(int(found["count"]))
             if shape is None:
-                raise config_lib.ConfigError(f"--topology {spec}: {kind} comes in "
-                                             f"{', '.join(f'{kind}-{n}' for n in known)}; write another shape as "
-                                             f"{kind}:{'4x4' if known is FLAT else '2x2x2'}")
+                raise ConfigError(f"--topology {spec}: {kind} comes in "
+                                  f"{', '.join(f'{kind}-{n}' for n in known)}; write another shape as "
+                                  f"{kind}:{'4x4' if known is FLAT else '2x2x2'}")
         return cls(kind, int(found["slices"] or 1), shape, spec)
 
     @property
@@ -126,15 +127,15 @@ class Topology:
         if importlib.util.find_spec("libtpu") is None:
             beside = pathlib.Path(sys.prefix) / "libtpu"  # of each environment its own: it has to fit its JAX
             if not beside.is_dir():
-                raise config_lib.ConfigError("planning for a TPU needs its compiler, not a TPU; run: make plan-env")
+                raise ConfigError("planning for a TPU needs its compiler, not a TPU; run: make plan-env")
             sys.path.append(str(beside))
         from jax.experimental import topologies
         more = {"num_slices": self.slices} if self.slices > 1 else {}
         try:
             return topologies.get_topology_desc(f"{self.kind}:{self.shape}", "tpu", **more).devices
         except Exception as error:
-            raise config_lib.ConfigError(f"the TPU compiler knows no slice {self.kind}:{self.shape}: "
-                                         f"{str(error).splitlines()[0]}") from error
+            raise ConfigError(f"the TPU compiler knows no slice {self.kind}:{self.shape}: "
+                              f"{str(error).splitlines()[0]}") from error
 
 
 # ---- what a compiled program holds and does ------------------------------------------------------------------------
@@ -222,8 +223,8 @@ def plan(config: config_lib.Config, name: str, topology: Topology, *, inference:
     """
     import jax
 
+    from calm_jax import sharding
     from calm_jax.models.parameters import Geometry
-    from calm_jax.training import sharding
     from calm_jax.training.setup import Setup
     from tools import flops
     begin = time.monotonic()
@@ -287,13 +288,13 @@ def _scorer(config: config_lib.Config, setup: Any, rows: int) -> tuple[Any, dict
     import jax
     import jax.numpy as jnp
 
+    from calm_jax import sharding
     from calm_jax.data.prompts import Layout, encode
     from calm_jax.data.samples import Answer, ImageRef, Mention, Sample, Turn
     from calm_jax.data.tasks import instructions
     from calm_jax.data.tokenizer import Tokenizer
     from calm_jax.inference import generate, scorer
     from calm_jax.models.parameters import BLOCKS, Geometry
-    from calm_jax.training import sharding
     from tools import flops
     model, mesh, tokenizer = config.model, setup.mesh, Tokenizer(config.tokenizer)
     parts = setup.process.parts
@@ -392,7 +393,7 @@ def main() -> int:
     config = command.config(_CONFIG)
     name = given.process or config.run[-1]
     if name not in config.processes:
-        raise config_lib.ConfigError(f"there is no process {name!r}{config_lib.nearest(name, config.processes)}")
+        raise ConfigError(f"there is no process {name!r}{config_lib.nearest(name, config.processes)}")
     found = plan(config, name, topology, inference=given.inference, rows=given.rows, hlo=given.hlo)
     print(show(found))
     if given.out:

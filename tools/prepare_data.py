@@ -13,9 +13,9 @@ from __future__ import annotations
 from absl import flags
 
 from calm_jax import command
-from calm_jax import config as config_lib
 from calm_jax.data import builders
 from calm_jax.data.builders import store
+from calm_jax.errors import ConfigError
 
 
 def numbers(name: str, text: str | None, count: int) -> tuple[float, ...] | None:
@@ -31,7 +31,7 @@ def numbers(name: str, text: str | None, count: int) -> tuple[float, ...] | None
     except ValueError:
         values = ()
     if len(values) != count:
-        raise config_lib.ConfigError(f"--{name} {text} is not {count} numbers with commas between them")
+        raise ConfigError(f"--{name} {text} is not {count} numbers with commas between them")
     return values
 
 

@@ -23,6 +23,7 @@ from calm_jax import config as config_lib
 from calm_jax.data import attributes, builders, pipeline
 from calm_jax.data.samples import ImageRef
 from calm_jax.data.tokenizer import Tokenizer
+from calm_jax.errors import ConfigError
 
 LEARN, MASKED, CHIP, PLAIN = "learn", "masked", "chip", ""
 
@@ -37,7 +38,7 @@ def page(config: config_lib.Config, name: str, *, split: str, shown: int, title:
       ConfigError: there is no such process or dataset.
     """
     if name not in config.processes:
-        raise config_lib.ConfigError(f"the config has no process {name!r}{config_lib.nearest(name, config.processes)}")
+        raise ConfigError(f"the config has no process {name!r}{config_lib.nearest(name, config.processes)}")
     process = config.processes[name]
     datasets = {dataset: builders.load(dataset, config.data.dir) for dataset in process.datasets}
     rows = pipeline.Rows(process, datasets, Tokenizer(config.tokenizer), config.model, seed=config.seed, split=split)

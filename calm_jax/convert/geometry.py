@@ -11,6 +11,7 @@ from collections.abc import Mapping
 
 from calm_jax import config as config_lib
 from calm_jax import json_files
+from calm_jax.errors import ConfigError
 
 HEAD = 64  # channels of an attention head in BERT, from which every public Q-Former descends
 BLOCK = re.compile(r"(?:(?:Qformer\.bert|qformer)\.)?encoder\.layer\.([0-9]{1,4})\.(.+)")
@@ -19,7 +20,7 @@ CHANNELS, BLOCKS, PIXELS, TOKENS = 1 << 18, 1 << 10, 1 << 14, 1 << 26
 WHOLE_QFORMERS = ("blip_2", "instructblip")  # models that keep their Q-Former's config inside of their own
 
 
-class GeometryError(config_lib.ConfigError):
+class GeometryError(ConfigError):
     """A model that CALM cannot be assembled from; one sentence with every reason."""
 
 

@@ -16,13 +16,14 @@ import einops
 import numpy as np
 
 from calm_jax import config as config_lib
+from calm_jax.errors import ConfigError
 
 Shapes = Mapping[str, tuple[int, ...]]
 TILE = 256  # rows and columns
 NAMED = 10  # tensors that one sentence names
 
 
-class WeightError(config_lib.ConfigError):
+class WeightError(ConfigError):
     """Tensors and leaves that do not correspond; the message names the first of them, `problems` all."""
 
     def __init__(self, problems: Iterable[str]):

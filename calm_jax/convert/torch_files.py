@@ -19,8 +19,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from calm_jax import config as config_lib
 from calm_jax import json_files
+from calm_jax.errors import ConfigError
 
 SINGLE = ("model.safetensors", "pytorch_model.bin")
 INDICES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
@@ -30,7 +30,7 @@ CARD = 1 << 20  # bytes of a README.md at most
 DTYPES = {"BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16), "F32": np.dtype(np.float32)}
 
 
-class FileError(config_lib.ConfigError):
+class FileError(ConfigError):
     """Weights that cannot be read; one sentence that names the file and the remedy."""
 
 

@@ -25,6 +25,7 @@ from PIL import Image, ImageFilter
 from calm_jax import config as config_lib
 from calm_jax.data import cues as cues_lib
 from calm_jax.data.samples import Edit
+from calm_jax.errors import ConfigError
 
 Picture = UInt8[np.ndarray, "H W 3"]
 Operation = Callable[[np.ndarray, int, np.random.Generator], np.ndarray]
@@ -318,7 +319,7 @@ COLOURLESS = 3.0
 def get(name: str) -> Attribute:
     """The attribute of that name. Raises ConfigError with the nearest name when there is none."""
     if name not in ATTRIBUTES:
-        raise config_lib.ConfigError(f"there is no attribute {name!r}{config_lib.nearest(name, ATTRIBUTES)}")
+        raise ConfigError(f"there is no attribute {name!r}{config_lib.nearest(name, ATTRIBUTES)}")
     return ATTRIBUTES[name]
 
 
@@ -362,7 +363,7 @@ def apply(pixels: Picture, edit: Edit) -> Picture:
     """
     attribute = get(edit.attribute)
     if not 0 <= edit.grade < len(attribute.grades):
-        raise config_lib.ConfigError(
+        raise ConfigError(
             f"{attribute.name} has the grades 0 to {len(attribute.grades) - 1}, not {edit.grade}")
     if edit.grade == attribute.neutral:
         return pixels

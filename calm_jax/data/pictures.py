@@ -43,6 +43,8 @@ class BadRecord(ValueError):
     """A picture, or a record with one, that cannot be used; the message names it and says why. Training masks, counts
     and names it."""
 
+    exit_code = 1  # as errors of the rest of the package have one
+
 
 def square(picture: str | os.PathLike | bytes | Image.Image | np.ndarray, size: int) -> np.ndarray:
     """The whole picture as the encoder sees it: uint8 `[size, size, 3]`, nothing cropped, nothing squashed.

@@ -45,6 +45,7 @@ from calm_jax.data.prompts import Encoded, Layout, encode
 from calm_jax.data.samples import BadRecord, Dataset, Sample
 from calm_jax.data.tasks.context import Context
 from calm_jax.data.tokenizer import Tokenizer
+from calm_jax.errors import ConfigError
 
 NAMED = 20  # bad records that are named in the log
 OPEN_ROWS = 16  # rows the planner fills at the same time: more packs tighter and mixes neighbours further apart
@@ -138,7 +139,7 @@ class Rows:
     def _source(self, name: str, dataset: Dataset) -> Source:
         indices = dataset.indices(self.split)
         if not len(indices):
-            raise config_lib.ConfigError(f"the dataset {dataset.name!r} has no pictures in its {self.split} split")
+            raise ConfigError(f"the dataset {dataset.name!r} has no pictures in its {self.split} split")
         if self.split == "train":
             indices = shared(indices, self.process.train_share, self.seed)
         wanted = {task: weight for (other, task), weight in self.process.mixture.items() if other == name}
@@ -214,8 +215,8 @@ class Rows:
                 if seen == refused and seen >= sum(len(other.indices) for other in self.sources):
                     name, reason = next(iter(self.bad.items()))
                     names = ", ".join(repr(other.dataset.name) for other in self.sources)
-                    raise config_lib.ConfigError(f"no record of {names} ({self.split}) can be used; the first one, "
-                                                 f"{name}: {reason}") from None
+                    raise ConfigError(f"no record of {names} ({self.split}) can be used; the first one, "
+                                      f"{name}: {reason}") from None
                 continue
             fitting = [i for i, (used, _, _) in enumerate(unfinished) if (used + need <= capacity).all()]
             if fitting:

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from calm_jax import config as config_lib
+from calm_jax.errors import ConfigError
 
 LOWEST, HIGHEST = 1.0, 10.0  # of the conversation's scale
 TENTHS = np.arange(10, 101)  # every score that can be said, in tenths
@@ -37,8 +37,8 @@ def checked(values: Sequence[object], name: str = "scale") -> tuple[float, float
         lowest = highest = math.nan
     if not (lowest < highest and math.isfinite(highest - lowest)):
         said = ",".join(f"{value:g}" if isinstance(value, float) else str(value) for value in values)
-        raise config_lib.ConfigError(f"{name}={said} is no scale; give its lowest and its highest score, two finite "
-                                     "numbers that go upwards, such as 1,10")
+        raise ConfigError(f"{name}={said} is no scale; give its lowest and its highest score, two finite "
+                          "numbers that go upwards, such as 1,10")
     return lowest, highest
 
 

@@ -8,7 +8,7 @@ import pathlib
 
 import sentencepiece
 
-from calm_jax import config as config_lib
+from calm_jax.errors import ConfigError
 
 SHIPPED = pathlib.Path(__file__).with_name("tokenizer_small.model")
 REMEDY = "give --config.tokenizer the path of a tokenizer.model, or leave it empty for the one that ships"
@@ -43,7 +43,7 @@ class Tokenizer:
         except Exception:  # the library raises RuntimeError and others
             reason = "the file is no SentencePiece model"
         if reason:
-            raise config_lib.ConfigError(f"cannot read the tokenizer {self.path}: {reason}; {remedy}")
+            raise ConfigError(f"cannot read the tokenizer {self.path}: {reason}; {remedy}")
         self.fingerprint = hashlib.sha256(content).hexdigest()[:12]
         self.vocab = self._model.get_piece_size()
         self.bos, self.eos, self.pad = self._model.bos_id(), self._model.eos_id(), self._model.unk_id()

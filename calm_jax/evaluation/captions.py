@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from jaxtyping import Float
 
-from calm_jax import config as config_lib
+from calm_jax.errors import ConfigError
 from calm_jax.evaluation import metrics
 
 BLEU = tuple(f"BLEU-{n}" for n in range(1, 5))
@@ -54,22 +54,22 @@ def measure(said: Sequence[str], references: Sequence[Sequence[str]], *, spice: 
         cannot.
     """
     if not said or len(said) != len(references) or not all(references):
-        raise config_lib.ConfigError(f"{len(said)} texts and {len(references)} lists of references: every text needs "
-                                     "references, and there must be at least one text")
+        raise ConfigError(f"{len(said)} texts and {len(references)} lists of references: every text needs "
+                          "references, and there must be at least one text")
     if shutil.which("java") is None:
-        raise config_lib.ConfigError("caption metrics need Java on the PATH, for their tokeniser and for METEOR; "
-                                     "install a Java runtime, such as openjdk")
+        raise ConfigError("caption metrics need Java on the PATH, for their tokeniser and for METEOR; "
+                          "install a Java runtime, such as openjdk")
     try:
         from pycocoevalcap.bleu.bleu_scorer import BleuScorer
         from pycocoevalcap.cider.cider import Cider
         from pycocoevalcap.meteor.meteor import Meteor
         from pycocoevalcap.rouge.rouge import Rouge
     except ImportError as error:
-        raise config_lib.ConfigError(f"caption metrics need {error.name}; run: pip install calm_jax[captions]"
-                                     ) from None
+        raise ConfigError(f"caption metrics need {error.name}; run: pip install calm_jax[captions]"
+                          ) from None
     reason = spice_is_missing() if spice is not False else "it was not asked for"
     if spice and reason:
-        raise config_lib.ConfigError(f"SPICE cannot be computed: {reason}")
+        raise ConfigError(f"SPICE cannot be computed: {reason}")
     result, truth = _tokenised(said, references)
     scorer = BleuScorer(n=4)
     for number in result:
@@ -84,7 +84,7 @@ def measure(said: Sequence[str], references: Sequence[Sequence[str]], *, spice: 
         try:
             corpus[name], items[name] = scorer_of().compute_score(truth, result)
         except (OSError, ValueError, subprocess.SubprocessError) as error:
-            raise config_lib.ConfigError(f"{name} failed; its Java program may lack memory (2 GiB): {error}") from None
+            raise ConfigError(f"{name} failed; its Java program may lack memory (2 GiB): {error}") from None
     if "SPICE" in items:
         items["SPICE"] = [item["All"]["f"] for item in items["SPICE"]]
     items = {name: np.asarray(values, float) for name, values in items.items()}
@@ -104,8 +104,8 @@ def _tokenised(said: Sequence[str], references: Sequence[Sequence[str]]):
     truth = tokenizer.tokenize({number: [line(text) for text in texts] for number, texts in enumerate(references)})
     if [len(truth.get(number, ())) for number in range(len(said))] != [len(texts) for texts in references] \
             or len(result) != len(said):
-        raise config_lib.ConfigError("the Java tokeniser of the caption metrics returned fewer lines than it was "
-                                     "given; see what it says above")
+        raise ConfigError("the Java tokeniser of the caption metrics returned fewer lines than it was "
+                          "given; see what it says above")
     return result, truth
 
 

@@ -18,10 +18,10 @@ from collections.abc import Sequence
 import numpy as np
 import tqdm
 
-from calm_jax import config as config_lib
 from calm_jax.data.samples import Dataset, Sample
 from calm_jax.data.scale import mapped
 from calm_jax.data.tasks.opinions import contexts, held_out, in_context
+from calm_jax.errors import ConfigError
 from calm_jax.evaluation import metrics
 from calm_jax.inference.generate import Generator
 
@@ -64,8 +64,8 @@ def personalised(generator: Generator, dataset: Dataset, asked: Sequence[int], s
     known, _ = _ratings(dataset, shown)
     people = sorted(rater for rater in own if len(own[rater]) >= FEWEST and len(known.get(rater, {})) >= max(shots))
     if not people:
-        raise config_lib.ConfigError(f"no held-out rater of {dataset.name} has rated {FEWEST} of the pictures in "
-                                     f"question and {max(shots)} others")
+        raise ConfigError(f"no held-out rater of {dataset.name} has rated {FEWEST} of the pictures in "
+                          f"question and {max(shots)} others")
     count = min(raters or len(people), len(people))
     people = [people[place] for place in np.linspace(0, len(people) - 1, count).round().astype(int)]
     found: list[Verdict] = []

@@ -22,6 +22,7 @@ from calm_jax.data.samples import Dataset, ImageRef, Mention, Sample, Turn
 from calm_jax.data.scale import read_score
 from calm_jax.data.tasks import instructions
 from calm_jax.data.tasks.context import Context
+from calm_jax.errors import ConfigError
 from calm_jax.evaluation import captions, metrics
 from calm_jax.inference.generate import Generator
 
@@ -147,7 +148,7 @@ def comment_table(answered: Sequence[Answered], dataset: Dataset, spice: bool | 
     references = [dataset.record(item.images[0].index).comments or (item.true,) for item in answered]
     try:
         measured = captions.measure([item.text for item in answered], references, spice=spice)
-    except config_lib.ConfigError as error:
+    except ConfigError as error:
         if spice:
             raise
         return row | {"not computed": str(error)}

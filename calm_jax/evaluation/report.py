@@ -32,6 +32,7 @@ from calm_jax import files
 from calm_jax.data import attributes, builders, images
 from calm_jax.data.samples import Dataset, Edit, ImageRef
 from calm_jax.data.scale import HIGHEST, LOWEST, read_score
+from calm_jax.errors import ConfigError
 from calm_jax.evaluation import plots
 
 CARDS, PAIRS, QUESTIONS = 12, 6, 4  # pictures in the gallery, comparisons behind it, questions on a card
@@ -71,7 +72,7 @@ def write(out: str | os.PathLike, *, workdirs: Mapping[str, str | os.PathLike], 
         import jinja2
         import matplotlib  # noqa: F401  (fails here rather than half way)
     except ImportError as error:
-        raise config_lib.ConfigError(f"the report needs {error.name}; run: pip install calm_jax[demo]") from None
+        raise ConfigError(f"the report needs {error.name}; run: pip install calm_jax[demo]") from None
     found = {result["task"]: result for result in results}
     runs = [_Run(name, pathlib.Path(folder)) for name, folder in workdirs.items()]
     sizes = [run.config["model"]["vit"]["image_size"] for run in runs if run.config]

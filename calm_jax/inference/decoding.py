@@ -20,6 +20,7 @@ from einops import rearrange
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from calm_jax import config as config_lib
+from calm_jax.errors import ConfigError
 from calm_jax.models import layers
 from calm_jax.models.calm import Calm
 from calm_jax.models.llama import Before, Cache
@@ -58,8 +59,8 @@ class Sampling:
                              ("length_penalty", {"at least": -100, "at most": 100})):
             config_lib.check_number(name, getattr(self, name), bounds)
         if self.beams > 1 and self.temperature > 0:
-            raise config_lib.ConfigError(f"beams={self.beams} and temperature={self.temperature}: beam search draws "
-                                         "nothing; leave one of them out")
+            raise ConfigError(f"beams={self.beams} and temperature={self.temperature}: beam search draws "
+                              "nothing; leave one of them out")
 
 
 GREEDY = Sampling()

@@ -24,6 +24,7 @@ from calm_jax.data import scale
 from calm_jax.data.prompts import Encoded, Layout, encode
 from calm_jax.data.samples import ImageRef, Sample
 from calm_jax.data.tokenizer import Tokenizer
+from calm_jax.errors import ConfigError
 from calm_jax.inference import decoding, scorer
 from calm_jax.inference.decoding import GREEDY, Sampling
 from calm_jax.inference.scorer import Score
@@ -111,7 +112,7 @@ class Generator:
         if name != "head":
             return self._program(scorer.expectation, tree=self._trees[name])
         if not any(path.startswith("score_head/") for path in self.parameters):
-            raise config_lib.ConfigError(
+            raise ConfigError(
                 "the reader head needs a regression head, which this model does not have; train one "
                 "(configs/finetune.py:SIZE+head), or take another reader: "
                 f"{', '.join(reader for reader in scale.READERS if reader != name)}")
@@ -143,8 +144,8 @@ class Generator:
         encoded = [encode(sample, self.tokenizer, self.layout, ask=turn) for sample, turn in questions]
         longest = max(len(item.tokens) for item in encoded)
         if longest + limit > self.longest:
-            raise config_lib.ConfigError(f"a prompt of {longest} tokens and an answer of {limit} exceed the model's "
-                                         f"{self.longest} positions; mention fewer images or parts")
+            raise ConfigError(f"a prompt of {longest} tokens and an answer of {limit} exceed the model's "
+                              f"{self.longest} positions; mention fewer images or parts")
         images = [item.images for item in encoded]
         if memory is not None:
             encoded = [dataclasses.replace(item, tokens=item.tokens[memory.tokens:], visual=np.where(

@@ -10,6 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from calm_jax import config as config_lib
+from calm_jax.errors import ConfigError
 from calm_jax.models.layers import Linear, Lora
 
 
@@ -26,8 +27,8 @@ def add(model: nnx.Module, cfg: config_lib.Lora, rngs: nnx.Rngs) -> None:
     """
     chosen = {path: linear for path, linear in linears(model).items() if re.fullmatch(cfg.targets, path)}
     if not chosen:
-        raise config_lib.ConfigError(f"model.lora.targets={cfg.targets!r} matches no linear layer; "
-                                     f"there are {', '.join(linears(model))}")
+        raise ConfigError(f"model.lora.targets={cfg.targets!r} matches no linear layer; "
+                          f"there are {', '.join(linears(model))}")
     for linear in chosen.values():
         *stacked, d_in, d_out = linear.kernel.shape
         a = jax.random.normal(rngs.params(), (*stacked, d_in, cfg.rank)) * d_in ** -0.5

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -97,39 +96,6 @@ def _apart(leaf: Array, stacked: int, turned: bool) -> list[Array]:
 
 def _parts(leaf: Array, stacked: int, turned: bool) -> list[Array]:
     return [part.T if turned else part for part in (leaf if stacked else [leaf])]
-
-
-def matches(regex: str, parameters: Iterable[str]) -> bool:
-    """Whether a regex matches any path in full."""
-    return any(re.fullmatch(regex, path) for path in parameters)
-
-
-def match(parameters: Mapping[str, object], patterns: Mapping[str, tuple[str, ...]], what: str) -> dict[str, str]:
-    """path -> the one name in `patterns` with a regex that matches the path in full.
-
-    Raises:
-      ConfigError: every path that matches no name or several, and every regex that matches nothing, at once.
-    """
-    chosen: dict[str, str] = {}
-    wrong: list[str] = []
-    for regex in (regex for regexes in patterns.values() for regex in regexes):
-        try:
-            re.compile(regex)
-        except re.error as error:
-            raise config_lib.ConfigError(f"{regex!r} in the {what} is no regular expression: {error}") from None
-    for path in parameters:
-        names = [name for name, regexes in patterns.items() if any(re.fullmatch(r, path) for r in regexes)]
-        if len(names) == 1:
-            chosen[path] = names[0]
-        else:
-            wrong.append(f"{path} matches {' and '.join(names) if names else 'none of ' + ', '.join(patterns)}")
-    for name, regexes in patterns.items():
-        wrong.extend(f"the pattern {r!r} of {name} matches no parameter" for r in regexes
-                     if not matches(r, parameters))
-    if wrong:
-        shown = "; ".join(wrong[:8]) + (f"; and {len(wrong) - 8} more" if len(wrong) > 8 else "")
-        raise config_lib.ConfigError(f"the {what} do not cover the parameters exactly: {shown}")
-    return chosen
 
 
 def numerics(cfg: config_lib.Model, backend: str = "") -> tuple[jnp.dtype, jnp.dtype, str]:

@@ -10,8 +10,8 @@ import pathlib
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TextIO
 
-from calm_jax import config as config_lib
 from calm_jax.data.builders.folder import SUFFIXES
+from calm_jax.errors import ConfigError
 
 
 def gather(places: Sequence[str], listed: TextIO | None, own: Sequence[str] = ()) -> list[str]:
@@ -28,8 +28,8 @@ def gather(places: Sequence[str], listed: TextIO | None, own: Sequence[str] = ()
         text.
     """
     if not places:
-        raise config_lib.ConfigError("name pictures: files, folders or globs, or - to read their paths from standard "
-                                     "input")
+        raise ConfigError("name pictures: files, folders or globs, or - to read their paths from standard "
+                          "input")
     found: dict[str, None] = {}
     for place in places:
         if place == "-":
@@ -38,36 +38,36 @@ def gather(places: Sequence[str], listed: TextIO | None, own: Sequence[str] = ()
         if os.path.isdir(place):
             inside = dict.fromkeys(_others(_below(place), place, own))
             if not inside:
-                raise config_lib.ConfigError(f"the folder {place} holds no pictures ({', '.join(SUFFIXES)})")
+                raise ConfigError(f"the folder {place} holds no pictures ({', '.join(SUFFIXES)})")
         elif os.path.exists(place):
             inside = {place: None}
         elif glob.has_magic(place):
             inside = {path: None for path in sorted(_others(_matching(place), os.path.dirname(place), own))
                       if _like_a_picture(path) and not os.path.isdir(path)}
             if not inside:
-                raise config_lib.ConfigError(f"no picture matches {place}")
+                raise ConfigError(f"no picture matches {place}")
         else:
-            raise config_lib.ConfigError(f"there is no file, folder or glob {place}")
+            raise ConfigError(f"there is no file, folder or glob {place}")
         found |= inside
     if not found:
-        raise config_lib.ConfigError("standard input names no pictures; give one path a line")
+        raise ConfigError("standard input names no pictures; give one path a line")
     return list(_apart(found))
 
 
 def _listed(stream: TextIO | None) -> list[str]:
     """The paths of a list; they may end with a zero or a line's end, in UTF-8, UTF-16 with its mark, or any bytes."""
     if stream is None:
-        raise config_lib.ConfigError("standard input is closed; give one path a line there, or name pictures")
+        raise ConfigError("standard input is closed; give one path a line there, or name pictures")
     data = stream.buffer.read() if hasattr(stream, "buffer") else os.fsencode(stream.read())
     if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         try:
             data = data.decode("utf-16").encode("utf-8")
         except UnicodeDecodeError:
-            raise config_lib.ConfigError("the list on standard input begins like UTF-16 and is damaged; give UTF-8, "
-                                         "one path a line") from None
+            raise ConfigError("the list on standard input begins like UTF-16 and is damaged; give UTF-8, "
+                              "one path a line") from None
     if 3 * data.count(b"\0") > len(data):
-        raise config_lib.ConfigError("the list on standard input looks like UTF-16 without its mark, for every other "
-                                     "byte is a zero; give UTF-8, one path a line")
+        raise ConfigError("the list on standard input looks like UTF-16 without its mark, for every other "
+                          "byte is a zero; give UTF-8, one path a line")
     data = data.removeprefix(codecs.BOM_UTF8)
     lines = data.split(b"\0") if b"\0" in data else data.splitlines()
     return [os.fsdecode(line) for line in lines if line.strip()]

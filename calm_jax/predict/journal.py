@@ -9,8 +9,8 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any, BinaryIO
 
-from calm_jax import config as config_lib
 from calm_jax import files
+from calm_jax.errors import ConfigError
 
 Row = dict[str, Any]  # `path` and what is known of that picture: its answers, or `error`
 
@@ -55,13 +55,13 @@ class Journal:
             theirs = {name: first[name] for name in asked}
             self.rows = {row["path"]: row for row in rows}
         except (ValueError, KeyError, TypeError):
-            raise config_lib.ConfigError(f"{path} is no journal of this program, or it is damaged; move it away or "
-                                         "choose another --out") from None
+            raise ConfigError(f"{path} is no journal of this program, or it is damaged; move it away or "
+                              "choose another --out") from None
         different = [f"{name}: {theirs[name]!r} there, {value!r} here" for name, value in asked.items()
                      if theirs[name] != value]
         if different:
-            raise config_lib.ConfigError(f"{path} holds answers to something else ({'; '.join(different)}); choose "
-                                         "another --out, or delete it")
+            raise ConfigError(f"{path} holds answers to something else ({'; '.join(different)}); choose "
+                              "another --out, or delete it")
         if half:  # only now: it is ours
             os.truncate(path, sum(len(line) + 1 for line in lines))
 

@@ -26,8 +26,8 @@ import tqdm
 from absl import flags
 
 from calm_jax import command, files, terminal
-from calm_jax import config as config_lib
 from calm_jax.data.scale import READERS, checked
+from calm_jax.errors import ConfigError
 from calm_jax.predict import output
 from calm_jax.predict.gather import gather
 from calm_jax.predict.journal import Journal, Row, stamp
@@ -127,8 +127,8 @@ def cli() -> None:
 
 def main(words: Sequence[str]) -> int:
     if not words or words[0] not in VERBS:
-        raise config_lib.ConfigError(f"say what to do: calm {'|'.join(VERBS)} PATH... --checkpoint DIR"
-                                     + (f"; {words[0]!r} is none of it" if words else ""))
+        raise ConfigError(f"say what to do: calm {'|'.join(VERBS)} PATH... --checkpoint DIR"
+                          + (f"; {words[0]!r} is none of it" if words else ""))
     name = words[0]
     values = {key: flags.FLAGS[key].value for key in flags.FLAGS}
     _check(name, values)
@@ -194,15 +194,15 @@ def _check(name: str, values: dict[str, Any]) -> None:
     """Raises ConfigError for flags that do not go together."""
     checked(values["scale"], "--scale")
     if values["format"] == "html" and not values["out"]:
-        raise config_lib.ConfigError("a contact sheet is a file with small pictures beside it; name it: --out "
-                                     "pictures.html")
+        raise ConfigError("a contact sheet is a file with small pictures beside it; name it: --out "
+                          "pictures.html")
     if (name == "personalise") != bool(values["ratings"]):
-        raise config_lib.ConfigError("calm personalise needs --ratings, a table image,score of pictures that somebody "
-                                     "has rated; the other verbs need none")
+        raise ConfigError("calm personalise needs --ratings, a table image,score of pictures that somebody "
+                          "has rated; the other verbs need none")
     if "score" not in (VERBS[name].columns or ()):
         for flag in ("top-k", "min-score", "sort", "copy-to"):
             if values[flag]:
-                raise config_lib.ConfigError(f"--{flag} chooses by score, but calm {name} gives none")
+                raise ConfigError(f"--{flag} chooses by score, but calm {name} gives none")
 
 
 def _place(out: str | None, page: bool) -> pathlib.Path | None:
@@ -214,17 +214,17 @@ def _place(out: str | None, page: bool) -> pathlib.Path | None:
     """
     if not out:
         if "stdout" in terminal.closed:
-            raise config_lib.ConfigError("standard output is closed; name a file for the results: --out FILE")
+            raise ConfigError("standard output is closed; name a file for the results: --out FILE")
         return None
     place = files.output(out)
     if page and os.path.lexists(output.thumbnails(place)):
         files.folder(output.thumbnails(place), "the small pictures beside --out")
     if os.path.lexists(_journal(place)) and not _journal(place).is_file():
-        raise config_lib.ConfigError(f"{_journal(place)}, where results are kept, is no file; move it away, or name "
-                                     "another --out")
+        raise ConfigError(f"{_journal(place)}, where results are kept, is no file; move it away, or name "
+                          "another --out")
     if os.path.lexists(place) and not (place.is_file() and (_journal(place).is_file() or not place.stat().st_size)):
-        raise config_lib.ConfigError(f"--out {place} is there already and was not written by this program (it has no "
-                                     f"{_journal(place).name} beside it); name another file, or move it away")
+        raise ConfigError(f"--out {place} is there already and was not written by this program (it has no "
+                          f"{_journal(place).name} beside it); name another file, or move it away")
     return place
 
 

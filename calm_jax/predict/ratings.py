@@ -8,6 +8,7 @@ import pathlib
 from collections.abc import Sequence
 
 from calm_jax import config as config_lib
+from calm_jax.errors import ConfigError
 
 LARGEST = 1 << 26  # bytes of a table of ratings
 
@@ -28,23 +29,23 @@ def read_ratings(table: str, user: str, scale: Sequence[str]) -> list[tuple[str,
     try:
         if not file.is_file() or file.stat().st_size > LARGEST:
             reason = "larger than any person's" if file.is_file() else "no regular file" if file.exists() else "missing"
-            raise config_lib.ConfigError(f"the ratings {table} cannot be read: the file is {reason}; --ratings is a "
-                                         "table image,score")
+            raise ConfigError(f"the ratings {table} cannot be read: the file is {reason}; --ratings is a "
+                              "table image,score")
         with file.open(encoding="utf-8-sig", newline="") as stream:
             reader = csv.DictReader(stream, skipinitialspace=True)
             fields, rows = set(reader.fieldnames or ()), list(reader)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise config_lib.ConfigError(f"the ratings {table} cannot be read: {error}") from None
+        raise ConfigError(f"the ratings {table} cannot be read: {error}") from None
     missing = {"image", "score"} - fields
     if missing:
-        raise config_lib.ConfigError(f"the ratings {table} have no column {' and no '.join(sorted(missing))}; the "
-                                     "first line names the columns: image,score or image,score,user")
+        raise ConfigError(f"the ratings {table} have no column {' and no '.join(sorted(missing))}; the "
+                          "first line names the columns: image,score or image,score,user")
     users = sorted({row["user"] or "" for row in rows}) if "user" in fields else []
     if user and user not in users:
-        raise config_lib.ConfigError(f"the ratings {table} know no user {user!r}{config_lib.nearest(user, users)}")
+        raise ConfigError(f"the ratings {table} know no user {user!r}{config_lib.nearest(user, users)}")
     if not user and len(users) > 1:
-        raise config_lib.ConfigError(f"the ratings {table} are of {len(users)} people; name one of them: --user "
-                                     f"{users[0] or users[1]}")
+        raise ConfigError(f"the ratings {table} are of {len(users)} people; name one of them: --user "
+                          f"{users[0] or users[1]}")
     rated: dict[str, float] = {}
     for line, row in enumerate(rows, 2):
         if user and row["user"] != user:
@@ -56,13 +57,13 @@ def read_ratings(table: str, user: str, scale: Sequence[str]) -> list[tuple[str,
         except ValueError:
             score = math.nan
         if not lowest <= score <= highest:
-            raise config_lib.ConfigError(f"{place}: the score {(row['score'] or '')[:40]!r} is no number from "
-                                         f"{lowest:g} to {highest:g}; --scale says what the scale is")
+            raise ConfigError(f"{place}: the score {(row['score'] or '')[:40]!r} is no number from "
+                              f"{lowest:g} to {highest:g}; --scale says what the scale is")
         if not pathlib.Path(path).is_file():
-            raise config_lib.ConfigError(f"{place}: there is no picture {path}; paths are relative to the table")
+            raise ConfigError(f"{place}: there is no picture {path}; paths are relative to the table")
         if path in rated:
-            raise config_lib.ConfigError(f"{place}: {row['image']} is rated twice")
+            raise ConfigError(f"{place}: {row['image']} is rated twice")
         rated[path] = score
     if not rated:
-        raise config_lib.ConfigError(f"the ratings {table} have no rows")
+        raise ConfigError(f"the ratings {table} have no rows")
     return list(rated.items())

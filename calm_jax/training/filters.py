@@ -8,7 +8,8 @@ from collections.abc import Mapping
 import jax
 
 from calm_jax import config as config_lib
-from calm_jax.models import parameters as parameters_lib
+from calm_jax import path_rules
+from calm_jax.errors import ConfigError
 
 
 def trainable(shapes: Mapping[str, jax.ShapeDtypeStruct], process: config_lib.Process) -> dict[str, bool]:
@@ -18,9 +19,9 @@ def trainable(shapes: Mapping[str, jax.ShapeDtypeStruct], process: config_lib.Pr
       ConfigError: names each parameter and pattern for which that does not hold.
     """
     groups = {"train": process.train, "freeze": process.freeze}
-    chosen = parameters_lib.match(shapes, {k: v for k, v in groups.items() if v}, "train and freeze patterns")
+    chosen = path_rules.match(shapes, {k: v for k, v in groups.items() if v}, "train and freeze patterns")
     if "train" not in chosen.values():
-        raise config_lib.ConfigError("nothing learns: no parameter matches a `train` pattern")
+        raise ConfigError("nothing learns: no parameter matches a `train` pattern")
     return {path: name == "train" for path, name in chosen.items()}
 
 

@@ -18,11 +18,16 @@ from jax.experimental import multihost_utils
 from jaxtyping import Array, Bool
 
 from calm_jax import config as config_lib
+from calm_jax import sharding
+from calm_jax.checkpoints import array_io, lineage, locate, on_disk, restore
+from calm_jax.checkpoints.meta import Saved, unpinned
+from calm_jax.checkpoints.store import Checkpoints
 from calm_jax.data import cues, pipeline
 from calm_jax.data.samples import Dataset
 from calm_jax.data.tokenizer import Tokenizer
+from calm_jax.errors import CheckpointError, ConfigError, TrainingError
 from calm_jax.models.parameters import Geometry, Parameters
-from calm_jax.training import checkpoint, filters, logging, processes, restore, sharding
+from calm_jax.training import filters, logging, processes
 from calm_jax.training.setup import Setup
 from calm_jax.training.startup import Startup
 from calm_jax.training.step import State
@@ -30,10 +35,6 @@ from calm_jax.training.step import State
 MIN_EXAMPLES = 200  # before that many, a share of bad records says little
 REPEATED = 1.0  # seconds after which a second signal is a second request
 UNTRACED = 5  # first steps of a process, which compile and warm up
-
-
-class TrainingError(RuntimeError):
-    """Training cannot go on, and would end here again if it were resumed; the message says why."""
 
 
 class Interrupted(SystemExit):
@@ -75,8 +76,8 @@ class Run:
         if self.startup is not None:
             self.startup.reached(phase)
 
-    def checkpoints(self, name: str) -> checkpoint.Checkpoints:
-        return checkpoint.Checkpoints(self.workdir / "checkpoints" / name, self.config.checkpoint)
+    def checkpoints(self, name: str) -> Checkpoints:
+        return Checkpoints(self.workdir / "checkpoints" / name, self.config.checkpoint)
 
 
 def run_process(run: Run, name: str, datasets: Mapping[str, Dataset]) -> None:
@@ -122,7 +123,7 @@ def run_process(run: Run, name: str, datasets: Mapping[str, Dataset]) -> None:
         moments = jax.jit(setup.tx.init, out_shardings=setup.placements.optimizer)(trained)
         state = State(jnp.zeros((), jnp.int32), trained, moments)
     else:
-        restored = checkpoint.restore(saved, {"parameters": {}, "optimizer": setup.moments})
+        restored = array_io.restore(saved, {"parameters": {}, "optimizer": setup.moments})
         state = State(jnp.asarray(saved.step, jnp.int32), trained, restored["optimizer"])
         say(f"{name}: resumes after step {saved.step} from {saved.path}")
 
@@ -241,7 +242,7 @@ class Meter:
     """Reads the metrics of the step before, logs them, and stops a run that goes wrong."""
 
     def __init__(self, log: logging.Log, process: config_lib.Process, rows: pipeline.Rows, config: config_lib.Config,
-                 store: checkpoint.Checkpoints):
+                 store: Checkpoints):
         self.log, self.process, self.rows, self.config, self.store = log, process, rows, config, store
         self.pending: tuple[int, Mapping[str, jax.Array]] | None = None
         self.examples = self.bad = 0.0
@@ -282,8 +283,8 @@ class Meter:
     def diverged(self, step: int, what: str) -> TrainingError:
         """The error for weights that are no good after `step`, which names the last checkpoint before."""
         self.store.wait()
-        good = [path for path in checkpoint.folders(self.store.folder)
-                if checkpoint.is_complete(path) and int(path.name) < step]
+        good = [path for path in on_disk.folders(self.store.folder)
+                if on_disk.is_complete(path) and int(path.name) < step]
         where = f"the last good checkpoint is {good[-1]}" if good else "no checkpoint was saved before"
         return TrainingError(f"{what}; {where}. Lower optimizer.peak_lr or optimizer.clip and run again in a new "
                              f"workdir{' with --config.init set to it' if good else ''}")
@@ -340,7 +341,7 @@ def say(text: str) -> None:
         print(text, file=logging.Terminal(sys.stdout), flush=True)
 
 
-def _begin(run: Run, saved: checkpoint.Saved | None, setup: Setup, *, within: bool) -> None:
+def _begin(run: Run, saved: Saved | None, setup: Setup, *, within: bool) -> None:
     """Reads the parameters of `saved`, a checkpoint `within` this run or the one that it begins from, or draws them.
 
     Raises:
@@ -349,20 +350,20 @@ def _begin(run: Run, saved: checkpoint.Saved | None, setup: Setup, *, within: bo
     """
     if saved is not None:
         if saved.meta["tokenizer"] != run.tokenizer.fingerprint:
-            raise config_lib.ConfigError(f"the checkpoint {saved.path} was trained with another tokenizer than "
-                                         f"{run.tokenizer.path}; set --config.tokenizer to "
-                                         f"{restore.tokenizer(saved).path}")
-        run.base = dataclasses.asdict(saved.pin) if not within else "" if checkpoint.unpinned(
+            raise ConfigError(f"the checkpoint {saved.path} was trained with another tokenizer than "
+                              f"{run.tokenizer.path}; set --config.tokenizer to "
+                              f"{restore.tokenizer(saved).path}")
+        run.base = dataclasses.asdict(saved.pin) if not within else "" if unpinned(
             saved.meta) else saved.meta["base"]
     run.origins = restore.origins(saved, run.config)
     for line in restore.changes(saved, run.config):
         say(line)
     for pin in restore.lenders({path: origin for path, origin in run.origins.items() if path not in run.trained}):
-        checkpoint.protect(pin, run.workdir)
+        lineage.protect(pin, run.workdir)
     run.parameters = restore.read(run.origins, setup.kept, run.config.model, saved)
 
 
-def _same_content(run: Run, name: str, datasets: Mapping[str, Dataset], saved: checkpoint.Saved | None) -> None:
+def _same_content(run: Run, name: str, datasets: Mapping[str, Dataset], saved: Saved | None) -> None:
     """Notes what process `name` learns from.
 
     Raises:
@@ -376,14 +377,14 @@ def _same_content(run: Run, name: str, datasets: Mapping[str, Dataset], saved: c
     for what, fingerprint in found.items():
         if known.get(what, fingerprint) != fingerprint:
             newest = f"--config.init={saved.path}" if saved is not None else f"--config.init={run.workdir}"
-            raise config_lib.ConfigError(
+            raise ConfigError(
                 f"the {what} has changed since {run.workdir} was trained on it (fingerprint {known[what]} then, "
                 f"{fingerprint} now): give it back its content to resume, or train on the new one in another --workdir"
                 f", from what was learned with {newest} or from the start")
     run.data = known | found
 
 
-def _before(run: Run, name: str) -> checkpoint.Saved | None:
+def _before(run: Run, name: str) -> Saved | None:
     """Where a process that has not begun takes its parameters from: the process before it, else `config.init`."""
     index = run.config.run.index(name)
     if index:
@@ -391,7 +392,7 @@ def _before(run: Run, name: str) -> checkpoint.Saved | None:
         saved = store.latest()
         store.close()
         if saved is None:
-            raise checkpoint.CheckpointError(f"{name} follows {run.config.run[index - 1]}, which has no checkpoint in "
-                                             f"{store.folder}")
+            raise CheckpointError(f"{name} follows {run.config.run[index - 1]}, which has no checkpoint in "
+                                  f"{store.folder}")
         return saved
-    return checkpoint.find(run.config.init) if run.config.init else None
+    return locate.find(run.config.init) if run.config.init else None

@@ -7,6 +7,7 @@ import re
 import optax
 
 from calm_jax import config as config_lib
+from calm_jax.errors import ConfigError
 
 DECAYED = ("kernel", r"kernels/\d+", "lora/[ab]", "embedding", "positions", "queries")  # last names of parameters
 SPARED = ("scale", "bias", r"biases/\d+", "cls")
@@ -43,8 +44,8 @@ def decays(path: str) -> bool:
     kinds = {decayed: [regex for regex in regexes if re.fullmatch(f"(.*/)?({regex})", path)]
              for decayed, regexes in ((True, DECAYED), (False, SPARED))}
     if bool(kinds[True]) == bool(kinds[False]):
-        raise config_lib.ConfigError(f"whether weight_decay pulls on {path} is not decided: add it to one of the two "
-                                     "lists of calm_jax.training.optimizer, or set weight_decay=0")
+        raise ConfigError(f"whether weight_decay pulls on {path} is not decided: add it to one of the two "
+                          "lists of calm_jax.training.optimizer, or set weight_decay=0")
     return bool(kinds[True])
 
 

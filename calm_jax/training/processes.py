@@ -17,7 +17,7 @@ from collections.abc import Mapping
 
 import jax
 
-from calm_jax import config as config_lib
+from calm_jax.errors import ConfigError
 
 COORDINATOR, COUNT, INDEX = "CALM_COORDINATOR", "CALM_PROCESSES", "CALM_PROCESS"
 SUPERVISOR, PROGRESS = "CALM_SUPERVISOR", "CALM_PROGRESS"  # its pid, and the file in which it looks for progress
@@ -57,8 +57,8 @@ def join(mode: str = "auto", environment: Mapping[str, str] = os.environ) -> str
         else:
             jax.distributed.initialize(**shared)
     except (RuntimeError, ValueError) as error:
-        raise config_lib.ConfigError(f"this process could not join its job ({found or 'asked for by --distributed on'}"
-                                     f"): {str(error).splitlines()[0]}") from error
+        raise ConfigError(f"this process could not join its job ({found or 'asked for by --distributed on'}"
+                          f"): {str(error).splitlines()[0]}") from error
     return found or "JAX"
 
 
@@ -72,8 +72,8 @@ def described(environment: Mapping[str, str]) -> str:
     if given:
         values = [environment.get(name, "") for name in (COUNT, INDEX)]
         if len(given) < 3 or not all(value.isdigit() for value in values) or int(values[1]) >= int(values[0]):
-            raise config_lib.ConfigError(f"{COORDINATOR}=HOST:PORT, {COUNT}=N and {INDEX}=0..N-1 go together; there is "
-                                         f"{', '.join(f'{name}={environment[name]}' for name in given)} alone")
+            raise ConfigError(f"{COORDINATOR}=HOST:PORT, {COUNT}=N and {INDEX}=0..N-1 go together; there is "
+                              f"{', '.join(f'{name}={environment[name]}' for name in given)} alone")
         return COORDINATOR if int(values[0]) > 1 else ""
     if int(environment.get("SLURM_STEP_NUM_TASKS", environment.get("SLURM_NTASKS", "1")) or 1) > 1 and \
             "SLURM_PROCID" in environment:

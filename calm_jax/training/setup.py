@@ -15,9 +15,10 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from calm_jax import config as config_lib
+from calm_jax import sharding
 from calm_jax.data import pipeline
 from calm_jax.models.parameters import Geometry, numerics
-from calm_jax.training import filters, optimizer, sharding
+from calm_jax.training import filters, optimizer
 from calm_jax.training.step import State, Step, compile_train
 
 

@@ -15,8 +15,8 @@ from einops import rearrange
 from jaxtyping import Array, Float, Int, Key
 
 from calm_jax import config as config_lib
+from calm_jax import sharding
 from calm_jax.models.parameters import Geometry, Parameters
-from calm_jax.training import sharding
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["step", "trained", "optimizer"], meta_fields=[])

@@ -21,6 +21,7 @@ import jax
 
 from calm_jax import config as config_lib
 from calm_jax import files
+from calm_jax.errors import ConfigError
 
 LOCK, CONFIG = "lock", "config.json"
 WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL)  # of some file systems
@@ -42,17 +43,17 @@ def held(workdir: pathlib.Path) -> Iterator[None]:
         workdir.mkdir(parents=True, exist_ok=True)
         file = (workdir / LOCK).open("a+")
     except OSError as error:
-        raise config_lib.ConfigError(f"the workdir {workdir} cannot be used: {error.strerror or error}; choose another "
-                                     "--workdir") from None
+        raise ConfigError(f"the workdir {workdir} cannot be used: {error.strerror or error}; choose another "
+                          "--workdir") from None
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
             holder = file.read().strip()
-            raise config_lib.ConfigError(f"another training works in the workdir {workdir}"
-                                         f"{f' ({holder})' if holder else ''}; wait for its end, stop it, or choose "
-                                         "another --workdir") from None
+            raise ConfigError(f"another training works in the workdir {workdir}"
+                              f"{f' ({holder})' if holder else ''}; wait for its end, stop it, or choose "
+                              "another --workdir") from None
         except OSError as error:
             if error.errno not in WITHOUT_LOCKS:
                 raise
@@ -74,14 +75,14 @@ def check(workdir: pathlib.Path, config: config_lib.Config) -> None:
         try:
             theirs = json.loads(path.read_text())
         except ValueError:
-            raise config_lib.ConfigError(f"{path} is damaged; restore it, or choose another --workdir") from None
+            raise ConfigError(f"{path} is damaged; restore it, or choose another --workdir") from None
         lines = config_lib.differences(theirs, _values(config))
         if lines:
-            raise config_lib.ConfigError(f"the workdir {workdir} belongs to another config ({'; '.join(lines)}); "
-                                         "choose another --workdir, or take the change back to resume")
+            raise ConfigError(f"the workdir {workdir} belongs to another config ({'; '.join(lines)}); "
+                              "choose another --workdir, or take the change back to resume")
     elif jax.process_index() == 0 and (workdir / "checkpoints").exists():
-        raise config_lib.ConfigError(f"the workdir {workdir} holds checkpoints but no {CONFIG}; choose another "
-                                     "--workdir")
+        raise ConfigError(f"the workdir {workdir} holds checkpoints but no {CONFIG}; choose another "
+                          "--workdir")
 
 
 def claim(workdir: pathlib.Path, config: config_lib.Config) -> None:

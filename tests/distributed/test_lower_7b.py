@@ -17,7 +17,7 @@ CODE = textwrap.dedent("""
     import jax, jax.numpy as jnp
     from calm_jax import config as config_lib
     from calm_jax.models.parameters import Geometry
-    from calm_jax.training import sharding
+    from calm_jax import sharding
     from calm_jax.training.setup import Setup
 
     path, name = sys.argv[1:]

@@ -14,9 +14,10 @@ import numpy as np
 import psutil
 import pytest
 
-from calm_jax import config as config_lib
-from calm_jax.training import checkpoint, processes
+from calm_jax.checkpoints import array_io, on_disk
+from calm_jax.errors import ConfigError
 from calm_jax.training import logging as logs
+from calm_jax.training import processes
 
 VALUES = copy.deepcopy(miniature.SMALL)
 STEPS = 12
@@ -49,8 +50,8 @@ def learned(workdir: pathlib.Path) -> list[dict]:
 
 
 def parameters(workdir: pathlib.Path) -> dict[str, np.ndarray]:
-    saved = checkpoint.read(checkpoint.folders(workdir / "checkpoints" / "generic")[-1])
-    return {path: np.asarray(array.read().result()) for path, array in checkpoint.arrays(saved).items()}
+    saved = on_disk.read(on_disk.folders(workdir / "checkpoints" / "generic")[-1])
+    return {path: np.asarray(array.read().result()) for path, array in array_io.stored(saved).items()}
 
 
 def child(supervisor: subprocess.Popen, number: int) -> psutil.Process:
@@ -65,7 +66,7 @@ def wait_for_step(process: subprocess.Popen, workdir: pathlib.Path, step: int) -
         assert process.poll() is None, process.stderr.read()
         path = workdir / "metrics.jsonl"
         if path.is_file() and path.read_text().count('"train"') >= step and any(
-                map(checkpoint.is_complete, checkpoint.folders(workdir / "checkpoints" / "generic"))):
+                map(on_disk.is_complete, on_disk.folders(workdir / "checkpoints" / "generic"))):
             return
         time.sleep(0.02)
     raise AssertionError("nothing was trained")
@@ -123,7 +124,7 @@ def test_a_signal_to_stop_makes_all_save_the_same_step(straight, tmp_path, cache
     (child(running, 1) if whom == "one" else psutil.Process(running.pid)).terminate()
     text = running.communicate(timeout=600)[1]
     assert running.returncode == 143, text[-3000:]
-    saved = checkpoint.read(checkpoint.folders(workdir / "checkpoints" / "generic")[-1])
+    saved = on_disk.read(on_disk.folders(workdir / "checkpoints" / "generic")[-1])
     assert 5 <= saved.step < STEPS and f"saved step {saved.step}" in text
     assert max(row["step"] for row in learned(workdir)) == saved.step
     done = miniature.run(supervised(workdir), miniature.environment(cache, 4))
@@ -138,10 +139,10 @@ def test_what_one_mesh_saved_another_goes_on_with(straight, tmp_path, cache):
     for devices, mesh in MESHES:
         workdir = tmp_path / f"{devices}"
         shutil.copytree(straight, workdir)
-        for folder in checkpoint.folders(workdir / "checkpoints" / "generic"):
+        for folder in on_disk.folders(workdir / "checkpoints" / "generic"):
             if int(folder.name) > 8:
                 shutil.rmtree(folder)
-        assert checkpoint.folders(workdir / "checkpoints" / "generic")
+        assert on_disk.folders(workdir / "checkpoints" / "generic")
         done = miniature.run(miniature.command(workdir, *mesh, values=VALUES), miniature.environment(cache, devices))
         assert done.returncode == 0, done.stderr[-3000:]
         assert "resumes after step 8" in done.stdout
@@ -169,7 +170,7 @@ def test_jobs_are_found_in_the_environment(environment, found):
     {"CALM_PROCESSES": "2"}, {"CALM_COORDINATOR": "a:1", "CALM_PROCESSES": "2", "CALM_PROCESS": "2"},
     {"CALM_COORDINATOR": "a:1", "CALM_PROCESSES": "two", "CALM_PROCESS": "0"}])
 def test_a_half_described_job_is_refused(environment):
-    with pytest.raises(config_lib.ConfigError, match="go together"):
+    with pytest.raises(ConfigError, match="go together"):
         processes.described(environment)
     assert processes.join("off", environment) == ""
 

@@ -21,8 +21,10 @@ import pytest
 from jax.sharding import AbstractMesh, AxisType
 
 from calm_jax import config as config_lib
+from calm_jax import sharding
+from calm_jax.errors import ConfigError
 from calm_jax.models.parameters import Geometry
-from calm_jax.training import filters, optimizer, sharding
+from calm_jax.training import filters, optimizer
 from calm_jax.training.step import State, Step, compile_train
 
 MESHES = [sizes for sizes in itertools.product((1, 2, 4, 8), repeat=3) if math.prod(sizes) == 8]
@@ -227,16 +229,16 @@ def test_every_parameter_matches_exactly_one_rule(variant, stem, rank):
 
 
 def test_a_parameter_without_a_rule_is_named():
-    with pytest.raises(config_lib.ConfigError, match="llama/blocks/bell matches none of"):
+    with pytest.raises(ConfigError, match="llama/blocks/bell matches none of"):
         sharding.rules({"llama/embedding": None, "llama/blocks/bell": None})
 
 
 def test_a_batch_that_does_not_divide_the_mesh_is_refused_with_a_batch_that_does():
     sharding.check_batch(miniature.process(batch=16, accumulate=2), eight(), "scores")
-    with pytest.raises(config_lib.ConfigError, match=r"processes.scores: batch=12 over accumulate=1 makes 12 rows .* "
+    with pytest.raises(ConfigError, match=r"processes.scores: batch=12 over accumulate=1 makes 12 rows .* "
                        r"data\*fsdp=8 devices; choose a batch that is a multiple of 8"):
         sharding.check_batch(miniature.process(batch=12), eight(), "scores")
-    with pytest.raises(config_lib.ConfigError, match="choose a batch that is a multiple of 16"):
+    with pytest.raises(ConfigError, match="choose a batch that is a multiple of 16"):
         sharding.check_batch(miniature.process(batch=8, accumulate=2), eight(2, 4, 1), "scores")
     sharding.check_batch(miniature.process(batch=1), eight(1, 1, 8), "scores")  # tensor does not split rows
 
@@ -248,7 +250,7 @@ def test_a_batch_that_does_not_divide_the_mesh_is_refused_with_a_batch_that_does
     ((0, 8, 1), "the others are positive"),
 ])
 def test_a_mesh_that_does_not_fit_the_devices_is_refused(sizes, said):
-    with pytest.raises(config_lib.ConfigError, match=said):
+    with pytest.raises(ConfigError, match=said):
         sharding.make_mesh(config_lib.Mesh(*sizes), devices=[None] * 8)
 
 

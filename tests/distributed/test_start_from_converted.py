@@ -20,9 +20,13 @@ import numpy as np
 import pytest
 
 from calm_jax import config as config_lib
+from calm_jax import sharding
+from calm_jax.checkpoints import array_io, locate, restore
+from calm_jax.checkpoints.meta import MARKER
 from calm_jax.convert import torch_files
+from calm_jax.errors import CheckpointError
 from calm_jax.models.parameters import Geometry
-from calm_jax.training import checkpoint, logging, restore, sharding
+from calm_jax.training import logging
 
 MIB = 1 << 20
 # Processes that share eight devices; a single device each is the literal claim, and a minute of two cores.
@@ -64,14 +68,14 @@ def restores(folder: str, address: str, index: int, count: int, control: bool) -
     jax.distributed.initialize(address, count, index)
     assert jax.process_count() == count and len(jax.devices()) == 8
     try:
-        checkpoint.find(f"{folder}/damaged")
-    except checkpoint.CheckpointError as error:
+        locate.find(f"{folder}/damaged")
+    except CheckpointError as error:
         result = {"damaged": str(error)}  # also loads what joined processes need, so that below only files count
     with Cost() as finding:
-        saved = checkpoint.find(f"{folder}/out")
+        saved = locate.find(f"{folder}/out")
     config = config_lib.from_config_dict(saved.meta["config"])
     geometry, mesh = Geometry.of(config.model), sharding.make_mesh(config_lib.Mesh(fsdp=8))
-    layout, held = sharding.parameters(geometry.shapes, mesh), checkpoint.shapes(saved)
+    layout, held = sharding.parameters(geometry.shapes, mesh), array_io.shapes(saved)
     kept = {path: jax.ShapeDtypeStruct(leaf.shape, np.float32, sharding=layout[path])
             for path, leaf in geometry.shapes.items()}
     first = "llama/norm/scale"  # loading one small array, and in one test the layer at random, is in the baseline
@@ -129,9 +133,9 @@ def large(tmp_path_factory) -> tuple[pathlib.Path, int]:
     out = converted(folder, transformers.LlamaForCausalLM(transformers.LlamaConfig(
         vocab_size=2048, hidden_size=1024, num_hidden_layers=3, num_attention_heads=16, intermediate_size=2816)))
     (folder / "damaged").mkdir()
-    (folder / "damaged" / checkpoint.MARKER).write_text("{}")
-    saved = checkpoint.find(out)
-    whole = sum(4 * int(np.prod(shape)) for shape in checkpoint.shapes(saved).values())
+    (folder / "damaged" / MARKER).write_text("{}")
+    saved = locate.find(out)
+    whole = sum(4 * int(np.prod(shape)) for shape in array_io.shapes(saved).values())
     assert whole > 150 * MIB
     yield folder, whole
     shutil.rmtree(folder)
@@ -181,14 +185,14 @@ def test_each_process_reads_and_holds_its_share(large, count):
 def test_on_the_papers_geometry_little_is_read_by_everyone():
     """Arrays of one chunk are read whole by every process; in the model of a real size they are few."""
     sizes = [2 * leaf.size for leaf in Geometry.of(config_lib.model("7b")).shapes.values()]
-    assert sum(size for size in sizes if size < checkpoint.LARGE) < 0.001 * sum(sizes)
+    assert sum(size for size in sizes if size < array_io.LARGE) < 0.001 * sum(sizes)
 
 
 @pytest.mark.slow
 def test_the_program_trains_from_it_on_eight_devices(tmp_path):
     import test_conversion
     out = converted(tmp_path, test_conversion.llama())
-    saved = checkpoint.find(out)
+    saved = locate.find(out)
     model = saved.meta["config"]["model"]
     rate = 1e-4
     values = {
@@ -205,7 +209,7 @@ def test_the_program_trains_from_it_on_eight_devices(tmp_path):
     assert len(losses) == 2 and np.isfinite(losses).all()
     _, before = test_conversion.values(out)
     _, after = test_conversion.values(tmp_path / "run")
-    assert checkpoint.find(tmp_path / "run").meta["base"]["path"] == str(out)
+    assert locate.find(tmp_path / "run").meta["base"]["path"] == str(out)
     moved = {path: float(np.abs(after[path] - before[path]).max()) for path in before}
     # Two steps of Adam, at the rate and at half of it; random numbers would be far off.
     assert max(moved.values()) < 1.6 * rate

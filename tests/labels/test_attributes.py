@@ -9,6 +9,7 @@ from scipy import ndimage
 from calm_jax import config as config_lib
 from calm_jax.data import attributes, builders, cues, images
 from calm_jax.data.samples import Edit, ImageRef
+from calm_jax.errors import ConfigError
 
 NAMES = tuple(attributes.ATTRIBUTES)
 SIZES = (96, 336)
@@ -208,7 +209,7 @@ def test_edits_are_ordered_light_before_sensor_before_file():
 
 def test_unknown_names_and_grades_are_refused():
     picture = np.zeros((4, 4, 3), np.uint8)
-    with pytest.raises(config_lib.ConfigError, match="nearest is 'noise'"):
+    with pytest.raises(ConfigError, match="nearest is 'noise'"):
         attributes.apply(picture, Edit("noize", 1))
-    with pytest.raises(config_lib.ConfigError, match="grades 0 to 2"):
+    with pytest.raises(ConfigError, match="grades 0 to 2"):
         attributes.apply(picture, Edit("noise", 3))

@@ -17,6 +17,7 @@ from calm_jax.data.cues import rules as cue_rules
 from calm_jax.data.cues import stored
 from calm_jax.data.tasks.context import Context
 from calm_jax.data.tokenizer import Tokenizer
+from calm_jax.errors import ConfigError
 
 NAMES = tuple(attributes.ATTRIBUTES)
 EVERY = [(place, text) for place, texts in stored.places(cues.CUES) for text in texts]
@@ -134,7 +135,7 @@ def test_the_bank_of_a_process():
         assert entry.answers[0] == cues.CUES[name].answers[0][:5] and len(entry.advice) == len(cues.CUES[name].advice)
         assert len(entry.questions) in (0, 5) and len(entry.more) == 5 and len(entry.less_answers) >= 4
     assert pickle.loads(pickle.dumps(first)) == first  # worker processes get it
-    with pytest.raises(config_lib.ConfigError, match="phrasings=-1 is negative"):
+    with pytest.raises(ConfigError, match="phrasings=-1 is negative"):
         cues.bank("", -1)
 
 
@@ -190,17 +191,17 @@ def test_a_file_adds_phrases_and_they_are_read_back(tmp_path):
 ])
 def test_a_file_that_is_wrong_is_one_sentence(tmp_path, entries, sentence):
     path = write(tmp_path / "cues.json", *entries)
-    with pytest.raises(config_lib.ConfigError, match=sentence) as raised:
+    with pytest.raises(ConfigError, match=sentence) as raised:
         cues.bank(path)
     assert "\n" not in str(raised.value)
 
 
 def test_files_that_are_none(tmp_path):
-    with pytest.raises(config_lib.ConfigError, match=r"is missing; .*tools.make_cues writes"):
+    with pytest.raises(ConfigError, match=r"is missing; .*tools.make_cues writes"):
         cues.bank(str(tmp_path / "none.json"))
     for content in ("{", "[]", '{"phrases": []}', '{"format": "calm_jax cues 1", "phrases": 3}', "\xff"):
         (tmp_path / "bad.json").write_text(content, encoding="latin-1")
-        with pytest.raises(config_lib.ConfigError, match=r"bad\.json"):
+        with pytest.raises(ConfigError, match=r"bad\.json"):
             cues.bank(str(tmp_path / "bad.json"))
 
 
@@ -216,7 +217,7 @@ def test_a_process_trains_with_its_file(tmp_path):
     said = {turn.answer.text for number in range(20) for sample, _ in rows(process).plan(number).texts
             for turn in sample.turns}
     assert any(text.startswith("Overall, the second one has the") for text in said)
-    with pytest.raises(config_lib.ConfigError, match="nowhere"):
+    with pytest.raises(ConfigError, match="nowhere"):
         rows(dataclasses.replace(process, cues="nowhere.json"))
 
 

@@ -12,6 +12,7 @@ from calm_jax.data import attributes, builders, cues, images, statistics, statis
 from calm_jax.data.samples import BadRecord, ImageRef, Mention, Record
 from calm_jax.data.tasks import measured
 from calm_jax.data.tasks.context import Context
+from calm_jax.errors import ConfigError
 
 NAMES = tuple(statistics.STATISTICS)
 MOST = 1.0  # times a wide Gaussian blur: all statistics of one picture of 224 pixels
@@ -165,7 +166,7 @@ def test_the_edges_of_one_split_serve_another():
                                  edges) == [{"brightness": 0, "hue": 0}, {"brightness": 5}, {"hue": 9}]
     np.testing.assert_array_equal(edges["hue"], statistics.get("hue").edges)
     assert statistics.deciles_of({}) == []
-    with pytest.raises(config_lib.ConfigError, match="nearest is 'grain'"):
+    with pytest.raises(ConfigError, match="nearest is 'grain'"):
         statistics.edges_of({"grian": np.zeros(3)})
 
 
@@ -272,7 +273,7 @@ def test_only_given_levels_are_asked():
     for parts in (("low",), ("middle", "thematic"), ("low", "high")):
         _, turns, _ = measured.measured(record, np.random.default_rng(0), Context(parts))
         assert {statistics.get(name).level for name, _ in labels(turns)} == set(parts) & set(config_lib.LEVELS)
-    with pytest.raises(config_lib.ConfigError, match="add one to the process"):
+    with pytest.raises(ConfigError, match="add one to the process"):
         measured.measured(record, np.random.default_rng(0), Context(("thematic",)))
 
 

@@ -12,6 +12,7 @@ from calm_jax.data import scale as scale_lib
 from calm_jax.data.samples import BadRecord, Mention
 from calm_jax.data.tasks import composed, instructions, opinions
 from calm_jax.data.tasks.context import Context
+from calm_jax.errors import ConfigError
 
 PARTS = config_lib.PARTS
 CONTEXT = Context(PARTS)
@@ -42,11 +43,11 @@ def split_label(turn):
 
 def test_unknown_tasks_and_useless_parts_are_refused(demo):
     rng = np.random.default_rng(0)
-    with pytest.raises(config_lib.ConfigError, match="nearest is 'caption'"):
+    with pytest.raises(ConfigError, match="nearest is 'caption'"):
         tasks.make("captions", demo, 0, rng, CONTEXT)
-    with pytest.raises(config_lib.ConfigError, match="add one to the process"):
+    with pytest.raises(ConfigError, match="add one to the process"):
         tasks.make("attributes", demo, 0, rng, Context(("thematic",)))
-    with pytest.raises(config_lib.ConfigError, match="add one to the process"):
+    with pytest.raises(ConfigError, match="add one to the process"):
         tasks.make("comparisons", demo, 0, rng, Context(("thematic",)))
 
 

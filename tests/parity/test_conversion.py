@@ -18,11 +18,13 @@ import pytest
 import transformers
 
 from calm_jax import config as config_lib
-from calm_jax import json_files
+from calm_jax import json_files, sharding
+from calm_jax.checkpoints import array_io, locate, restore
+from calm_jax.checkpoints.meta import ARRAYS
 from calm_jax.convert import geometry, tables, torch_files
 from calm_jax.data.tokenizer import SHIPPED
+from calm_jax.errors import CheckpointError, ConfigError
 from calm_jax.models.parameters import Geometry
-from calm_jax.training import checkpoint, restore, sharding
 from tools import bench_conversion, convert_from_hf
 
 torch = pytest.importorskip("torch", reason="torch is not here; make test has it")
@@ -126,20 +128,20 @@ def lavis(context=24, width=128, depth=4, mlp=96, every=2, queries=6, out=32):
 
 
 def values(path):
-    saved = checkpoint.find(path)
+    saved = locate.find(path)
     model = config_lib.from_config_dict(saved.meta["config"]).model
-    shapes, held = Geometry.of(model).shapes, checkpoint.shapes(saved)
+    shapes, held = Geometry.of(model).shapes, array_io.shapes(saved)
     one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     wanted = {name: jax.ShapeDtypeStruct(shapes[name].shape, stored(saved, name), sharding=one) for name in held}
     return model, {name: np.asarray(leaf) for name, leaf in
-                   checkpoint.restore(saved, {"parameters": wanted})["parameters"].items()}
+                   array_io.restore(saved, {"parameters": wanted})["parameters"].items()}
 
 
 def stored(saved, name):
     import orbax.checkpoint as ocp
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as orbax:
-        return checkpoint.unnest(orbax.metadata(saved.path / checkpoint.ARRAYS).item_metadata.tree["parameters"]
-                                 )[name].dtype
+        return array_io.unnest(orbax.metadata(saved.path / ARRAYS).item_metadata.tree["parameters"]
+                               )[name].dtype
 
 
 def bits(array):
@@ -150,7 +152,7 @@ def bits(array):
                                              ("bin", "float32"), ("bin sharded", "bfloat16")])
 def test_every_tensor_arrives_bit_for_bit(tmp_path, monkeypatch, form, dtype):
     if form == "safetensors":  # leaves of real size are written in pieces; here that size is made small
-        monkeypatch.setattr(checkpoint, "LARGE", 1 << 9)
+        monkeypatch.setattr(array_io, "LARGE", 1 << 9)
     sources = parts(tmp_path, form, dtype)
     out = convert_from_hf.convert(*sources, [], str(tmp_path / "out"))
     assert not list(tmp_path.glob("*.partial"))
@@ -195,7 +197,7 @@ def test_three_qformers_are_low_middle_and_high(tmp_path):
     for level, name in enumerate(config_lib.LEVELS):
         truth = torch_files.tensors(tmp_path / name)["query_tokens"].read()[0]
         np.testing.assert_array_equal(leaves["mfam/qformers/queries"][level], truth)
-    with pytest.raises(config_lib.ConfigError, match="one Q-Former for all levels or three, not 2"):
+    with pytest.raises(ConfigError, match="one Q-Former for all levels or three, not 2"):
         convert_from_hf.convert(*sources, folders[:2], str(tmp_path / "other"))
 
 
@@ -258,7 +260,7 @@ def test_a_file_whose_tensors_do_not_tell_the_geometry_is_one_sentence(tmp_path,
     sources, state, file = parts(tmp_path), lavis(), tmp_path / "some.pth"
     change(state)
     torch.save({"model": state}, file)
-    with pytest.raises(config_lib.ConfigError, match=f"some.pth: there is no config.json .*{reason}") as caught:
+    with pytest.raises(ConfigError, match=f"some.pth: there is no config.json .*{reason}") as caught:
         convert_from_hf.convert(*sources, [str(file)], str(tmp_path / "out"))
     assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
 
@@ -267,7 +269,7 @@ def test_a_tensor_that_does_not_fit_a_derived_geometry_is_named(tmp_path):
     sources, state, file = parts(tmp_path), lavis(), tmp_path / "some.pth"
     state["Qformer.bert.encoder.layer.3.output_query.dense.weight"] = torch.zeros(128, 95)
     torch.save({"model": state}, file)
-    with pytest.raises(config_lib.ConfigError, match=r"wrong shape: Qformer.*layer.3.output_query.dense.weight is "
+    with pytest.raises(ConfigError, match=r"wrong shape: Qformer.*layer.3.output_query.dense.weight is "
                        r"\(128, 95\), the model needs \(128, 96\)"):
         convert_from_hf.convert(*sources, [str(file)], str(tmp_path / "out"))
 
@@ -279,7 +281,7 @@ def test_sources_are_recorded_with_the_licence_that_each_states(tmp_path):
     folders = [with_queries(tmp_path / name) for name in config_lib.LEVELS]
     (tmp_path / "low" / "README.md").write_text("---\nlicense: [mit, bsd-3-clause]\n---\n")
     (tmp_path / "middle" / "README.md").write_text("---\nlicense: {\n---\n")
-    saved = checkpoint.find(convert_from_hf.convert(*sources, folders, str(tmp_path / "out")))
+    saved = locate.find(convert_from_hf.convert(*sources, folders, str(tmp_path / "out")))
     assert saved.meta["sources"] == {
         "vit": {"name": sources[0], "licence": "mit"},
         "llm": {"name": sources[1], "licence": ""},
@@ -293,7 +295,7 @@ def test_training_reads_it_with_the_rest_at_random(tmp_path, monkeypatch):
     small = dataclasses.replace(config_lib.model("7b"), qformer=dataclasses.replace(
         miniature.MODEL.qformer, queries=32))
     monkeypatch.setattr(config_lib, "model", lambda _: small)
-    saved = checkpoint.find(convert_from_hf.convert(*parts(tmp_path), [], str(tmp_path / "out")))
+    saved = locate.find(convert_from_hf.convert(*parts(tmp_path), [], str(tmp_path / "out")))
     config = config_lib.from_config_dict(saved.meta["config"])
     config = dataclasses.replace(config, init=str(saved.path), tokenizer=str(saved.path / "tokenizer.model"))
     shapes = Geometry.of(config.model)
@@ -307,7 +309,7 @@ def test_training_reads_it_with_the_rest_at_random(tmp_path, monkeypatch):
     assert float(np.std(loaded["mfam/qformers/queries"])) > 0.01
     other = dataclasses.replace(config, model=dataclasses.replace(
         config.model, vit=dataclasses.replace(config.model.vit, heads=4)))
-    with pytest.raises(checkpoint.CheckpointError, match=r"another geometry: model.vit.heads: 2 -> 4"):
+    with pytest.raises(CheckpointError, match=r"another geometry: model.vit.heads: 2 -> 4"):
         restore.load(saved, shapes, other, kept)
     shallow = dataclasses.replace(config, model=dataclasses.replace(
         config.model, depths=config_lib.Depths(low=0.5)))  # nothing was trained at the depths of the preset yet
@@ -329,13 +331,13 @@ def test_an_interrupted_conversion_is_no_checkpoint_and_is_begun_anew(tmp_path, 
 
     with monkeypatch.context() as patch:
         patch.setattr(convert_from_hf, "_reader", dies)
-        with pytest.raises(checkpoint.CheckpointError, match="could not be saved"):
+        with pytest.raises(CheckpointError, match="could not be saved"):
             convert_from_hf.convert(*sources, [], str(out))
     assert not out.exists()
-    with pytest.raises(checkpoint.CheckpointError, match="no complete checkpoint"):
-        checkpoint.find(tmp_path / "out.partial")
-    assert checkpoint.find(convert_from_hf.convert(*sources, [], str(out))).path == out
-    with pytest.raises(checkpoint.CheckpointError, match="exists already"):
+    with pytest.raises(CheckpointError, match="no complete checkpoint"):
+        locate.find(tmp_path / "out.partial")
+    assert locate.find(convert_from_hf.convert(*sources, [], str(out))).path == out
+    with pytest.raises(CheckpointError, match="exists already"):
         convert_from_hf.convert(*sources, [], str(out))
 
 
@@ -355,14 +357,14 @@ def test_a_killed_conversion_leaves_nothing_that_a_reader_accepts(tmp_path):
         child.kill()
         child.wait()
         if out.exists():
-            assert checkpoint.find(out).path == out  # it was done: then it is whole
+            assert locate.find(out).path == out  # it was done: then it is whole
             shutil.rmtree(out)
             continue
         interrupted += 1
-        with pytest.raises(checkpoint.CheckpointError):
-            checkpoint.find(tmp_path / "out.partial")
+        with pytest.raises(CheckpointError):
+            locate.find(tmp_path / "out.partial")
     assert interrupted
-    assert checkpoint.find(convert_from_hf.convert(*sources, [], str(out))).path == out
+    assert locate.find(convert_from_hf.convert(*sources, [], str(out))).path == out
 
 
 def test_a_tied_head_is_its_embedding(tmp_path):
@@ -449,13 +451,13 @@ def test_wrong_input_is_one_clear_sentence_and_leaves_nothing(tmp_path, what):
     write(llama(), tmp_path / "llm", "safetensors sharded")
     shutil.copyfile(SHIPPED, tmp_path / "llm" / "tokenizer.model")
     sentence = harm(tmp_path, what)
-    with pytest.raises(config_lib.ConfigError, match=sentence):
+    with pytest.raises(ConfigError, match=sentence):
         convert_from_hf.convert(str(tmp_path / "vit"), str(tmp_path / "llm"), [], str(tmp_path / "out"))
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob("*.partial"))
 
 
 def test_a_place_that_is_neither_folder_nor_hub_id_is_named(tmp_path):
-    with pytest.raises(config_lib.ConfigError, match="nowhere/at/all does not exist; give a folder"):
+    with pytest.raises(ConfigError, match="nowhere/at/all does not exist; give a folder"):
         torch_files.locate("nowhere/at/all")
 
 
@@ -464,7 +466,7 @@ def test_a_place_that_is_neither_folder_nor_hub_id_is_named(tmp_path):
     ({"model_type": "siglip"}, "model_type is 'siglip' instead of clip"),
 ])
 def test_encoders_that_calm_does_not_compute_are_refused(found, reason):
-    with pytest.raises(config_lib.ConfigError, match=reason):
+    with pytest.raises(ConfigError, match=reason):
         geometry.vit(json_files.Table(found, "config.json"))
 
 

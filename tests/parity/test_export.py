@@ -20,9 +20,11 @@ from PIL import Image
 from test_conversion import bits, parts, with_queries
 
 from calm_jax import config as config_lib
+from calm_jax.checkpoints import array_io, locate, on_disk, restore
+from calm_jax.checkpoints.store import Checkpoints
 from calm_jax.convert import tables, torch_files
 from calm_jax.data.tokenizer import SHIPPED
-from calm_jax.training import checkpoint, restore
+from calm_jax.errors import CheckpointError, ConfigError
 from tools import check_parity, convert_from_hf, export_to_hf
 
 torch = pytest.importorskip("torch", reason="torch is not here; make test has it")
@@ -80,7 +82,7 @@ def test_torch_computes_the_same_whichever_version_wrote_and_reads(exported, tmp
 def test_an_export_and_its_parts_are_used_as_transformers_models_are(exported, reader):
     read = client(PYTHONS[reader], "read", exported / "hf")
     tokens = read["parts"].pop("tokens")
-    assert tokens == [1, *restore.tokenizer(checkpoint.find(exported / "calm")).encode("It has noise: 10.0")]
+    assert tokens == [1, *restore.tokenizer(locate.find(exported / "calm")).encode("It has noise: 10.0")]
     assert len(read["parts"]) == 5 and not any(read["parts"].values())  # nothing missing, nothing unexpected
     found = read["whole"]
     assert len(set(found["scores"])) == 5 and all(1 <= score <= 10 for score in found["scores"])
@@ -198,7 +200,7 @@ def test_what_was_never_trained_comes_from_its_base_and_its_seed(tmp_path):
     first = miniature.saved(tmp_path / "first", tasks=("caption",))
     config = miniature.config(init=first)
     changed = {"llama/norm/scale": np.full(32, 3.0, np.float32)}
-    checkpoints = checkpoint.Checkpoints(tmp_path / "second", config_lib.Checkpoint())
+    checkpoints = Checkpoints(tmp_path / "second", config_lib.Checkpoint())
     checkpoints.save(2, {"parameters": changed, "optimizer": ()}, {
         "process": "only", "rows": 0, "best": None, "trained": sorted(changed), "base": first, "seed": 0,
         "config": dataclasses.asdict(config), "tokenizer": restore.Tokenizer().fingerprint})
@@ -274,7 +276,7 @@ def test_a_full_disk_is_said_and_leaves_nothing(tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(torch_files, "save", full)
-        with pytest.raises(checkpoint.CheckpointError, match=r"No space left.*free some space.*same command again"):
+        with pytest.raises(CheckpointError, match=r"No space left.*free some space.*same command again"):
             export_to_hf.export(source, str(tmp_path / "hf"))
     assert not (tmp_path / "hf").exists() and reader_refuses(tmp_path / "hf.partial")
     export_to_hf.export(source, str(tmp_path / "hf"))
@@ -282,14 +284,14 @@ def test_a_full_disk_is_said_and_leaves_nothing(tmp_path, monkeypatch):
 
 def test_wrong_input_is_one_clear_sentence(tmp_path):
     source, out = miniature.saved(tmp_path / "run"), str(tmp_path / "hf")
-    with pytest.raises(checkpoint.CheckpointError, match=r"there is no complete checkpoint in .*nowhere"):
+    with pytest.raises(CheckpointError, match=r"there is no complete checkpoint in .*nowhere"):
         export_to_hf.export(str(tmp_path / "nowhere"), out)
-    with pytest.raises(config_lib.ConfigError, match="no low-rank updates to merge; leave --merge-lora out"):
+    with pytest.raises(ConfigError, match="no low-rank updates to merge; leave --merge-lora out"):
         export_to_hf.export(source, out, merge_lora=True)
-    with pytest.raises(config_lib.ConfigError, match=r"no folder that tools.export_to_hf wrote"):
+    with pytest.raises(ConfigError, match=r"no folder that tools.export_to_hf wrote"):
         check_parity.check(source, str(tmp_path))
     (tmp_path / "there").mkdir()
-    with pytest.raises(checkpoint.CheckpointError, match="there exists already; choose another folder"):
+    with pytest.raises(CheckpointError, match="there exists already; choose another folder"):
         export_to_hf.export(source, str(tmp_path / "there"))
     conv = miniature.saved(tmp_path / "conv", lora=dataclasses.replace(LORA, targets="vit/stem/embed|llama/blocks/q"),
                    vit=dataclasses.replace(miniature.MODEL.vit, stem="patch"))
@@ -300,7 +302,7 @@ def test_wrong_input_is_one_clear_sentence(tmp_path):
     assert said == ["not written alone: the encoder, whose convolutional stem CLIPVisionModel does not have"]
     victim = next((tmp_path / "run" / "00000003" / "arrays").rglob("d/*"))
     victim.write_bytes(victim.read_bytes()[:-1])
-    with pytest.raises(checkpoint.CheckpointError, match="is damaged"):
+    with pytest.raises(CheckpointError, match="is damaged"):
         export_to_hf.export(source, str(tmp_path / "other"))
 
 
@@ -308,8 +310,8 @@ def test_a_tokenizer_that_changed_is_refused(tmp_path):
     source = miniature.saved(tmp_path / "run")
     meta = tmp_path / "run" / "00000003" / "meta.json"
     meta.write_text(json.dumps(json.loads(meta.read_text()) | {"tokenizer": "0123456789ab"}))
-    checkpoint.write_marker(meta.parent)
-    with pytest.raises(checkpoint.CheckpointError, match="trained with another tokenizer"):
+    on_disk.write_marker(meta.parent)
+    with pytest.raises(CheckpointError, match="trained with another tokenizer"):
         export_to_hf.export(source, str(tmp_path / "hf"))
 
 
@@ -331,8 +333,8 @@ def test_a_folder_written_by_hand_converts_back(tmp_path):
     source = miniature.saved(tmp_path / "run", vit=dataclasses.replace(miniature.MODEL.vit, stem="patch"))
     out = export_to_hf.export(source, str(tmp_path / "hf"), parts=True) / "parts"
     back = convert_from_hf.convert(str(out / "vision_tower"), str(out / "language_model"), [], str(tmp_path / "back"))
-    leaves = checkpoint.arrays(checkpoint.find(back))
-    for path, array in checkpoint.arrays(checkpoint.find(source)).items():
+    leaves = array_io.stored(locate.find(back))
+    for path, array in array_io.stored(locate.find(source)).items():
         if path.startswith(("vit/", "llama/")):
             np.testing.assert_array_equal(bits(leaves[path].read().result()), bits(array.read().result()), path)
 

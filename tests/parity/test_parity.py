@@ -18,6 +18,7 @@ from flax import nnx
 
 from calm_jax import config as config_lib
 from calm_jax.convert import tables
+from calm_jax.errors import ConfigError
 from calm_jax.models import lora
 from calm_jax.models.calm import Calm
 from calm_jax.models.llama import Llama
@@ -540,5 +541,5 @@ def test_lora_targets_of_the_whole_model():
     factors = {path: shape for path, shape in shapes.items() if "/lora/" in path}
     assert len(factors) == 14
     assert factors["llama/blocks/down/lora/a"] == (3, 72, 2)
-    with pytest.raises(config_lib.ConfigError, match="matches no linear layer"):
+    with pytest.raises(ConfigError, match="matches no linear layer"):
         nnx.eval_shape(lambda: Calm(dataclasses.replace(cfg, lora=config_lib.Lora(rank=2, targets="q")), nnx.Rngs(0)))

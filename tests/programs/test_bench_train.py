@@ -15,9 +15,10 @@ import numpy as np
 import pytest
 
 from calm_jax import config as config_lib
+from calm_jax import sharding
 from calm_jax.data import pipeline
+from calm_jax.errors import ConfigError
 from calm_jax.models.parameters import Geometry
-from calm_jax.training import sharding
 from calm_jax.training.setup import Setup
 from tools import (
     bench_conversion,
@@ -85,7 +86,7 @@ def test_the_batch_is_one_of_the_pipeline_and_full(of):
 
 def test_a_row_that_holds_no_picture_is_refused():
     of = config(row=config_lib.Row(tokens=16, images=2, answers=8))
-    with pytest.raises(config_lib.ConfigError, match=r"row.tokens=16 does not hold the 22 visual tokens"):
+    with pytest.raises(ConfigError, match=r"row.tokens=16 does not hold the 22 visual tokens"):
         bench_train.make_batch(of)
 
 
@@ -137,7 +138,7 @@ def test_the_public_geometry_has_as_many_trained_parameters_on_both_sides(file, 
     (miniature.config(model=dataclasses.replace(miniature.MODEL, score_head=config_lib.ScoreHead(8)),
                       processes={"only": miniature.process(score_head=1.0)}), "has no regression head")])
 def test_what_torch_cannot_do_alike_is_refused_before_anything_runs(of, sentence):
-    with pytest.raises(config_lib.ConfigError, match=sentence):
+    with pytest.raises(ConfigError, match=sentence):
         bench_train.whole(of, bench_train.learning(of))
 
 
@@ -223,9 +224,9 @@ def test_a_contender_without_memory_is_a_result_and_the_other_goes_on(tmp_path, 
 
 
 def test_a_crash_and_different_devices_are_no_results(tmp_path):
-    with pytest.raises(config_lib.ConfigError, match="the contender a died"):
+    with pytest.raises(ConfigError, match="the contender a died"):
         played(tmp_path, {"a": "cpu"}, {"a": "crashing"})
-    with pytest.raises(config_lib.ConfigError, match="must share their device, and a has 1 gpu, b has 1 cpu"):
+    with pytest.raises(ConfigError, match="must share their device, and a has 1 gpu, b has 1 cpu"):
         played(tmp_path, {"a": "gpu", "b": "cpu"}, {})
 
 
@@ -250,7 +251,7 @@ def test_the_benchmark_runs_both_sides(capfd):
     assert cells[2] == f"{ours['median_s'] / theirs['median_s']:.2f}"
     result["results"]["torch"] = {"error": "out of memory"}
     assert "out of memory" in bench_train.show(result) and bench_train.cells(result)[0][1:] == ["out of memory", "", ""]
-    with pytest.raises(config_lib.ConfigError, match="--depth 3: the language model has 2 blocks"):
+    with pytest.raises(ConfigError, match="--depth 3: the language model has 2 blocks"):
         bench_train.measure(of, against=True, rounds=1, depth=3)
 
 
@@ -271,7 +272,7 @@ def test_a_row_goes_to_the_end_of_its_table(tmp_path):
     assert [line for line in written.splitlines() if line not in rows] == source.splitlines()
     section = written.partition(f"## {bench_data.SECTION}\n")[2].partition("\n## ")[0]
     assert re.search(r"\n\|.*\n\| today .*\n\| \| \| \| y .*\n\n", section)
-    with pytest.raises(config_lib.ConfigError, match="the table below '## Data' does not begin with"):
+    with pytest.raises(ConfigError, match="the table below '## Data' does not begin with"):
         bench_page.append(page, "Data", ("other",), [["x"]], date="d", machine="m", command="c")
     new = tmp_path / "new.md"
     for _ in range(2):
@@ -315,7 +316,7 @@ def test_what_does_not_fit_a_device_gets_fewer_blocks_and_only_that():
         bench_train.with_depth(of, depth + 1), each)
     for name in ("lora", "pretrain", "inference"):
         assert "--depth" not in bench_gpu.arguments(name, "7b", 4, 5, H100)
-    with pytest.raises(config_lib.ConfigError, match="one block of the language model takes"):
+    with pytest.raises(ConfigError, match="one block of the language model takes"):
         bench_gpu.arguments("train", "7b", 4, 5, 2**33)
     assert sum(word.startswith("--config.") for word in bench_gpu.arguments("pretrain", "tiny", 4, 5, None)) == 2
 
@@ -360,7 +361,7 @@ def test_what_fails_is_said_and_the_rest_goes_on(tmp_path, monkeypatch, capsys):
     def run(words, folder, name):
         asked.append(name)
         if name == "lora":
-            raise config_lib.ConfigError("failed with exit code 1: something")
+            raise ConfigError("failed with exit code 1: something")
         error = {"error": "out of memory"} if name == "pretrain" else {}
         return {"results": {"calm_jax": error, "torch": {"error": "out of memory"}}}
 
@@ -376,7 +377,7 @@ def test_what_fails_is_said_and_the_rest_goes_on(tmp_path, monkeypatch, capsys):
 
 def test_a_command_that_fails_is_told_by_its_last_line(tmp_path, monkeypatch):
     monkeypatch.chdir(miniature.ROOT)
-    with pytest.raises(config_lib.ConfigError, match="exit code 2: error: there is no process 'nothing'"):
+    with pytest.raises(ConfigError, match="exit code 2: error: there is no process 'nothing'"):
         bench_gpu.run(["train", "--config", "configs/finetune.py", "--process", "nothing"], tmp_path, "train")
 
 

@@ -24,9 +24,11 @@ import pytest
 from PIL import Image
 
 from calm_jax import config as config_lib
+from calm_jax.checkpoints import array_io, locate
+from calm_jax.checkpoints.meta import MARKER
 from calm_jax.convert import torch_files
 from calm_jax.data.builders import stored
-from calm_jax.training import checkpoint
+from calm_jax.errors import ConfigError
 
 pytestmark = pytest.mark.slow
 KILLS = (200 if miniature.THOROUGH else 20) // 5  # of each of the five programs
@@ -49,14 +51,14 @@ class Case:
 
 
 def arrays(place: pathlib.Path) -> dict[str, bytes]:
-    saved = checkpoint.find(place)
-    return {path: np.asarray(array.read().result()).tobytes() for path, array in checkpoint.arrays(saved).items()}
+    saved = locate.find(place)
+    return {path: np.asarray(array.read().result()).tobytes() for path, array in array_io.stored(saved).items()}
 
 
 def whole_checkpoints(folder: pathlib.Path) -> None:
-    for marker in folder.rglob(checkpoint.MARKER):
+    for marker in folder.rglob(MARKER):
         if ".partial" not in str(marker):
-            checkpoint.read(marker.parent)
+            folder.read(marker.parent)
     for log in folder.rglob("metrics.jsonl"):
         for line in log.read_text().split("\n")[:-1]:
             json.loads(line)
@@ -72,7 +74,7 @@ def whole_scores(folder: pathlib.Path) -> None:
 
 
 def whole_data(folder: pathlib.Path) -> None:
-    with contextlib.suppress(config_lib.ConfigError):  # nothing that a reader accepts
+    with contextlib.suppress(ConfigError):  # nothing that a reader accepts
         data = stored.Stored("folder", folder / "data")
         assert len(data) == PICTURES
         for index in range(len(data)):

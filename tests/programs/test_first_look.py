@@ -14,6 +14,7 @@ import psutil
 import pytest
 
 from calm_jax import config as config_lib
+from calm_jax.errors import ConfigError
 from tools import commands, first_look
 
 
@@ -29,7 +30,7 @@ def test_all_arms_take_the_same_number_of_steps_of_the_same_shape():
                    for process in config.processes.values()}
         steps[name] = sum(process.steps for process in config.processes.values())
     assert len(shapes) == 1 and steps["scores"] == steps["self_supervised"] + steps["then_scores"]
-    with pytest.raises(config_lib.ConfigError, match="no variant 'score'; the nearest is 'scores'"):
+    with pytest.raises(ConfigError, match="no variant 'score'; the nearest is 'scores'"):
         variant("score")
 
 

@@ -18,9 +18,9 @@ import openai_server
 import pytest
 from openai_server import Raw, Server, error
 
-from calm_jax import config as config_lib
 from calm_jax.data import cues
 from calm_jax.data.cues import stored
+from calm_jax.errors import ConfigError
 from tools import make_cues
 
 MODEL = "gpt-3.5-turbo"
@@ -326,27 +326,27 @@ def test_an_endpoint_that_is_not_there(tmp_path):
 
 @pytest.mark.parametrize("url", ["localhost:1234/v1", "ftp://host/v1", "http://", "http://[::1/v1"])
 def test_addresses_that_are_none(tmp_path, url):
-    with pytest.raises(config_lib.ConfigError, match="--base_url="):
+    with pytest.raises(ConfigError, match="--base_url="):
         make_cues.make(str(tmp_path), model=MODEL, key="secret", base_url=url)
 
 
 def test_folders_that_cannot_be_used(tmp_path):
     (tmp_path / "file").write_text("")
     with Server() as server:
-        with pytest.raises(config_lib.ConfigError, match=r"cannot be written: .*choose another --out"):
+        with pytest.raises(ConfigError, match=r"cannot be written: .*choose another --out"):
             make(server, tmp_path / "file" / "below")
         make(server, tmp_path / "one", per_place=1)
-        with pytest.raises(config_lib.ConfigError, match=r"holds replies of 'gpt-3.5-turbo'; choose another --out"):
+        with pytest.raises(ConfigError, match=r"holds replies of 'gpt-3.5-turbo'; choose another --out"):
             make(server, tmp_path / "one", model="other")
         used = make_cues.Journal(tmp_path / "one" / "journal.jsonl")
-        with pytest.raises(config_lib.ConfigError, match="another run is writing"):
+        with pytest.raises(ConfigError, match="another run is writing"):
             make(server, tmp_path / "one")
         used.close()
         lines = (tmp_path / "one" / "journal.jsonl").read_text().splitlines()
         (tmp_path / "one" / "journal.jsonl").write_text("\n".join([lines[0], lines[1][:40], *lines[2:]]) + "\n")
-        with pytest.raises(config_lib.ConfigError, match=r"line 2 of .* is damaged"):
+        with pytest.raises(ConfigError, match=r"line 2 of .* is damaged"):
             make(server, tmp_path / "one")
-        with pytest.raises(config_lib.ConfigError, match="nearest is 'noise'"):
+        with pytest.raises(ConfigError, match="nearest is 'noise'"):
             make(server, tmp_path / "two", names=("noize",))
 
 
@@ -383,6 +383,6 @@ def test_the_command_line(tmp_path):
 def test_prices():
     assert make_cues.price("gpt-4o-mini-2024-07-18", None) == (0.15, 0.6) == make_cues.price("x", "0.15,0.6")
     assert make_cues.price("gpt-4o", None) == (2.5, 10.0) and make_cues.price("gpt-4omni", None) is None
-    with pytest.raises(config_lib.ConfigError, match="is not IN,OUT"):
+    with pytest.raises(ConfigError, match="is not IN,OUT"):
         make_cues.price("x", "cheap")
     assert make_cues.money((0.5, 1.5), 1_000_000, 2_000_000) == "$3.5000"

@@ -21,6 +21,7 @@ from PIL import Image
 
 from calm_jax import command, files, terminal
 from calm_jax import config as config_lib
+from calm_jax.errors import ConfigError
 from calm_jax.inference.once import once
 from calm_jax.predict.gather import gather
 from calm_jax.predict.journal import Journal
@@ -89,7 +90,7 @@ def test_what_this_program_wrote_may_be_written_again_and_nothing_else(tmp_path)
         try:
             assert files.output(file, ours=ours) == file
             refuses = False
-        except config_lib.ConfigError as error:
+        except ConfigError as error:
             assert name in str(error)
             refuses = True
         assert refuses == (content in (b"<!doctype html><p>mine", b'{"fits": 1}', b"\xff\xfe#"))
@@ -198,13 +199,13 @@ def test_a_list_may_come_in_many_forms(tmp_path):
                            ("\r\n".join(plain).encode("utf-16"), list(plain))):
         assert gather(["-"], io.TextIOWrapper(io.BytesIO(data))) == expected
     for data in (b"", b"\n\n", b"\xff\xfe\x00"):
-        with pytest.raises(config_lib.ConfigError, match="standard input"):
+        with pytest.raises(ConfigError, match="standard input"):
             gather(["-"], io.TextIOWrapper(io.BytesIO(data)))
 
 
 @pytest.mark.parametrize("data", ["a.jpg\nb.jpg\n".encode("utf-16-le"), "a.jpg\nb.jpg\n".encode("utf-16-be"), None])
 def test_a_list_that_is_none_is_refused(data):
-    with pytest.raises(config_lib.ConfigError, match="standard input"):
+    with pytest.raises(ConfigError, match="standard input"):
         gather(["-"], None if data is None else io.TextIOWrapper(io.BytesIO(data)))
 
 
@@ -226,7 +227,7 @@ def test_links_that_lead_back_cost_nothing(tmp_path):
 def test_a_file_of_the_users_with_the_name_of_a_journal_is_left_alone(tmp_path, content):
     file = tmp_path / "scores.csv.journal"
     file.write_bytes(content)
-    with pytest.raises(config_lib.ConfigError, match=file.name):
+    with pytest.raises(ConfigError, match=file.name):
         Journal(file, {"verb": "score"})
     assert file.read_bytes() == content
 

@@ -15,7 +15,7 @@ import miniature
 import pytest
 from packaging.requirements import Requirement
 
-from calm_jax import config as config_lib
+from calm_jax.errors import ConfigError
 from tools import pack
 
 
@@ -49,7 +49,7 @@ def test_what_is_carried_and_assumed_is_all_that_the_benchmarks_load():
     pytest.importorskip("peft", reason="peft is not here; make test has it")
     known = {*pack.CARRIED, *pack.ASSUMED}
     code = ("import sys, tools.bench, tools.bench_gpu, tools.export_to_hf, tools.flops, calm_jax.training.setup, "
-            "calm_jax.training.restore, calm_jax.inference.generate, importlib.metadata as m; "
+            "calm_jax.checkpoints.restore, calm_jax.inference.generate, importlib.metadata as m; "
             "owners = m.packages_distributions(); "
             "print(*{owner for name in sys.modules for owner in owners.get(name.split('.')[0], ())})")
     loaded = miniature.run([sys.executable, "-c", code], miniature.environment()).stdout.split()
@@ -87,7 +87,7 @@ def test_pip_is_asked_for_wheels_of_the_other_machine(tmp_path, monkeypatch):
         return subprocess.CompletedProcess(command, 1, stderr="WARNING: x\nERROR: No matching distribution for y\nz")
 
     monkeypatch.setattr(subprocess, "run", run)
-    with pytest.raises(config_lib.ConfigError, match="the wheels: ERROR: No matching distribution for y"):
+    with pytest.raises(ConfigError, match="the wheels: ERROR: No matching distribution for y"):
         pack.download(tmp_path, "3.12", "aarch64", 30)
     [command] = asked
     assert "--no-deps" in command and "--only-binary=:all:" in command
@@ -113,7 +113,7 @@ def test_a_pack_has_the_working_tree_and_the_wheels(tmp_path, wheels):
 def test_a_pack_that_is_too_large_names_what_is_large_and_leaves_nothing(tmp_path, wheels):
     for number, size in enumerate((3, 7, 5, 1)):
         (wheels / f"{number}.whl").write_bytes(bytes(size * 10**6))
-    with pytest.raises(config_lib.ConfigError) as error:
+    with pytest.raises(ConfigError) as error:
         pack.pack(tmp_path / "pack.tar", wheels, 10e6)
     assert "of at most 10.0; the largest of it: wheels/1.whl (7.0 MB), wheels/2.whl (5.0 MB), wheels/0.whl (3.0 MB)" \
         in str(error.value)
@@ -122,7 +122,7 @@ def test_a_pack_that_is_too_large_names_what_is_large_and_leaves_nothing(tmp_pat
 
 def test_outside_of_a_working_tree_there_is_nothing_to_pack(tmp_path, monkeypatch):
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
-    with pytest.raises(config_lib.ConfigError, match="is no git working tree"):
+    with pytest.raises(ConfigError, match="is no git working tree"):
         pack.code(tmp_path)
 
 

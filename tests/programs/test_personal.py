@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 import calm_jax
-from calm_jax.training import checkpoint
+from calm_jax.checkpoints import array_io, locate
 
 
 def train(*words: str) -> None:
@@ -35,7 +35,7 @@ def test_a_person_is_an_update_of_a_few_kilobytes(tmp_path):
     train("--config", "configs/personal.py", "--workdir", str(tmp_path / "mine"), f"--config.init={tmp_path / 'base'}",
           f"--config.data.dir={tmp_path / 'data'}", "--config.processes.personal.steps=4",
           "--config.processes.personal.eval_batches=1", "--config.processes.personal.optimizer.peak_lr=0.05")
-    held = checkpoint.shapes(checkpoint.find(tmp_path / "mine"))
+    held = array_io.shapes(locate.find(tmp_path / "mine"))
     assert set(held) == {f"llama/blocks/{layer}/lora/{factor}" for layer in "qv" for factor in "ab"}
     base, mine = calm_jax.load(tmp_path / "base"), calm_jax.load(tmp_path / "mine")
     picture = str(tmp_path / "3.png")

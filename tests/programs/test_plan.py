@@ -12,6 +12,7 @@ import miniature
 import pytest
 
 from calm_jax import config as config_lib
+from calm_jax.errors import ConfigError
 from calm_jax.models.parameters import Geometry
 from calm_jax.training import filters
 from tools import flops, plan
@@ -69,7 +70,7 @@ def test_topologies_are_read(spec, kind, slices, shape):
 
 @pytest.mark.parametrize("spec", ["v9e-16", "v5e-17", "a100", "a100-8", "v5e", "x2v5e-16"])
 def test_what_is_no_topology_is_refused(spec):
-    with pytest.raises(config_lib.ConfigError, match=f"(--topology {spec}|write --topology)"):
+    with pytest.raises(ConfigError, match=f"(--topology {spec}|write --topology)"):
         plan.Topology.of(spec)
 
 

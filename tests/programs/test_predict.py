@@ -20,12 +20,12 @@ import calm_jax
 from calm_jax import config as config_lib
 from calm_jax.data import pictures
 from calm_jax.data.samples import BadRecord
+from calm_jax.errors import ConfigError
 from calm_jax.inference.decoding import Sampling
 from calm_jax.predict import output
 from calm_jax.predict.gather import gather
 from calm_jax.predict.journal import Journal
 from calm_jax.predict.ratings import read_ratings
-from calm_jax.training import checkpoint as checkpoints
 
 CHROMIUM = next((path for path in ("/usr/bin/chromium", "/usr/bin/chromium-browser", "/usr/bin/google-chrome")
                  if os.path.exists(path)), None)
@@ -118,16 +118,16 @@ def test_a_model_refuses_what_it_cannot_do(model, album, tmp_path):
     for call, error, sentence in (
             (lambda: model.score(str(album / "half.png")), BadRecord, "half.png is truncated or damaged"),
             (lambda: model.score(np.zeros((4, 4))), BadRecord, r"an array \(4, 4\) of float64 is no picture"),
-            (lambda: model.score(picture(0), reader="expected"), config_lib.ConfigError, "nearest is 'expectation'"),
-            (lambda: model.score(picture(0), scale=(5, 1)), config_lib.ConfigError, "scale=5,1"),
-            (lambda: model.comment(picture(0), aspect="ligth"), config_lib.ConfigError, "the nearest is 'light'"),
-            (lambda: calm_jax.api.Model(tmp_path, batch=0), config_lib.ConfigError, "batch=0 is not positive")):
+            (lambda: model.score(picture(0), reader="expected"), ConfigError, "nearest is 'expectation'"),
+            (lambda: model.score(picture(0), scale=(5, 1)), ConfigError, "scale=5,1"),
+            (lambda: model.comment(picture(0), aspect="ligth"), ConfigError, "the nearest is 'light'"),
+            (lambda: calm_jax.api.Model(tmp_path, batch=0), ConfigError, "batch=0 is not positive")):
         with pytest.raises(error, match=sentence):
             call()
     blind = calm_jax.load(miniature.saved(tmp_path / "thematic", ("thematic",)))
-    with pytest.raises(config_lib.ConfigError, match="none of which answers for an attribute"):
+    with pytest.raises(ConfigError, match="none of which answers for an attribute"):
         blind.attributes(picture(0))
-    with pytest.raises(config_lib.ConfigError, match="learned scores by a regression head"):
+    with pytest.raises(ConfigError, match="learned scores by a regression head"):
         blind.score(picture(0), reader="head")
 
 
@@ -160,7 +160,7 @@ def test_a_personal_score_is_the_mean_over_contexts(model, tmp_path):
                             r"28 rated pictures do not fit into one context of this model; at most \d+ do"),
                            (lambda: model.personalise([], asked[0]), "no picture is rated"),
                            (lambda: model.personalise([(asked[0], 11)], asked[0]), "score 11, which is not from 1")):
-        with pytest.raises(config_lib.ConfigError, match=sentence):
+        with pytest.raises(ConfigError, match=sentence):
             call()
 
 
@@ -214,9 +214,9 @@ def test_pictures_are_gathered_once_each(album):
     ([], "name pictures: files, folders or globs"), (["nowhere"], "no file, folder or glob nowhere"),
     (["nowhere/*.jpg"], "no picture matches nowhere"), (["-"], "standard input names no pictures")])
 def test_nothing_to_look_at_is_said(places, sentence, tmp_path):
-    with pytest.raises(config_lib.ConfigError, match=sentence):
+    with pytest.raises(ConfigError, match=sentence):
         gather(places, io.StringIO())
-    with pytest.raises(config_lib.ConfigError, match="holds no pictures"):
+    with pytest.raises(ConfigError, match="holds no pictures"):
         gather([str(tmp_path)], io.StringIO())
 
 
@@ -245,12 +245,12 @@ def test_a_journal_keeps_what_was_written_whole(tmp_path):
     assert again.missing([str(kept), "b.jpg", "c.jpg"]) == ["b.jpg", "c.jpg"]
     os.utime(kept, (1, 1))  # another picture under the old name
     assert Journal(file, {"verb": "score", "scale": (1, 10)}).missing([str(kept)]) == [str(kept)]
-    with pytest.raises(config_lib.ConfigError, match=r"answers to something else \(scale: \[1, 10\] there, \[0, 1\]"):
+    with pytest.raises(ConfigError, match=r"answers to something else \(scale: \[1, 10\] there, \[0, 1\]"):
         Journal(file, {"verb": "score", "scale": (0, 1)})
     assert file.read_bytes() == whole
     for damage in (b"no journal\n", b"[1]\n", whole.replace(b'"path"', b'"puth"')):
         file.write_bytes(damage)
-        with pytest.raises(config_lib.ConfigError, match="is no journal of this program"):
+        with pytest.raises(ConfigError, match="is no journal of this program"):
             Journal(file, {"verb": "score", "scale": (1, 10)})
         assert file.read_bytes() == damage
 
@@ -290,7 +290,7 @@ def test_formats_choosing_and_copying(album, checkpoint, model, tmp_path):
     folder = pathlib.Path(checkpoint) / "00000003"
     before = {name: (folder / name).read_bytes() for name in ("meta.json", "COMPLETE.json")}
     (folder / "meta.json").write_text(json.dumps(json.loads(before["meta.json"]) | {"rows": 9}))
-    checkpoints.write_marker(folder)  # another model in its place
+    folder.write_marker(folder)  # another model in its place
     done = calm("score", album, *common)
     for name, content in before.items():
         (folder / name).write_bytes(content)
@@ -358,9 +358,9 @@ def test_a_personal_verdict_from_a_table(album, checkpoint, model, tmp_path):
 def test_wrong_ratings_are_refused(tmp_path, text, options, sentence):
     (tmp_path / "a.jpg").write_bytes(b"")
     (tmp_path / "ratings.csv").write_text(text)
-    with pytest.raises(config_lib.ConfigError, match=sentence):
+    with pytest.raises(ConfigError, match=sentence):
         read_ratings(str(tmp_path / "ratings.csv"), **{"user": "", "scale": ("1", "5"), **options})
-    with pytest.raises(config_lib.ConfigError, match="cannot be read"):
+    with pytest.raises(ConfigError, match="cannot be read"):
         read_ratings(str(tmp_path / "none.csv"), "", ("1", "5"))
 
 

@@ -20,7 +20,10 @@ import orbax.checkpoint as ocp
 import pytest
 
 from calm_jax import config as config_lib
-from calm_jax.training import checkpoint
+from calm_jax.checkpoints import locate, on_disk
+from calm_jax.checkpoints.meta import ARRAYS, Saved
+from calm_jax.checkpoints.store import Checkpoints
+from calm_jax.errors import CheckpointError
 from calm_jax.training import logging as logs
 
 STEPS = miniature.SMALL["processes"]["generic"]["steps"]
@@ -86,14 +89,14 @@ def reaches(workdir: Path, step: int):
 
 def saving(workdir: Path):
     """A function that says whether a checkpoint is being written now."""
-    return lambda: any(not checkpoint.is_complete(path) for path in checkpoint.folders(folder(workdir)))
+    return lambda: any(not on_disk.is_complete(path) for path in on_disk.folders(folder(workdir)))
 
 
 def arrays(workdir: Path) -> dict[str, np.ndarray]:
     """Every array of the last checkpoint, parameters and optimizer state, by its path."""
-    saved = checkpoint.read(folder(workdir) / f"{STEPS:08d}")
+    saved = on_disk.read(folder(workdir) / f"{STEPS:08d}")
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as orbax:
-        tree = orbax.restore(saved.path / checkpoint.ARRAYS)
+        tree = orbax.restore(saved.path / ARRAYS)
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
     return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
 
@@ -111,16 +114,16 @@ def assert_identical(workdir: Path, straight: Path) -> None:
     assert records(workdir) == records(straight)
     trained = [record["step"] for record in records(workdir) if record["kind"] == "train"]
     assert trained == list(range(1, STEPS + 1))
-    assert checkpoint.best_step(folder(workdir)) == checkpoint.best_step(folder(straight))
+    assert on_disk.best_step(folder(workdir)) == on_disk.best_step(folder(straight))
 
 
 def test_an_unbroken_run_learns_and_keeps_what_it_should(straight):
     losses = [record["loss"] for record in records(straight) if record["kind"] == "train"]
     assert np.mean(losses[-3:]) < np.mean(losses[:3]) - 1
-    best = checkpoint.best_step(folder(straight))
-    assert {path.name for path in checkpoint.folders(folder(straight))} == {
+    best = on_disk.best_step(folder(straight))
+    assert {path.name for path in on_disk.folders(folder(straight))} == {
         f"{step:08d}" for step in (28, STEPS, best)}
-    assert checkpoint.find(straight).step == best
+    assert locate.find(straight).step == best
 
 
 def test_a_run_killed_after_ten_steps_ends_like_an_unbroken_one(straight, env, tmp_path):
@@ -164,7 +167,7 @@ def test_random_kills_also_while_checkpoints_are_written_leave_no_trace(straight
     assert during >= 1 and max(reached) > STEPS / 2
     finish(workdir, env)
     assert_identical(workdir, straight)
-    assert all(checkpoint.is_complete(path) for path in checkpoint.folders(folder(workdir)))
+    assert all(on_disk.is_complete(path) for path in on_disk.folders(folder(workdir)))
 
 
 def test_sigterm_saves_says_where_and_exits_with_143(straight, env, tmp_path):
@@ -174,8 +177,8 @@ def test_sigterm_saves_says_where_and_exits_with_143(straight, env, tmp_path):
     process.send_signal(signal.SIGTERM)
     _, stderr = process.communicate(timeout=120)
     assert process.returncode == 128 + signal.SIGTERM, stderr
-    saved = checkpoint.folders(folder(workdir))[-1]
-    assert checkpoint.is_complete(saved)
+    saved = on_disk.folders(folder(workdir))[-1]
+    assert on_disk.is_complete(saved)
     assert f"SIGTERM: saved step {int(saved.name)} in {folder(workdir)}" in stderr
     assert "the same command resumes there" in stderr and "Traceback" not in stderr
     done = finish(workdir, env)
@@ -207,8 +210,8 @@ def flip(path: Path, at: int) -> None:
     path.write_bytes(content)
 
 
-def latest(where: Path) -> checkpoint.Saved | None:
-    store = checkpoint.Checkpoints(where, config_lib.Checkpoint())
+def latest(where: Path) -> Saved | None:
+    store = Checkpoints(where, config_lib.Checkpoint())
     try:
         return store.latest()
     finally:
@@ -232,10 +235,10 @@ def test_one_flipped_byte_in_any_file_is_found(two):
         size = path.stat().st_size
         for at in {0, size // 2, size - 1} | (set(range(0, size, 101)) if path.name == "COMPLETE.json" else set()):
             flip(path, at)
-            with pytest.raises(checkpoint.CheckpointError, match=str(newest)):
-                checkpoint.read(newest)
+            with pytest.raises(CheckpointError, match=str(newest)):
+                on_disk.read(newest)
             flip(path, at)
-    assert checkpoint.read(newest).step == STEPS
+    assert on_disk.read(newest).step == STEPS
 
 
 def truncate(path: Path) -> None:
@@ -253,10 +256,10 @@ def truncate(path: Path) -> None:
 ])
 def test_damage_is_named_and_the_checkpoint_before_it_used(two, caplog, file, harm, said):
     harm(two / f"{STEPS:08d}" / file)
-    with pytest.raises(checkpoint.CheckpointError, match=said):
-        checkpoint.read(two / f"{STEPS:08d}")
-    with pytest.raises(checkpoint.CheckpointError, match=said):
-        checkpoint.find(two)
+    with pytest.raises(CheckpointError, match=said):
+        on_disk.read(two / f"{STEPS:08d}")
+    with pytest.raises(CheckpointError, match=said):
+        locate.find(two)
     with caplog.at_level(logging.WARNING):
         assert latest(two).step == 28
     assert str(two / f"{STEPS:08d}") in caplog.text and "trying the one before it" in caplog.text
@@ -265,28 +268,28 @@ def test_damage_is_named_and_the_checkpoint_before_it_used(two, caplog, file, ha
 
 def test_a_checkpoint_without_its_marker_does_not_exist(two):
     (two / f"{STEPS:08d}" / "COMPLETE.json").unlink()
-    assert checkpoint.find(two).step == 28
+    assert locate.find(two).step == 28
     assert latest(two).step == 28
     assert not (two / f"{STEPS:08d}").exists()
     (two / "00000028" / "COMPLETE.json").unlink()
-    with pytest.raises(checkpoint.CheckpointError, match=r"no complete checkpoint"):
-        checkpoint.find(two)
+    with pytest.raises(CheckpointError, match=r"no complete checkpoint"):
+        locate.find(two)
     assert latest(two) is None  # nothing was ever complete: the process starts at its beginning
 
 
 def test_when_every_checkpoint_is_damaged_the_run_stops_and_nothing_is_deleted(two):
-    for path in checkpoint.folders(two):
+    for path in on_disk.folders(two):
         flip(path / "meta.json", 0)
     for _ in range(2):  # the second try must not take the empty folder for a fresh start
-        with pytest.raises(checkpoint.CheckpointError, match=r"every checkpoint in .* is damaged; they were set aside"):
+        with pytest.raises(CheckpointError, match=r"every checkpoint in .* is damaged; they were set aside"):
             latest(two)
     assert len(list(two.glob("*.damaged-*"))) == 2
 
 
 def test_a_best_mark_lost_in_a_crash_is_written_again(two, straight):
-    newest = checkpoint.read(two / f"{STEPS:08d}")
+    newest = on_disk.read(two / f"{STEPS:08d}")
     assert not (two / "best.json").exists()
     assert latest(two).step == STEPS
-    assert (checkpoint.best_step(two) == STEPS) == newest.meta["is_best"]
+    assert (on_disk.best_step(two) == STEPS) == newest.meta["is_best"]
     (two / "best.json").write_text("{")
-    assert checkpoint.find(two).step == STEPS  # a damaged mark: the newest
+    assert locate.find(two).step == STEPS  # a damaged mark: the newest

@@ -9,6 +9,7 @@ import pytest
 
 from calm_jax import config as config_lib
 from calm_jax.data import attributes, images
+from calm_jax.errors import ConfigError
 from tools import show_samples
 
 
@@ -38,7 +39,7 @@ def test_what_cannot_be_seen_is_struck_out_with_its_reason(monkeypatch):
 
 
 def test_a_wrong_process_is_named_and_the_program_runs(tmp_path):
-    with pytest.raises(config_lib.ConfigError, match="no process 'onyl'; the nearest is 'only'"):
+    with pytest.raises(ConfigError, match="no process 'onyl'; the nearest is 'only'"):
         show_samples.page(config(), "onyl", split="train", shown=1, title="")
     out = tmp_path / "page.html"
     done = subprocess.run([sys.executable, "-m", "tools.show_samples", "--config", "configs/finetune.py", "--process",

@@ -20,11 +20,14 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from calm_jax import config as config_lib
 from calm_jax import train as program
+from calm_jax.checkpoints import locate, on_disk
+from calm_jax.checkpoints.meta import BEST
 from calm_jax.data import builders, pipeline
 from calm_jax.data.samples import BadRecord, ImageRef, Record
 from calm_jax.data.tokenizer import Tokenizer
-from calm_jax.training import checkpoint, loop
+from calm_jax.errors import CheckpointError, ConfigError, TrainingError
 from calm_jax.training import logging as logs
+from calm_jax.training import loop
 from calm_jax.training import workdir as workdirs
 
 
@@ -129,7 +132,7 @@ def test_a_changed_config_is_refused_with_the_difference_and_runtime_fields_may_
     program.claim(tmp_path / "run", miniature.config(mesh=config_lib.Mesh(data=2), log_every=7,
                                                      checkpoint=config_lib.Checkpoint(every_steps=9)))
     before = (tmp_path / "run" / "config.json").read_bytes()
-    with pytest.raises(config_lib.ConfigError) as error:
+    with pytest.raises(ConfigError) as error:
         program.train(miniature.config(seed=5), tmp_path / "run")
     assert f"the workdir {tmp_path / 'run'} belongs to another config (config.seed: 0 -> 5)" in str(error.value)
     assert "choose another --workdir, or take the change back to resume" in str(error.value)
@@ -138,16 +141,16 @@ def test_a_changed_config_is_refused_with_the_difference_and_runtime_fields_may_
 
 def test_a_workdir_that_is_damaged_or_not_ours_is_refused(tmp_path):
     (tmp_path / "checkpoints").mkdir()
-    with pytest.raises(config_lib.ConfigError, match=r"holds checkpoints but no config.json; choose another --workdir"):
+    with pytest.raises(ConfigError, match=r"holds checkpoints but no config.json; choose another --workdir"):
         program.claim(tmp_path, miniature.config())
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(config_lib.ConfigError, match=r"config.json is damaged; restore it, or choose another"):
+    with pytest.raises(ConfigError, match=r"config.json is damaged; restore it, or choose another"):
         program.claim(tmp_path, miniature.config())
 
 
 def test_a_workdir_in_which_another_training_works_is_refused_and_free_when_that_ends(tmp_path):
     with workdirs.held(tmp_path / "run"):
-        with pytest.raises(config_lib.ConfigError, match=f"{tmp_path / 'run'} .*pid {os.getpid()} ") as error:
+        with pytest.raises(ConfigError, match=f"{tmp_path / 'run'} .*pid {os.getpid()} ") as error:
             program.train(miniature.config(), tmp_path / "run")
         assert str(error.value).count("\n") == 0
         with workdirs.held(tmp_path / "other"):
@@ -155,7 +158,7 @@ def test_a_workdir_in_which_another_training_works_is_refused_and_free_when_that
     with workdirs.held(tmp_path / "run"):
         pass
     (tmp_path / "file").touch()
-    with pytest.raises(config_lib.ConfigError, match=f"{tmp_path / 'file'}"):
+    with pytest.raises(ConfigError, match=f"{tmp_path / 'file'}"):
         program.train(miniature.config(), tmp_path / "file")
 
 
@@ -163,7 +166,7 @@ def test_a_workdir_in_which_another_training_works_is_refused_and_free_when_that
     {"processes": {"only": miniature.process(dataset="dmeo")}}, {"init": "/nothing"}, {"tokenizer": "absent.model"},
     {"processes": {"only": miniature.process(row=config_lib.Row(tokens=40, images=2, answers=64))}}])
 def test_a_start_that_fails_leaves_the_workdir_to_the_corrected_command(tmp_path, wrong):
-    with pytest.raises((config_lib.ConfigError, checkpoint.CheckpointError)):
+    with pytest.raises((ConfigError, CheckpointError)):
         program.train(miniature.config(**wrong), tmp_path / "run")
     workdirs.check(tmp_path / "run", miniature.config())
     assert not (tmp_path / "run" / "config.json").exists()
@@ -173,7 +176,7 @@ def test_a_mistake_in_the_last_process_is_found_before_the_first_begins(tmp_path
     for wrong in ({"dataset": "dmeo"}, {"train": ("mfam/.*",)}):
         config = miniature.config(run=("one", "two"), processes={"one": miniature.PROCESS,
                                                                  "two": miniature.process(**wrong)})
-        with pytest.raises(config_lib.ConfigError, match=r"dmeo|matches none of train"):
+        with pytest.raises(ConfigError, match=r"dmeo|matches none of train"):
             program.train(config, tmp_path / "run")
         assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
@@ -183,21 +186,21 @@ def test_a_mistake_in_the_last_process_is_found_before_the_first_begins(tmp_path
 
 def test_a_tokenizer_that_does_not_fit_the_vocabulary_is_refused(tmp_path):
     model = dataclasses.replace(miniature.MODEL, llama=dataclasses.replace(miniature.MODEL.llama, vocab=32_000))
-    with pytest.raises(config_lib.ConfigError, match=r"tokenizer .*tokenizer_small.model has 2048 pieces and "
+    with pytest.raises(ConfigError, match=r"tokenizer .*tokenizer_small.model has 2048 pieces and "
                        "model.llama.vocab is 32000; set one to fit the other"):
         program.train(miniature.config(model=model), tmp_path / "run")
 
 
 def test_a_tokenizer_that_is_absent_or_none_is_refused(tmp_path):
-    with pytest.raises(config_lib.ConfigError, match=r"absent.model: there is no such file"):
+    with pytest.raises(ConfigError, match=r"absent.model: there is no such file"):
         program.train(miniature.config(tokenizer="absent.model"), tmp_path / "run")
     (tmp_path / "some.model").write_text("hello")
-    with pytest.raises(config_lib.ConfigError, match=r"some.model: the file is no SentencePiece model"):
+    with pytest.raises(ConfigError, match=r"some.model: the file is no SentencePiece model"):
         program.train(miniature.config(tokenizer=str(tmp_path / "some.model")), tmp_path / "other")
 
 
 def test_an_unknown_dataset_is_refused_with_the_nearest_name(tmp_path):
-    with pytest.raises(config_lib.ConfigError, match=r"there is no dataset 'dmeo'; the nearest is 'demo'"):
+    with pytest.raises(ConfigError, match=r"there is no dataset 'dmeo'; the nearest is 'demo'"):
         program.train(miniature.config(processes={"only": miniature.process(dataset="dmeo")}), tmp_path / "run")
 
 
@@ -207,14 +210,14 @@ def test_a_batch_that_does_not_divide_the_mesh_is_refused_before_anything_is_mad
         (1, 8, 1), loop.sharding.AXES, axis_types=(jax.sharding.AxisType.Auto,) * 3))
     monkeypatch.setattr(loop, "say", lambda text: None)
     run = loop.Run(miniature.config(), tmp_path, loop.sharding.make_mesh(None), None, Tokenizer())
-    with pytest.raises(config_lib.ConfigError, match=r"batch=2 over accumulate=1 makes 2 rows a micro-batch, which do "
+    with pytest.raises(ConfigError, match=r"batch=2 over accumulate=1 makes 2 rows a micro-batch, which do "
                        r"not divide among data\*fsdp=8 devices; choose a batch that is a multiple of 8"):
         loop.run_process(run, "only", {"coloured": builders.load("coloured")})
 
 
 def test_a_start_that_is_no_checkpoint_is_refused(tmp_path, coloured):
     coloured()
-    with pytest.raises(checkpoint.CheckpointError, match=r"there is no complete checkpoint in .*nothing"):
+    with pytest.raises(CheckpointError, match=r"there is no complete checkpoint in .*nothing"):
         program.train(miniature.config(init=str(tmp_path / "nothing")), tmp_path / "run")
 
 
@@ -224,8 +227,8 @@ def test_a_start_with_another_tokenizer_is_refused(tmp_path, coloured):
     meta = json.loads((base / "meta.json").read_text())
     (base / "tokenizer.model").write_bytes(b"another one")
     (base / "meta.json").write_text(json.dumps(meta | {"tokenizer": "0123456789ab"}))
-    checkpoint.write_marker(base)
-    with pytest.raises((config_lib.ConfigError, checkpoint.CheckpointError), match="tokenizer"):
+    on_disk.write_marker(base)
+    with pytest.raises((ConfigError, CheckpointError), match="tokenizer"):
         program.train(miniature.config(init=str(base)), tmp_path / "run")
     assert not (tmp_path / "run" / "checkpoints" / "only").exists()
 
@@ -247,7 +250,7 @@ def again(trained, tmp_path, *steps: int):
     """A copy of `trained` that has only the checkpoints of `steps`, so that the rest is trained again."""
     workdir = tmp_path / "run"
     shutil.copytree(trained, workdir)
-    for path in checkpoint.folders(workdir / "checkpoints" / "only"):
+    for path in on_disk.folders(workdir / "checkpoints" / "only"):
         if int(path.name) not in steps:
             shutil.rmtree(path)
     return workdir
@@ -256,16 +259,16 @@ def again(trained, tmp_path, *steps: int):
 def test_training_is_not_resumed_on_other_content(trained, tmp_path, coloured):
     """Of the same name: the data set, its name and the remedy are said, and the checkpoints stay as they are."""
     workdir = again(trained, tmp_path, 2)
-    (workdir / "checkpoints" / "only" / checkpoint.BEST).unlink()  # of a step that is no longer there
+    (workdir / "checkpoints" / "only" / BEST).unlink()  # of a step that is no longer there
     before = {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()}
     coloured(fingerprint="4567")
-    with pytest.raises(config_lib.ConfigError, match=r"dataset demo .*0123.*4567.*--workdir.*00000002"):
+    with pytest.raises(ConfigError, match=r"dataset demo .*0123.*4567.*--workdir.*00000002"):
         program.train(miniature.config(checkpoint=config_lib.Checkpoint(every_steps=2)), workdir)
-    after = {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file() and path.name != checkpoint.BEST}
+    after = {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file() and path.name != BEST}
     assert before == after
     coloured()
     program.train(miniature.config(checkpoint=config_lib.Checkpoint(every_steps=2)), workdir)
-    assert checkpoint.find(workdir).meta["data"] == checkpoint.find(trained).meta["data"]
+    assert locate.find(workdir).meta["data"] == locate.find(trained).meta["data"]
 
 
 def only(**changes) -> config_lib.Config:
@@ -283,19 +286,19 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_last_good_checkpoint(trai
         real(self)
 
     monkeypatch.setattr(loop.Meter, "read", poisoned)
-    with pytest.raises(loop.TrainingError) as error:
+    with pytest.raises(TrainingError) as error:
         program.train(only(), workdir)
     last = workdir / "checkpoints" / "only" / "00000002"
     assert "the loss of step 4 is nan" in str(error.value) and f"the last good checkpoint is {last}" in str(error.value)
     assert "Lower optimizer.peak_lr" in str(error.value)
-    assert checkpoint.find(last).step == 2
+    assert locate.find(last).step == 2
     assert not (last.parent / "00000004").exists()  # what is not finite is never saved
 
 
 def test_a_huge_learning_rate_ends_in_that_sentence(tmp_path, coloured):
     coloured()
     process = miniature.process(optimizer=config_lib.Optimizer(peak_lr=1e30, clip=0.0), steps=6, eval_every=6)
-    with pytest.raises(loop.TrainingError, match=r"the loss of step [2-6] is (nan|inf) .*no checkpoint was saved"):
+    with pytest.raises(TrainingError, match=r"the loss of step [2-6] is (nan|inf) .*no checkpoint was saved"):
         program.train(miniature.config(processes={"only": process}), tmp_path / "run")
 
 
@@ -304,11 +307,11 @@ def test_weights_that_are_saved_are_judged_and_not_those_before_them(trained, tm
     """One step from good weights: its loss is finite, and what it leaves behind is not; at a validation, or without."""
     coloured()
     process = miniature.process(optimizer=config_lib.Optimizer(peak_lr=rate, clip=0.0), steps=steps, eval_every=0)
-    with pytest.raises(loop.TrainingError, match="after step 1"):
+    with pytest.raises(TrainingError, match="after step 1"):
         program.train(miniature.config(processes={"only": process}, init=str(trained),
                                        checkpoint=config_lib.Checkpoint(every_steps=1)), tmp_path / "run")
     folder = tmp_path / "run" / "checkpoints" / "only"
-    assert not checkpoint.folders(folder) and not (folder / "best.json").exists()
+    assert not on_disk.folders(folder) and not (folder / "best.json").exists()
 
 
 def test_a_best_of_nan_from_an_earlier_version_is_beaten(trained, tmp_path, coloured):
@@ -317,17 +320,17 @@ def test_a_best_of_nan_from_an_earlier_version_is_beaten(trained, tmp_path, colo
     folder = workdir / "checkpoints" / "only" / "00000002"
     meta = json.loads((folder / "meta.json").read_text())
     (folder / "meta.json").write_text(json.dumps(meta | {"best": float("nan")}))
-    checkpoint.write_marker(folder)
+    on_disk.write_marker(folder)
     program.train(only(), workdir)
-    assert checkpoint.best_step(folder.parent) == 4
-    assert np.isfinite(checkpoint.find(workdir).meta["best"])
+    assert on_disk.best_step(folder.parent) == 4
+    assert np.isfinite(locate.find(workdir).meta["best"])
 
 
 def test_a_validation_of_which_nothing_can_be_judged_is_no_best_one(tmp_path, coloured):
     coloured(broken=range(32, 36))
-    with pytest.raises(loop.TrainingError, match="picture-3"):
+    with pytest.raises(TrainingError, match="picture-3"):
         program.train(only(), tmp_path / "run")
-    assert not checkpoint.folders(tmp_path / "run" / "checkpoints" / "only")
+    assert not on_disk.folders(tmp_path / "run" / "checkpoints" / "only")
 
 
 def test_a_truncated_checkpoint_is_named_and_the_run_goes_on_from_the_one_before(trained, tmp_path, coloured, caplog):
@@ -375,7 +378,7 @@ def test_nothing_else_in_the_batch_shifts_when_a_picture_is_corrupt():
 def test_too_many_corrupt_pictures_stop_the_run(tmp_path, coloured, monkeypatch):
     coloured(broken=range(0, 32, 2))
     monkeypatch.setattr(loop, "MIN_EXAMPLES", 3)
-    with pytest.raises(loop.TrainingError, match=r"[0-9]+ of [0-9]+ examples could not be used, more than "
+    with pytest.raises(TrainingError, match=r"[0-9]+ of [0-9]+ examples could not be used, more than "
                        r"data.max_bad_share=0.01; the first is coloured/picture-[0-9]+: /pictures/[0-9]+.jpg is "
                        r"truncated"):
         program.train(only(), tmp_path / "run")
@@ -384,7 +387,7 @@ def test_too_many_corrupt_pictures_stop_the_run(tmp_path, coloured, monkeypatch)
 def test_a_dataset_of_which_nothing_fits_a_row_is_refused(tmp_path, coloured):
     coloured()
     process = miniature.process(row=config_lib.Row(tokens=40, images=2, answers=64))
-    with pytest.raises(config_lib.ConfigError, match=r"no record of 'coloured' \(train\) can be used; the first one, "
+    with pytest.raises(ConfigError, match=r"no record of 'coloured' \(train\) can be used; the first one, "
                        r"coloured/picture-[0-9]+: needs [0-9]+ tokens"):
         program.train(miniature.config(processes={"only": process}), tmp_path / "run")
 
@@ -396,10 +399,10 @@ def test_a_full_disk_during_training_keeps_what_was_saved(trained, tmp_path, col
     def full(path):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "write_marker", full)
-    with pytest.raises(checkpoint.CheckpointError, match=r"no space left for the checkpoint .*00000004; free some"):
+    monkeypatch.setattr(on_disk, "write_marker", full)
+    with pytest.raises(CheckpointError, match=r"no space left for the checkpoint .*00000004; free some"):
         program.train(only(), workdir)
     monkeypatch.undo()
-    assert checkpoint.find(workdir).step == 2
+    assert locate.find(workdir).step == 2
     records = [json.loads(text) for text in (workdir / "metrics.jsonl").read_text().splitlines()]
     assert records[0]["step"] == 1

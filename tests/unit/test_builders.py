@@ -23,11 +23,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from calm_jax import config as config_lib
 from calm_jax.data import builders, pictures, statistics
 from calm_jax.data.builders import ava, folder, labels, oasis, para, qa, store, stored
 from calm_jax.data.builders import csv as csv_lib
 from calm_jax.data.samples import BadRecord
+from calm_jax.errors import ConfigError
 
 REAL = pathlib.Path(os.environ.get("CALM_DATA", "data"))
 
@@ -157,7 +157,7 @@ def test_the_official_para(tmp_path):
 
 def test_para_without_its_lists_is_refused_or_drawn(tmp_path):
     root = official_para(tmp_path / "para", lists=False)
-    with pytest.raises(config_lib.ConfigError, match=r"has no PARA-GiaaTrain.csv, the official split.*--shares"):
+    with pytest.raises(ConfigError, match=r"has no PARA-GiaaTrain.csv, the official split.*--shares"):
         list(para.Para(root).entries())
     assert counts(build(para.Para(root, shares=(0.5, 0.25, 0.25)), tmp_path / "out")) == {
         "train": 6, "validation": 3, "test": 3}
@@ -198,7 +198,7 @@ def test_a_miniature_ava(tmp_path):
 def test_ava_needs_its_test_list(tmp_path):
     root = ava_folder(tmp_path / "ava")
     (root / "test.txt").unlink()
-    with pytest.raises(config_lib.ConfigError, match="no list of test pictures"):
+    with pytest.raises(ConfigError, match="no list of test pictures"):
         list(ava.Ava(root).entries())
 
 
@@ -305,7 +305,7 @@ def test_the_longest_side_is_a_choice(tmp_path):
         dataset = build(folder.Folder(tmp_path / "source", shares=(1, 0, 0)), tmp_path / f"out{side}",
                         longest_side=side)
         assert dataset.pixels(0).shape == shape
-    with pytest.raises(config_lib.ConfigError, match=r"longest_side=0, and 64 is asked for.*--rebuild"):
+    with pytest.raises(ConfigError, match=r"longest_side=0, and 64 is asked for.*--rebuild"):
         build(folder.Folder(tmp_path / "source", shares=(1, 0, 0)), tmp_path / "out0", longest_side=64)
     dataset = build(folder.Folder(tmp_path / "source", shares=(1, 0, 0)), tmp_path / "out0", longest_side=64,
                     rebuild=True)
@@ -325,7 +325,7 @@ def test_too_many_bad_pictures_stop_the_build_and_a_larger_share_goes_on(tmp_pat
     source = folder.Folder(tmp_path / "source", shares=(1, 0, 0))
     with pytest.raises(BadRecord, match=r"stopped: 2 of 20 pictures.*share 0.05; the first: .*03.jpg.*--max_bad_share"):
         build(source, tmp_path / "out", shard=4)
-    with pytest.raises(config_lib.ConfigError, match="'folder' is not finished in"):
+    with pytest.raises(ConfigError, match="'folder' is not finished in"):
         builders.load("folder", str(tmp_path / "out"))
     assert len(build(source, tmp_path / "out", shard=4, max_bad_share=0.1)) == 18
 
@@ -404,7 +404,7 @@ def sources(tmp_path):
 
 def test_a_wrong_source_is_one_sentence(tmp_path):
     for make, sentence in sources(tmp_path):
-        with pytest.raises(config_lib.ConfigError, match=sentence) as caught:
+        with pytest.raises(ConfigError, match=sentence) as caught:
             build(make(), tmp_path / "out")
         assert "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists()
@@ -413,24 +413,24 @@ def test_a_wrong_source_is_one_sentence(tmp_path):
 def test_a_wrong_place_is_one_sentence(tmp_path):
     picture(tmp_path / "source/a.jpg")
     source = folder.Folder(tmp_path / "source")
-    with pytest.raises(config_lib.ConfigError, match=r"could not be written: Not a directory; free some space or"):
+    with pytest.raises(ConfigError, match=r"could not be written: Not a directory; free some space or"):
         build(source, tmp_path / "source/a.jpg")
-    with pytest.raises(config_lib.ConfigError, match="cannot name a prepared dataset"):
+    with pytest.raises(ConfigError, match="cannot name a prepared dataset"):
         build(source, tmp_path / "out", name="My Pictures")
     (tmp_path / "out/folder/1.0.0").mkdir(parents=True)
     for rebuild in (False, True):
-        with pytest.raises(config_lib.ConfigError, match="was not written by this program, or is damaged; remove it"):
+        with pytest.raises(ConfigError, match="was not written by this program, or is damaged; remove it"):
             build(source, tmp_path / "out", rebuild=rebuild)
 
 
 def test_names_of_datasets(tmp_path):
-    with pytest.raises(config_lib.ConfigError, match="there is no dataset 'oasys' to prepare; the nearest is 'oasis'"):
+    with pytest.raises(ConfigError, match="there is no dataset 'oasys' to prepare; the nearest is 'oasis'"):
         builders.source("oasys")
-    with pytest.raises(config_lib.ConfigError, match="nearest is 'para'"):
+    with pytest.raises(ConfigError, match="nearest is 'para'"):
         builders.load("pra", str(tmp_path))
-    with pytest.raises(config_lib.ConfigError, match=r"none is named: give --config.data.dir=DIR.*prepare_data"):
+    with pytest.raises(ConfigError, match=r"none is named: give --config.data.dir=DIR.*prepare_data"):
         builders.load("para")
-    with pytest.raises(config_lib.ConfigError, match=r"'para' is not there in .*; prepare it: python -m tools.prepare"):
+    with pytest.raises(ConfigError, match=r"'para' is not there in .*; prepare it: python -m tools.prepare"):
         builders.load("para", str(tmp_path))
 
 
@@ -494,7 +494,7 @@ def test_a_killed_build_goes_on_and_ends_in_the_same_bytes(tmp_path):
             time.sleep(0.005)
         kills += child.wait() == -signal.SIGKILL
         assert not (out / "folder/1.0.0").exists()
-        with pytest.raises(config_lib.ConfigError, match="'folder' is not finished"):
+        with pytest.raises(ConfigError, match="'folder' is not finished"):
             builders.load("folder", str(out))
     assert kills == 3
     assert start(out).wait() == 0 and start(tmp_path / "whole").wait() == 0
@@ -507,7 +507,7 @@ def test_two_builds_at_once_are_refused(tmp_path):
     picture(tmp_path / "source/a.jpg")
     partial = tmp_path / "out/folder/1.0.0.partial"
     partial.mkdir(parents=True)
-    with store._alone(partial), pytest.raises(config_lib.ConfigError, match="another program is building"):
+    with store._alone(partial), pytest.raises(ConfigError, match="another program is building"):
         build(folder.Folder(tmp_path / "source"), tmp_path / "out")
 
 
@@ -550,7 +550,7 @@ def test_record_numbers_run_through_the_splits(small):
         assert record.image.index == index
         file = small.folder.parents[2] / "source" / record.key
         assert (small.pixels(index) == pictures.read(file)).all()
-    with pytest.raises(config_lib.ConfigError, match="no split 'valid'; the nearest is 'validation'"):
+    with pytest.raises(ConfigError, match="no split 'valid'; the nearest is 'validation'"):
         small.indices("valid")
     with pytest.raises(IndexError):
         small.record(12)
@@ -574,10 +574,10 @@ def test_damaged_stores_are_one_sentence(small):
             stored.Stored("folder", small.folder.parents[1]).pixels(index)
     text = small.folder / "labels/train.jsonl"
     text.write_bytes(text.read_bytes()[:-20])
-    with pytest.raises(config_lib.ConfigError, match="labels is damaged: train should have 6 records"):
+    with pytest.raises(ConfigError, match="labels is damaged: train should have 6 records"):
         stored.Stored("folder", small.folder.parents[1])
     (small.folder / "manifest.json").write_text("{")
-    with pytest.raises(config_lib.ConfigError, match=r"is damaged .*prepare it again"):
+    with pytest.raises(ConfigError, match=r"is damaged .*prepare it again"):
         stored.Stored("folder", small.folder.parents[1])
 
 
@@ -711,7 +711,7 @@ def test_a_rebuild_that_ends_anywhere_leaves_the_old_or_the_new_data(tmp_path, m
         try:
             found = {stored.Stored("folder", tmp_path / "data").record(index).key for index in range(3)}
             assert found in ({"a.jpg", "b.jpg", "c.jpg"}, {"a.jpg", "b.jpg", "c.jpg", "d.jpg"} & found)
-        except config_lib.ConfigError:
+        except ConfigError:
             pass  # between the two: the same command ends it
     make(rebuild=True)
     assert len(stored.Stored("folder", tmp_path / "data")) == 4
@@ -752,7 +752,7 @@ def test_one_picture_in_two_splits_is_refused(tmp_path):
             yield labels.Entry("test", "two", "./a.jpg", {})
 
     picture(tmp_path / "a.jpg")
-    with pytest.raises(config_lib.ConfigError, match=r"a\.jpg"):
+    with pytest.raises(ConfigError, match=r"a\.jpg"):
         build(Leaking(tmp_path), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -785,7 +785,7 @@ def test_linked_folders_are_entered_and_no_file_comes_twice(tmp_path):
 @pytest.mark.parametrize("given", ["pipe.csv", "."])
 def test_a_pipe_in_the_place_of_labels_is_not_waited_for(tmp_path, given):
     os.mkfifo(tmp_path / "pipe.csv")
-    with pytest.raises(config_lib.ConfigError, match="csv"):
+    with pytest.raises(ConfigError, match="csv"):
         list(csv_lib.Csv(tmp_path / given, scale=(1, 5)).entries())
 
 
@@ -852,7 +852,7 @@ def test_a_build_that_ends_at_any_write_harms_nothing_and_goes_on(tmp_path, erro
                     store.prepare(folder.Folder(source, **options), out, say=lambda text: None, rebuild=rebuild,
                                   workers=1)
                 ended = True
-            except (Killed, config_lib.ConfigError) as caught:
+            except (Killed, ConfigError) as caught:
                 assert isinstance(caught, Killed) == (error is Killed)
                 assert error is Killed or ("No space left" in str(caught) and "\n" not in str(caught))
             if (out / "folder/1.0.0").exists():

@@ -9,8 +9,8 @@ import shutil
 import numpy as np
 import pytest
 
-from calm_jax import config as config_lib
 from calm_jax.data import builders
+from calm_jax.errors import ConfigError
 from calm_jax.evaluation import captions
 
 DATA = os.environ.get("CALM_DATA")
@@ -96,15 +96,15 @@ def test_odd_texts_stay_in_their_line():
 
 
 def test_what_is_missing_is_said(monkeypatch):
-    with pytest.raises(config_lib.ConfigError, match="every text needs references"):
+    with pytest.raises(ConfigError, match="every text needs references"):
         captions.measure(["a"], [[]])
-    with pytest.raises(config_lib.ConfigError, match="there must be at least one text"):
+    with pytest.raises(ConfigError, match="there must be at least one text"):
         captions.measure([], [])
     reason = captions.spice_is_missing()
     if reason and shutil.which("java"):
-        with pytest.raises(config_lib.ConfigError, match=r"SPICE cannot be computed: .*(Java 8|models are missing)"):
+        with pytest.raises(ConfigError, match=r"SPICE cannot be computed: .*(Java 8|models are missing)"):
             captions.measure(["a b"], [["a b"]], spice=True)
         assert captions.measure(["a b"], [["a b"]]).missing == reason
     monkeypatch.setenv("PATH", "")
-    with pytest.raises(config_lib.ConfigError, match="need Java on the PATH"):
+    with pytest.raises(ConfigError, match="need Java on the PATH"):
         captions.measure(["a"], [["a"]])

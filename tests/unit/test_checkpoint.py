@@ -16,8 +16,13 @@ import numpy as np
 import pytest
 
 from calm_jax import config as config_lib
+from calm_jax import sharding
+from calm_jax.checkpoints import array_io, locate, on_disk, restore
+from calm_jax.checkpoints import store as store_lib
+from calm_jax.checkpoints.meta import ARRAYS, MARKER, Saved
+from calm_jax.checkpoints.store import Checkpoints
+from calm_jax.errors import CheckpointError
 from calm_jax.models.parameters import Geometry, initial
-from calm_jax.training import checkpoint, restore, sharding
 
 META = {"process": "only", "best": None, "base": "", "seed": 0, "config": {}, "tokenizer": "", "trained": []}
 
@@ -29,15 +34,15 @@ def arrays(scale: float = 1.0) -> dict:
 
 @pytest.fixture
 def store(tmp_path):
-    made = checkpoint.Checkpoints(tmp_path / "only", config_lib.Checkpoint(keep=2))
+    made = Checkpoints(tmp_path / "only", config_lib.Checkpoint(keep=2))
     yield made
     made.close()
 
 
-def save(store, step: int, **options) -> checkpoint.Saved:
+def save(store, step: int, **options) -> Saved:
     store.save(step, arrays(step), META, **options)
     store.wait()
-    return checkpoint.read(store.folder / f"{step:08d}")
+    return on_disk.read(store.folder / f"{step:08d}")
 
 
 def abstract(tree):
@@ -46,7 +51,7 @@ def abstract(tree):
 
 
 def steps(store) -> list[int]:
-    return [int(path.name) for path in checkpoint.folders(store.folder)]
+    return [int(path.name) for path in on_disk.folders(store.folder)]
 
 
 # ---- what is written is read ------------------------------------------------------------------------------------
@@ -55,15 +60,15 @@ def steps(store) -> list[int]:
 def test_what_is_saved_is_restored_whole_or_in_parts(store):
     saved = save(store, 3)
     assert saved.step == 3 and saved.meta["process"] == "only" and "version" in saved.meta
-    whole = checkpoint.restore(saved, abstract(arrays()))
+    whole = array_io.restore(saved, abstract(arrays()))
     for ours, theirs in zip(jax.tree.leaves(whole), jax.tree.leaves(arrays(3.0)), strict=True):
         assert np.array_equal(ours, theirs) and ours.dtype == theirs.dtype
-    some = checkpoint.restore(saved, {"parameters": {"a/bias": abstract(arrays())["parameters"]["a/bias"]}})
+    some = array_io.restore(saved, {"parameters": {"a/bias": abstract(arrays())["parameters"]["a/bias"]}})
     assert list(some["parameters"]) == ["a/bias"] and "optimizer" not in some
-    state = checkpoint.restore(saved, {"parameters": {}, "optimizer": abstract(arrays()["optimizer"])})
+    state = array_io.restore(saved, {"parameters": {}, "optimizer": abstract(arrays()["optimizer"])})
     assert state["parameters"] == {} and int(state["optimizer"][0]) == 7
-    assert checkpoint.restore(saved, {"parameters": {}}) == {"parameters": {}}
-    assert checkpoint.shapes(saved) == {"a/kernel": (4, 3), "a/bias": (3,)}
+    assert array_io.restore(saved, {"parameters": {}}) == {"parameters": {}}
+    assert array_io.shapes(saved) == {"a/kernel": (4, 3), "a/bias": (3,)}
 
 
 def test_what_two_runs_in_a_row_kept_frozen_is_drawn_from_the_first_seed(tmp_path):
@@ -73,12 +78,12 @@ def test_what_two_runs_in_a_row_kept_frozen_is_drawn_from_the_first_seed(tmp_pat
     learned = {path: value + 1 for path, value in drawn.items() if not path.startswith("vit/")}
     base = ""
     for number, seed in enumerate((5, 6)):  # the second one holds nothing that the first one lacks
-        store = checkpoint.Checkpoints(tmp_path / str(number), config_lib.Checkpoint())
+        store = Checkpoints(tmp_path / str(number), config_lib.Checkpoint())
         store.save(1, {"parameters": learned, "optimizer": ()},
                    META | {"base": base, "seed": seed, "config": dataclasses.asdict(config)})
         store.close()
         base = str(tmp_path / str(number) / "00000001")
-    found = restore.load(checkpoint.find(base), geometry, config, abstract(geometry.shapes))
+    found = restore.load(locate.find(base), geometry, config, abstract(geometry.shapes))
     assert found.keys() == drawn.keys()
     for path, value in found.items():
         np.testing.assert_allclose(value, learned.get(path, drawn[path]), rtol=1e-5, atol=1e-6, err_msg=path)
@@ -87,19 +92,19 @@ def test_what_two_runs_in_a_row_kept_frozen_is_drawn_from_the_first_seed(tmp_pat
 def test_another_model_is_refused_by_name_and_shape(store):
     saved, single = save(store, 3), jax.sharding.SingleDeviceSharding(jax.devices()[0])
     leaf = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32, sharding=single)  # noqa: E731
-    with pytest.raises(checkpoint.CheckpointError, match=r"a/kernel is \[4, 3\] in the checkpoint .*00000003 and "
+    with pytest.raises(CheckpointError, match=r"a/kernel is \[4, 3\] in the checkpoint .*00000003 and "
                        r"\[4, 5\] in this config; use the config it was trained with"):
-        checkpoint.restore(saved, {"parameters": {"a/kernel": leaf(4, 5)}})
-    with pytest.raises(checkpoint.CheckpointError, match=r"does not hold b/kernel: it is of another model"):
-        checkpoint.restore(saved, {"parameters": {"b/kernel": leaf(4, 3)}})
+        array_io.restore(saved, {"parameters": {"a/kernel": leaf(4, 5)}})
+    with pytest.raises(CheckpointError, match=r"does not hold b/kernel: it is of another model"):
+        array_io.restore(saved, {"parameters": {"b/kernel": leaf(4, 3)}})
 
 
 def test_a_folder_without_checkpoints_is_refused(tmp_path):
-    with pytest.raises(checkpoint.CheckpointError, match=r"there is no complete checkpoint in .*absent; give a"):
-        checkpoint.find(tmp_path / "absent")
+    with pytest.raises(CheckpointError, match=r"there is no complete checkpoint in .*absent; give a"):
+        locate.find(tmp_path / "absent")
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(checkpoint.CheckpointError, match=r"config.json is damaged; the folder is no usable workdir"):
-        checkpoint.find(tmp_path)
+    with pytest.raises(CheckpointError, match=r"config.json is damaged; the folder is no usable workdir"):
+        locate.find(tmp_path)
 
 
 # ---- what is kept -----------------------------------------------------------------------------------------------
@@ -109,10 +114,10 @@ def test_the_newest_the_best_and_the_multiples_are_kept(store):
     store.policy = dataclasses.replace(store.policy, keep=2, keep_every_steps=4)
     for step in range(1, 10):
         save(store, step, best=step == 3)
-    assert steps(store) == [3, 4, 8, 9] and checkpoint.best_step(store.folder) == 3
+    assert steps(store) == [3, 4, 8, 9] and on_disk.best_step(store.folder) == 3
     save(store, 10, best=True)
     assert steps(store) == [4, 8, 9, 10]  # the best before is let go only when the better one is complete
-    assert checkpoint.find(store.folder).step == 10
+    assert locate.find(store.folder).step == 10
 
 
 def test_at_least_one_is_kept(store):
@@ -125,23 +130,23 @@ def test_at_least_one_is_kept(store):
 def test_the_best_is_found_first_and_the_newest_resumed(store):
     save(store, 1, best=True)
     save(store, 2)
-    assert checkpoint.find(store.folder).step == 1 and store.latest().step == 2
+    assert locate.find(store.folder).step == 1 and store.latest().step == 2
 
 
 def test_saving_a_step_again_replaces_nothing_that_is_complete(store):
     first = save(store, 1)
     store.save(1, arrays(9.0), META, best=True)
     store.wait()
-    assert checkpoint.read(first.path).meta == first.meta and checkpoint.best_step(store.folder) == 1
+    assert on_disk.read(first.path).meta == first.meta and on_disk.best_step(store.folder) == 1
 
 
 @pytest.mark.parametrize("policy", [config_lib.Checkpoint(every_steps=3, every_minutes=0)])
 def test_checkpoints_are_due_by_steps_or_minutes(tmp_path, policy, monkeypatch):
-    store = checkpoint.Checkpoints(tmp_path, policy)
+    store = Checkpoints(tmp_path, policy)
     assert [step for step in range(1, 10) if store.due(step)] == [3, 6, 9]
     store.policy = config_lib.Checkpoint(every_steps=0, every_minutes=5)
-    now = checkpoint.time.monotonic()
-    monkeypatch.setattr(checkpoint.time, "monotonic", lambda: now + 301)
+    now = store_lib.time.monotonic()
+    monkeypatch.setattr(store_lib.time, "monotonic", lambda: now + 301)
     assert store.due(1)
     store.close()
 
@@ -153,7 +158,7 @@ def test_an_unfinished_folder_is_ignored_by_readers_and_removed_on_resumption(st
     save(store, 1)
     half = store.folder / "00000002"
     (half / "arrays.orbax-checkpoint-tmp").mkdir(parents=True)
-    assert checkpoint.find(store.folder).step == 1
+    assert locate.find(store.folder).step == 1
     assert store.latest().step == 1
     assert steps(store) == [1]
 
@@ -174,7 +179,7 @@ def test_an_unfinished_folder_of_the_same_step_is_written_anew(store):
 
 def test_what_is_pruned_while_it_is_verified_is_looked_for_again(store, monkeypatch):
     save(store, 1)
-    checksum, store.policy = checkpoint._checksum, config_lib.Checkpoint(keep=1)
+    checksum, store.policy = on_disk._checksum, config_lib.Checkpoint(keep=1)
     gone = []
 
     def meanwhile(file):
@@ -184,10 +189,10 @@ def test_what_is_pruned_while_it_is_verified_is_looked_for_again(store, monkeypa
             shutil.rmtree(store.folder / "00000001")  # from a file system without locks
         return checksum(file)
 
-    monkeypatch.setattr(checkpoint, "_checksum", meanwhile)
-    assert checkpoint.find(store.folder).step == 2
-    with pytest.raises(checkpoint.CheckpointError, match="00000001") as error:  # asked for by its own name: it is gone
-        checkpoint.find(store.folder / "00000001")
+    monkeypatch.setattr(on_disk, "_checksum", meanwhile)
+    assert locate.find(store.folder).step == 2
+    with pytest.raises(CheckpointError, match="00000001") as error:  # asked for by its own name: it is gone
+        locate.find(store.folder / "00000001")
     assert "\n" not in str(error.value)
 
 
@@ -195,9 +200,9 @@ def test_pruning_waits_for_readers(store):
     """What somebody reads is not pruned; the next time it is."""
     store.policy = config_lib.Checkpoint(keep=1)
     first = save(store, 1)
-    with checkpoint.reading(first):
+    with on_disk.reading(first):
         save(store, 2)
-        assert steps(store) == [1, 2] and checkpoint.read(first.path).step == 1
+        assert steps(store) == [1, 2] and on_disk.read(first.path).step == 1
     save(store, 3)
     assert steps(store) == [3]
 
@@ -205,21 +210,21 @@ def test_pruning_waits_for_readers(store):
 def test_what_is_pruned_or_replaced_before_it_is_read_is_one_sentence(store):
     saved = save(store, 1)
     want = abstract(arrays())
-    (saved.path / checkpoint.MARKER).unlink()  # pruned in part
-    for call in (lambda: checkpoint.restore(saved, want), lambda: checkpoint.shapes(saved),
-                 lambda: checkpoint.arrays(saved)):
-        with pytest.raises(checkpoint.Vanished, match="00000001 was removed or replaced while it was read"):
+    (saved.path / MARKER).unlink()  # pruned in part
+    for call in (lambda: array_io.restore(saved, want), lambda: array_io.shapes(saved),
+                 lambda: array_io.stored(saved)):
+        with pytest.raises(on_disk.Vanished, match="00000001 was removed or replaced while it was read"):
             call()
     save(store, 1)  # another training, in the same place
     saved = dataclasses.replace(saved, digest="0" * 64)
-    with pytest.raises(checkpoint.Vanished):
-        checkpoint.restore(saved, want)
+    with pytest.raises(on_disk.Vanished):
+        array_io.restore(saved, want)
 
 
 def test_a_model_is_read_from_the_checkpoint_that_is_there(tmp_path, monkeypatch):
     """Pruned after it was found, in the middle of its arrays: the newer one is taken, whole."""
     folder = pathlib.Path(miniature.saved(tmp_path / "run"))
-    read, met = checkpoint.restore, []
+    read, met = array_io.restore, []
 
     def meanwhile(saved, *rest):
         if saved.step == 3:
@@ -228,18 +233,18 @@ def test_a_model_is_read_from_the_checkpoint_that_is_there(tmp_path, monkeypatch
                 shutil.copytree(saved.path, folder / "00000007")
                 meta = json.loads((saved.path / "meta.json").read_text())
                 (folder / "00000007" / "meta.json").write_text(json.dumps(meta | {"step": 7}))
-                checkpoint.write_marker(folder / "00000007")
+                on_disk.write_marker(folder / "00000007")
             shutil.rmtree(saved.path / "arrays")
-            (saved.path / checkpoint.MARKER).unlink()
+            (saved.path / MARKER).unlink()
         return read(saved, *rest)
 
-    monkeypatch.setattr(checkpoint, "restore", meanwhile)
+    monkeypatch.setattr(array_io, "restore", meanwhile)
     assert restore.model(folder).saved.step == 7 and len(met) == 1
 
 
 def test_pruning_survives_what_it_cannot_remove(store, monkeypatch):
     """A reader on a network file system keeps files in a folder alive, or somebody was quicker."""
-    remove = checkpoint.shutil.rmtree
+    remove = store_lib.shutil.rmtree
 
     def busy(path, ignore_errors=False):
         if not ignore_errors:
@@ -248,12 +253,12 @@ def test_pruning_survives_what_it_cannot_remove(store, monkeypatch):
             return
         remove(path, ignore_errors=True)
 
-    monkeypatch.setattr(checkpoint.shutil, "rmtree", busy)
+    monkeypatch.setattr(store_lib.shutil, "rmtree", busy)
     for step in (1, 2, 3, 4):
         if step == 4:
             remove(store.folder / "00000002")
         save(store, step)
-    assert checkpoint.find(store.folder).step == 4
+    assert locate.find(store.folder).step == 4
     monkeypatch.undo()
     save(store, 5)
     assert steps(store) == [4, 5]
@@ -264,16 +269,16 @@ def test_pruning_survives_what_it_cannot_remove(store, monkeypatch):
 
 def test_a_full_disk_is_one_sentence_and_harms_nothing(store, monkeypatch):
     save(store, 1)
-    write = checkpoint.write_json
+    write = on_disk.write_json
 
     def full(path, value):
-        if path.name == checkpoint.MARKER:
+        if path.name == MARKER:
             raise OSError(errno.ENOSPC, "No space left on device")
         write(path, value)
 
-    monkeypatch.setattr(checkpoint, "write_json", full)
+    monkeypatch.setattr(on_disk, "write_json", full)
     store.save(2, arrays(), META)
-    with pytest.raises(checkpoint.CheckpointError, match=r"no space left for the checkpoint .*00000002; free some "
+    with pytest.raises(CheckpointError, match=r"no space left for the checkpoint .*00000002; free some "
                        "space and run the same command again: it resumes from the last complete checkpoint"):
         store.wait()
     monkeypatch.undo()
@@ -289,7 +294,7 @@ def test_a_disk_that_fills_while_orbax_writes_is_the_same_sentence(store, monkey
         raise ValueError("RESOURCE_EXHAUSTED: Error writing file: No space left on device\nmore lines")
 
     monkeypatch.setattr(store._orbax, where, full)
-    with pytest.raises(checkpoint.CheckpointError, match=r"no space left for the checkpoint .*00000002") as error:
+    with pytest.raises(CheckpointError, match=r"no space left for the checkpoint .*00000002") as error:
         store.save(2, arrays(), META)
         store.wait()
     assert "\n" not in str(error.value)
@@ -300,8 +305,8 @@ def test_a_disk_that_fills_while_orbax_writes_is_the_same_sentence(store, monkey
 
 def test_a_folder_that_may_not_be_written_is_one_sentence(tmp_path):
     (tmp_path / "file").write_text("")
-    store = checkpoint.Checkpoints(tmp_path / "file" / "only", config_lib.Checkpoint())
-    with pytest.raises(checkpoint.CheckpointError, match=r"could not be saved: .*Not a directory"):
+    store = Checkpoints(tmp_path / "file" / "only", config_lib.Checkpoint())
+    with pytest.raises(CheckpointError, match=r"could not be saved: .*Not a directory"):
         store.save(1, arrays(), META)
     store.close()
 
@@ -309,9 +314,9 @@ def test_a_folder_that_may_not_be_written_is_one_sentence(tmp_path):
 # ---- chunks -----------------------------------------------------------------------------------------------------
 
 
-def chunk_shapes(saved: checkpoint.Saved) -> dict[str, tuple[int, ...]]:
+def chunk_shapes(saved: Saved) -> dict[str, tuple[int, ...]]:
     """path -> shape of a stored chunk, from the arrays' own descriptions."""
-    metadata = json.loads((saved.path / checkpoint.ARRAYS / "array_metadatas" / "process_0").read_text())
+    metadata = json.loads((saved.path / ARRAYS / "array_metadatas" / "process_0").read_text())
     return {entry["array_metadata"]["param_name"]: tuple(entry["array_metadata"]["chunk_shape"])
             for entry in metadata["array_metadatas"]}
 
@@ -327,19 +332,19 @@ def touched(shape, chunk, axis: int, parts: int = 8) -> float:
 
 
 def test_a_large_leaf_is_stored_in_tiles_of_one_layer_that_eight_readers_share(tmp_path):
-    store = checkpoint.Checkpoints(tmp_path / "only", config_lib.Checkpoint())
+    store = Checkpoints(tmp_path / "only", config_lib.Checkpoint())
     shape = (4, 2048, 2048)
     value = np.arange(math.prod(shape), dtype=np.float32).reshape(shape)
     store.save(1, {"parameters": {"x/kernel": jnp.asarray(value)}, "optimizer": ()}, META)
     store.close()
-    saved = checkpoint.read(tmp_path / "only" / "00000001")
+    saved = on_disk.read(tmp_path / "only" / "00000001")
     chunk = next(chunk for name, chunk in chunk_shapes(saved).items() if "kernel" in name)
     print(f"{shape} is stored in chunks of {chunk}: {math.prod(chunk) * 4 / 2**20:.2f} MiB")
     assert chunk[0] == 1
     assert max(touched(shape, chunk, 1), touched(shape, chunk, 2)) <= 1.1
     single = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     leaf = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=single)
-    restored = checkpoint.restore(saved, {"parameters": {"x/kernel": leaf}})
+    restored = array_io.restore(saved, {"parameters": {"x/kernel": leaf}})
     assert np.array_equal(restored["parameters"]["x/kernel"], value)
 
 
@@ -350,9 +355,9 @@ def test_the_stacked_matrices_of_7b_are_shared_by_eight_readers_whatever_their_m
     shapes = Geometry.of(config_lib.model("7b")).shapes
     layout, checked = sharding.parameters(shapes, mesh), 0
     for path, leaf in shapes.items():
-        if leaf.ndim < 3 or leaf.size * 4 < checkpoint.LARGE:
+        if leaf.ndim < 3 or leaf.size * 4 < array_io.LARGE:
             continue
-        options = checkpoint.chunks(leaf)
+        options = array_io.chunks(leaf)
         part = layout[path].shard_shape(leaf.shape)
         for written in (leaf.shape, part):
             chunk = subchunking.choose_chunk_shape(leaf.shape, written, leaf.dtype, options.chunk_byte_size,
@@ -367,5 +372,5 @@ def test_the_stacked_matrices_of_7b_are_shared_by_eight_readers_whatever_their_m
 
 def test_names_are_nested_and_flattened_without_loss():
     flat = {"a/b/kernel": 1, "a/b/bias": 2, "c": 3}
-    assert checkpoint.unnest(checkpoint.nest(flat)) == flat
-    assert checkpoint.nest(flat) == {"a": {"b": {"kernel": 1, "bias": 2}}, "c": 3}
+    assert array_io.unnest(array_io.nest(flat)) == flat
+    assert array_io.nest(flat) == {"a": {"b": {"kernel": 1, "bias": 2}}, "c": 3}

@@ -14,10 +14,12 @@ import miniature
 import pytest
 
 from calm_jax import config as config_lib
+from calm_jax import sharding
 from calm_jax.data import builders, tasks
 from calm_jax.data.prompts import Layout
+from calm_jax.errors import ConfigError
 from calm_jax.models.parameters import Geometry
-from calm_jax.training import filters, sharding
+from calm_jax.training import filters
 
 FILES = sorted(path.stem for path in (miniature.ROOT / "configs").glob("*.py") if not path.stem.startswith("_"))
 
@@ -56,7 +58,7 @@ def test_every_config_fits_its_model(file, variant):
 @pytest.mark.parametrize("file", FILES)
 def test_the_first_variant_is_the_default_and_unknown_ones_are_refused(file):
     assert load(file) == load(file, CHOICES[file][0])
-    with pytest.raises((config_lib.ConfigError, KeyError), match="7B"):
+    with pytest.raises((ConfigError, KeyError), match="7B"):
         load(file, "7B")
 
 
@@ -150,7 +152,7 @@ def changed(path: str, value):
     ("seed", True, "config.seed takes a whole number, not True"),
 ])
 def test_what_is_wrong_is_named_with_the_remedy(path, value, said):
-    with pytest.raises(config_lib.ConfigError) as error:
+    with pytest.raises(ConfigError) as error:
         config_lib.from_config_dict(changed(path, value))
     assert said in str(error.value)
 
@@ -186,7 +188,7 @@ def test_a_number_that_cannot_be_meant_is_refused_by_its_name(path, values):
         for name in above:
             node = node[name]
         node[last] = value
-        with pytest.raises(config_lib.ConfigError, match=last):
+        with pytest.raises(ConfigError, match=last):
             config_lib.from_config_dict(tree)
 
 
@@ -195,14 +197,14 @@ def test_a_number_that_cannot_be_meant_is_refused_by_its_name(path, values):
     ("processes.scores.optimizer.eps", 1e-46), ("model.lora.targets", "llama/("),
     ("processes.scores.train", ("vit/(",)), ("processes.scores.freeze", ("*",)), ("processes.scores.support", (0, 4))])
 def test_what_float32_cannot_hold_and_no_regular_expression_is_refused_by_its_name(path, value):
-    with pytest.raises(config_lib.ConfigError, match=path.rpartition(".")[2]):
+    with pytest.raises(ConfigError, match=path.rpartition(".")[2]):
         config_lib.from_config_dict(changed(path, value))
 
 
 @pytest.mark.parametrize("path", ["init", "tokenizer", "data.dir", "processes.scores.cues"])
 @pytest.mark.parametrize("address", ["gs://bucket/run", "s3://bucket", "file:///runs/a", "gs:/bucket"])
 def test_the_address_of_a_bucket_is_no_path(path, address):
-    with pytest.raises(config_lib.ConfigError, match=f"{path.rpartition('.')[2]}={address}"):
+    with pytest.raises(ConfigError, match=f"{path.rpartition('.')[2]}={address}"):
         config_lib.from_config_dict(changed(path, address))
     config_lib.from_config_dict(changed(path, "/mnt/bucket/a:b"))
 
@@ -232,5 +234,5 @@ def test_kept_tasks_have_a_share_and_options_combine():
         assert math.isclose(sum(last.tasks.values()), 1) and max(last.tasks, key=last.tasks.get) == "score"
         assert bool(config.model.lora.rank) == ("lora" in variant) and bool(last.score_head) == ("head" in variant)
     for wrong in ("7b+kept", "7b+keep+keep", "+keep"):
-        with pytest.raises(config_lib.ConfigError, match="there is no variant"):
+        with pytest.raises(ConfigError, match="there is no variant"):
             load("finetune", wrong)

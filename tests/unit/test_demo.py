@@ -6,9 +6,9 @@ import sys
 import numpy as np
 import pytest
 
-from calm_jax import config as config_lib
 from calm_jax.data import attributes, builders, cues, images
 from calm_jax.data.builders import demo as demo_lib
+from calm_jax.errors import ConfigError
 
 
 @pytest.fixture(scope="module")
@@ -17,9 +17,9 @@ def demo() -> demo_lib.Demo:
 
 
 def test_unknown_datasets_and_splits_are_refused(demo):
-    with pytest.raises(config_lib.ConfigError, match="nearest is 'demo'"):
+    with pytest.raises(ConfigError, match="nearest is 'demo'"):
         builders.load("demos")
-    with pytest.raises(config_lib.ConfigError, match="nearest is 'validation'"):
+    with pytest.raises(ConfigError, match="nearest is 'validation'"):
         demo.indices("valid")
 
 
@@ -95,7 +95,7 @@ def test_every_degradation_shows(demo):
 
 def test_a_missing_package_is_one_sentence(monkeypatch):
     monkeypatch.setattr(demo_lib.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(config_lib.ConfigError, match=r"skimage, which is not installed; run: pip install calm_jax"):
+    with pytest.raises(ConfigError, match=r"skimage, which is not installed; run: pip install calm_jax"):
         demo_lib.build()
 
 

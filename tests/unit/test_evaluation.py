@@ -16,6 +16,7 @@ from calm_jax.data.samples import Edit, ImageRef, Record
 from calm_jax.data.tasks import instructions
 from calm_jax.data.tasks.opinions import held_out
 from calm_jax.data.tokenizer import Tokenizer
+from calm_jax.errors import ConfigError
 from calm_jax.evaluation import charts, degradations, metrics, peers, personalised, protocols, suggesting
 from calm_jax.evaluation.replies import Replies
 from calm_jax.inference.generate import Generator
@@ -207,7 +208,7 @@ def test_personal_scores_are_judged_by_rater():
     for wrong, sentence in (
             ({"shots": (22,), "context": 22}, "22 rated pictures do not fit into one context of this model; at most"),
             ({"shots": (30,)}, "no held-out rater of rated has rated 5 of the pictures in question and 30")):
-        with pytest.raises(config_lib.ConfigError, match=sentence):
+        with pytest.raises(ConfigError, match=sentence):
             personalised.personalised(Learner(), data, asked, shown, **wrong)
 
 

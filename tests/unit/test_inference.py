@@ -11,6 +11,7 @@ from calm_jax.data.samples import Answer, ImageRef, Mention, Sample, Turn
 from calm_jax.data.scale import DECIMALS, read_score
 from calm_jax.data.tasks.opinions import in_context
 from calm_jax.data.tokenizer import Tokenizer
+from calm_jax.errors import ConfigError
 from calm_jax.inference import decoding
 from calm_jax.inference.decoding import Sampling
 from calm_jax.inference.generate import Generator
@@ -241,7 +242,7 @@ NAN = float("nan")
     {"top_p": NAN}, {"shortest": -2}, {"seed": -1}, {"beams": 0}, {"length_penalty": NAN},
     {"beams": 2, "temperature": 1.0}], ids=str)
 def test_impossible_sampling_is_refused_by_the_name_of_its_field(wrong):
-    with pytest.raises(config_lib.ConfigError, match=next(iter(wrong))):
+    with pytest.raises(ConfigError, match=next(iter(wrong))):
         Sampling(**wrong)
 
 
@@ -295,7 +296,7 @@ def test_the_tree_says_every_decimal_once_and_shares_what_they_begin_with(genera
 
 def test_a_prompt_that_does_not_fit_is_refused(generator, demo):
     long = Sample((), (Turn(("word " * 500,), Answer("A.")),))
-    with pytest.raises(config_lib.ConfigError, match="exceed the model's 512 positions"):
+    with pytest.raises(ConfigError, match="exceed the model's 512 positions"):
         list(generator.answers([(long, 0)], demo.pixels))
 
 

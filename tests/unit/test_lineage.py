@@ -14,9 +14,13 @@ import numpy as np
 import pytest
 
 from calm_jax import config as config_lib
+from calm_jax import sharding
 from calm_jax import train as program
+from calm_jax.checkpoints import array_io, lineage, locate, on_disk, restore
+from calm_jax.checkpoints.meta import BEST, NEEDED, Pin
+from calm_jax.checkpoints.store import Checkpoints
+from calm_jax.errors import CheckpointError
 from calm_jax.models.parameters import Geometry
-from calm_jax.training import checkpoint, restore, sharding
 
 OLD = config_lib.Lora(rank=2, alpha=3.0, targets=r"llama/blocks/(q|down)|mfam/qformers/groups/blocks/0/cross/v")
 NEW = config_lib.Lora(rank=3, alpha=6.0, targets=r"llama/blocks/(q|v)", dropout=0.0)
@@ -84,7 +88,7 @@ def test_adapters_that_differ_are_merged_and_the_model_is_the_same(trained, lora
     shapes = Geometry.of(config.model).shapes
     layout = sharding.parameters(shapes, mesh)
     kept = {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=layout[path]) for path, leaf in shapes.items()}
-    saved = checkpoint.find(trained / "base")
+    saved = locate.find(trained / "base")
     after = restore.load(saved, Geometry.of(config.model), config, kept)
     assert after.keys() == shapes.keys() and all(after[path].sharding == layout[path] for path in after)
     for path, value in with_merged(before, OLD).items():
@@ -98,7 +102,7 @@ def test_adapters_that_differ_are_merged_and_the_model_is_the_same(trained, lora
 @pytest.mark.parametrize("lora", [OLD, dataclasses.replace(OLD, dropout=0.5), dataclasses.replace(
     OLD, targets=OLD.targets.replace("(q|down)", "(down|q)"))], ids=["same", "dropout", "spelling"])
 def test_adapters_that_do_not_differ_go_on(trained, lora):
-    config, saved = miniature.config(model=model(lora)), checkpoint.find(trained / "base")
+    config, saved = miniature.config(model=model(lora)), locate.find(trained / "base")
     assert restore.changes(saved, config) == []
     where = restore.origins(saved, config)
     assert set(where.values()) == {restore.Held(saved.pin)}
@@ -107,19 +111,19 @@ def test_adapters_that_do_not_differ_go_on(trained, lora):
 def test_another_geometry_is_refused(trained):
     config = miniature.config(model=dataclasses.replace(
         model(NEW), llama=dataclasses.replace(miniature.MODEL.llama, rope_theta=5e5)))
-    with pytest.raises(checkpoint.CheckpointError, match=r"another geometry: model\.llama\.rope_theta"):
-        restore.origins(checkpoint.find(trained / "base"), config)
+    with pytest.raises(CheckpointError, match=r"another geometry: model\.llama\.rope_theta"):
+        restore.origins(locate.find(trained / "base"), config)
 
 
 def test_a_head_that_is_left_out_is_said(tmp_path):
-    saved = checkpoint.find(miniature.saved(tmp_path, score_head=config_lib.ScoreHead(4)))
+    saved = locate.find(miniature.saved(tmp_path, score_head=config_lib.ScoreHead(4)))
     (line,) = restore.changes(saved, miniature.config())
     assert "regression head" in line and str(saved.path) in line
 
 
 def test_what_was_trained_on_merged_adapters_is_small_and_computes_the_same(trained):
-    saved = checkpoint.find(trained / "mine")
-    assert checkpoint.shapes(saved).keys() == FACTORS  # the merged kernels are made again, not stored for each person
+    saved = locate.find(trained / "mine")
+    assert array_io.shapes(saved).keys() == FACTORS  # the merged kernels are made again, not stored for each person
     merged, after = with_merged(values(trained / "base"), OLD), values(trained / "mine")
     assert after.keys() == merged.keys() | FACTORS
     for path, value in merged.items():
@@ -134,12 +138,12 @@ def test_what_was_trained_on_merged_adapters_is_small_and_computes_the_same(trai
 def test_training_resumes_on_merged_adapters(trained, tmp_path):
     workdir = tmp_path / "mine"
     shutil.copytree(trained / "mine", workdir)
-    newest = checkpoint.folders(workdir / "checkpoints" / "only")[-1]
+    newest = on_disk.folders(workdir / "checkpoints" / "only")[-1]
     shutil.rmtree(newest)
-    (newest.parent / checkpoint.BEST).unlink()
+    (newest.parent / BEST).unlink()
     program.train(personal(trained / "base"), workdir)
     before, after = values(trained / "mine"), values(workdir)
-    assert checkpoint.find(workdir).step == 2
+    assert locate.find(workdir).step == 2
     for path, value in before.items():
         np.testing.assert_allclose(after[path], value, rtol=1e-4, atol=1e-6, err_msg=path)
 
@@ -147,7 +151,7 @@ def test_training_resumes_on_merged_adapters(trained, tmp_path):
 def test_merged_adapters_below_merged_adapters(trained, tmp_path):
     """A third model without adapters, from the second: its kernels are the first's with both of them."""
     config = miniature.config(model=model(config_lib.Lora()))
-    saved = checkpoint.find(trained / "mine")
+    saved = locate.find(trained / "mine")
     expected = with_merged(values(trained / "mine"), NEW)
     where = restore.origins(saved, config)
     one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
@@ -157,7 +161,7 @@ def test_merged_adapters_below_merged_adapters(trained, tmp_path):
         np.testing.assert_allclose(found[path], value, rtol=1e-5, atol=1e-6, err_msg=path)
     # Written down and read again, it is the same.
     kept = {"llama/norm/scale": np.full(32, 3.0, np.float32)}
-    store = checkpoint.Checkpoints(tmp_path / "third", config_lib.Checkpoint())
+    store = Checkpoints(tmp_path / "third", config_lib.Checkpoint())
     store.save(1, {"parameters": kept, "optimizer": ()}, {
         "process": "only", "base": dataclasses.asdict(saved.pin), "borrowed": restore.borrowed(where, kept), "seed": 9,
         "trained": sorted(kept),
@@ -173,21 +177,21 @@ def test_adapters_on_kernels_that_were_never_saved(tmp_path):
     process = miniature.process(steps=1, eval_every=0, optimizer=config_lib.Optimizer(peak_lr=0.3, warmup=0.0),
                                 train=(r".*/lora/b",), freeze=(r"(?!.*/lora/b).*",))
     program.train(miniature.config(model=model(OLD), processes={"only": process}, seed=3), tmp_path / "run")
-    saved, before = checkpoint.find(tmp_path / "run"), values(tmp_path / "run")
-    assert checkpoint.shapes(saved).keys() == {path for path in before if "/lora/" in path}
+    saved, before = locate.find(tmp_path / "run"), values(tmp_path / "run")
+    assert array_io.shapes(saved).keys() == {path for path in before if "/lora/" in path}
     assert any(before[path].any() for path in before if path.endswith("/lora/b"))
     config = miniature.config(model=model(config_lib.Lora()), seed=4)
     where = restore.origins(saved, config)
     one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     after = restore.read(where, {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=one) for path, leaf in
                                  Geometry.of(config.model).shapes.items()}, config.model, saved)
-    store, held = checkpoint.Checkpoints(tmp_path / "next", config_lib.Checkpoint()), {"llama/norm/scale": np.ones(32)}
+    store, held = Checkpoints(tmp_path / "next", config_lib.Checkpoint()), {"llama/norm/scale": np.ones(32)}
     store.save(1, {"parameters": held, "optimizer": ()}, {
         "process": "only", "base": dataclasses.asdict(saved.pin), "borrowed": restore.borrowed(where, held), "seed": 4,
         "trained": sorted(held),
         "config": dataclasses.asdict(config), "tokenizer": saved.meta["tokenizer"]})
     store.close()
-    lazily = restore.lazily(checkpoint.find(tmp_path / "next"))
+    lazily = restore.lazily(locate.find(tmp_path / "next"))
     for path, value in with_merged(before, OLD).items():
         np.testing.assert_allclose(after[path], value, rtol=1e-5, atol=1e-6, err_msg=path)
         np.testing.assert_allclose(lazily[path].read(()), value, rtol=1e-5, atol=1e-6, err_msg=path)
@@ -198,9 +202,9 @@ def test_adapters_on_kernels_that_were_never_saved(tmp_path):
 
 def again(folder, step: int, scale: float = 2.0, keep: int = 1) -> None:
     """A later checkpoint of `folder`, as training that goes on there saves it: other weights."""
-    saved = checkpoint.find(folder)
-    held = checkpoint.arrays(saved)
-    store = checkpoint.Checkpoints(folder, config_lib.Checkpoint(keep=keep))
+    saved = locate.find(folder)
+    held = array_io.stored(saved)
+    store = Checkpoints(folder, config_lib.Checkpoint(keep=keep))
     store.save(step, {"parameters": {path: scale * leaf.read().result() for path, leaf in held.items()},
                       "optimizer": ()}, {name: value for name, value in saved.meta.items() if name != "step"})
     store.close()
@@ -208,40 +212,40 @@ def again(folder, step: int, scale: float = 2.0, keep: int = 1) -> None:
 
 def test_a_base_that_is_trained_further_stays_and_changes_nothing(trained, tmp_path, monkeypatch):
     """`meta.json` names the very checkpoint, absolutely, and training does not prune it."""
-    shutil.copytree(trained / "base", tmp_path / "base", ignore=shutil.ignore_patterns(checkpoint.NEEDED))
+    shutil.copytree(trained / "base", tmp_path / "base", ignore=shutil.ignore_patterns(NEEDED))
     monkeypatch.chdir(tmp_path)
     program.train(personal("base"), tmp_path / "mine")  # a relative path
     monkeypatch.chdir("/")
-    saved = checkpoint.find(tmp_path / "mine")
-    pin = checkpoint.Pin(**saved.meta["base"])
+    saved = locate.find(tmp_path / "mine")
+    pin = Pin(**saved.meta["base"])
     assert pin.path == str((tmp_path / "base" / "00000003").resolve()) and pin.step == 3
-    before, identity = values(tmp_path / "mine"), saved.identity
+    before, identity = values(tmp_path / "mine"), lineage.identity(saved)
     for step in (4, 5, 6):
         again(tmp_path / "base", step)
-    assert [path.name for path in checkpoint.folders(tmp_path / "base")] == ["00000003", "00000006"]
+    assert [path.name for path in on_disk.folders(tmp_path / "base")] == ["00000003", "00000006"]
     after = values(tmp_path / "mine")
     for path, value in before.items():
         np.testing.assert_array_equal(after[path], value, path)
-    assert checkpoint.find(tmp_path / "mine").identity == identity
+    assert lineage.identity(locate.find(tmp_path / "mine")) == identity
     shutil.rmtree(tmp_path / "mine")  # nobody needs it any more
     again(tmp_path / "base", 7)
-    assert [path.name for path in checkpoint.folders(tmp_path / "base")] == ["00000007"]
+    assert [path.name for path in on_disk.folders(tmp_path / "base")] == ["00000007"]
 
 
 def test_another_base_in_the_same_place_is_refused(trained, tmp_path):
     shutil.copytree(trained / "mine", tmp_path / "mine")
-    pin = checkpoint.Pin(**checkpoint.find(trained / "mine").meta["base"])
+    pin = Pin(**locate.find(trained / "mine").meta["base"])
     again_at = tmp_path / "again"
     shutil.copytree(trained / "base", again_at)
     moved = trained / "aside"
     os.rename(trained / "base", moved)
     try:
-        with pytest.raises(checkpoint.CheckpointError, match=f"{re.escape(str(pin))}.*CALM_BASE"):
+        with pytest.raises(CheckpointError, match=f"{re.escape(str(pin))}.*CALM_BASE"):
             restore.model(tmp_path / "mine")
         again(again_at, 4)
         shutil.copytree(again_at / "00000004", trained / "base" / "00000003")
-        other = checkpoint.digest_of(trained / "base" / "00000003")
-        with pytest.raises(checkpoint.CheckpointError, match=f"{pin.digest[:12]}.*{other[:12]}.*CALM_BASE"):
+        other = on_disk.digest_of(trained / "base" / "00000003")
+        with pytest.raises(CheckpointError, match=f"{pin.digest[:12]}.*{other[:12]}.*CALM_BASE"):
             restore.model(tmp_path / "mine")
     finally:
         shutil.rmtree(trained / "base", ignore_errors=True)
@@ -263,7 +267,7 @@ def test_a_base_that_was_moved_is_named_again(trained, copied, tmp_path, monkeyp
                 np.testing.assert_array_equal(found[path], value, path)
         again(tmp_path / "other", 4)
         monkeypatch.setenv("CALM_BASE", str(tmp_path / "other" / "00000004"))
-        with pytest.raises(checkpoint.CheckpointError, match=r"is not in CALM_BASE=.*00000004"):
+        with pytest.raises(CheckpointError, match=r"is not in CALM_BASE=.*00000004"):
             restore.model(copied)
     finally:
         os.rename(moved, trained / "base")
@@ -274,10 +278,10 @@ def test_ancestors_that_hold_nothing_that_is_needed_may_be_gone(tmp_path):
     the last one lacks, and what neither trained is the first one's."""
     def next_one(name, base, seed):
         config = miniature.config(init=base, seed=seed)
-        before = checkpoint.find(base) if base else None
+        before = locate.find(base) if base else None
         where = restore.origins(before, config)
         held = {"llama/norm/scale": np.full(32, float(seed), np.float32)}
-        store = checkpoint.Checkpoints(tmp_path / name, config_lib.Checkpoint())
+        store = Checkpoints(tmp_path / name, config_lib.Checkpoint())
         store.save(1, {"parameters": held, "optimizer": ()}, {
             "process": "only", "base": dataclasses.asdict(before.pin) if before else "", "seed": seed,
             "borrowed": restore.borrowed(where, held), "config": dataclasses.asdict(config), "trained": sorted(held),
@@ -297,13 +301,13 @@ def test_ancestors_that_hold_nothing_that_is_needed_may_be_gone(tmp_path):
 
 def test_the_identity_of_a_checkpoint_changes_with_any_weight_that_is_read(trained, tmp_path):
     shutil.copytree(trained / "base", tmp_path / "base")
-    identities = [checkpoint.find(tmp_path / "base").identity]
+    identities = [lineage.identity(locate.find(tmp_path / "base"))]
     stat = (tmp_path / "base" / "00000003" / "meta.json").stat()
     again(tmp_path / "base", 4)
     shutil.rmtree(tmp_path / "base" / "00000003", ignore_errors=True)
     os.rename(tmp_path / "base" / "00000004", tmp_path / "base" / "00000003")
     os.utime(tmp_path / "base" / "00000003" / "meta.json", ns=(stat.st_atime_ns, stat.st_mtime_ns))
-    identities.append(checkpoint.find(tmp_path / "base").identity)
+    identities.append(lineage.identity(locate.find(tmp_path / "base")))
     assert identities[0]["digest"] != identities[1]["digest"]
     json.dumps(identities)
 
@@ -313,7 +317,7 @@ def test_the_identity_of_a_checkpoint_changes_with_any_weight_that_is_read(train
 
 def old_style(folder, base: str) -> str:
     kept = {"llama/norm/scale": np.full(32, 3.0, np.float32)}
-    store = checkpoint.Checkpoints(folder, config_lib.Checkpoint())
+    store = Checkpoints(folder, config_lib.Checkpoint())
     store.save(1, {"parameters": kept, "optimizer": ()}, {
         "process": "only", "base": base, "seed": 0, "config": dataclasses.asdict(miniature.config(init=base)),
         "trained": sorted(kept), "tokenizer": restore.Tokenizer().fingerprint})
@@ -324,15 +328,15 @@ def old_style(folder, base: str) -> str:
 def test_a_base_named_by_its_path_alone_is_read_while_only_one_can_be_meant(tmp_path):
     base = miniature.saved(tmp_path / "base")
     mine = old_style(tmp_path / "mine", base)
-    whole, identity = values(mine), checkpoint.find(mine).identity
+    whole, identity = values(mine), lineage.identity(locate.find(mine))
     np.testing.assert_array_equal(whole["llama/embedding"], values(base)["llama/embedding"])
     again(tmp_path / "base", 4, keep=2)
-    with pytest.raises(checkpoint.CheckpointError, match=f"{re.escape(base)}.*leave only the one"):
+    with pytest.raises(CheckpointError, match=f"{re.escape(base)}.*leave only the one"):
         restore.model(mine)
     shutil.rmtree(tmp_path / "base" / "00000003")
-    with pytest.raises(checkpoint.CheckpointError, match="younger"):
+    with pytest.raises(CheckpointError, match="younger"):
         restore.model(mine)
-    assert checkpoint.find(mine).identity != identity
+    assert lineage.identity(locate.find(mine)) != identity
     shutil.rmtree(tmp_path / "base")
-    with pytest.raises(checkpoint.CheckpointError, match=f"{re.escape(base)}.*bring it back"):
+    with pytest.raises(CheckpointError, match=f"{re.escape(base)}.*bring it back"):
         restore.model(mine)

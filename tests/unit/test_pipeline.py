@@ -10,6 +10,7 @@ from calm_jax import config as config_lib
 from calm_jax.data import builders, pipeline
 from calm_jax.data.samples import BadRecord
 from calm_jax.data.tokenizer import Tokenizer
+from calm_jax.errors import ConfigError
 from tools import bench_data
 
 MODEL = dataclasses.replace(config_lib.model("tiny"), vit=dataclasses.replace(config_lib.model("tiny").vit,
@@ -97,9 +98,9 @@ def test_a_mixture_keeps_its_weights_and_every_dataset_its_epochs(demo):
     assert whole > 3
     for epoch in range(whole):
         assert sorted(e.index for e in few if e.epoch == epoch) == sorted(demo.indices("train")[:50].tolist())
-    with pytest.raises(config_lib.ConfigError, match=r"may show 8 pictures and one more, and a row has row.images=3"):
+    with pytest.raises(ConfigError, match=r"may show 8 pictures and one more, and a row has row.images=3"):
         dataclasses.replace(PROCESS, tasks={"few:personal": 1.0})
-    with pytest.raises(config_lib.ConfigError, match="is no weight"):
+    with pytest.raises(ConfigError, match="is no weight"):
         dataclasses.replace(PROCESS, tasks={"comment": 0.0})
 
 
@@ -222,7 +223,7 @@ def test_a_damaged_label_is_refused_counted_and_named_and_the_others_are_read(de
 
 def test_a_conversation_longer_than_a_row_is_named_and_skipped(demo):
     process = dataclasses.replace(PROCESS, row=config_lib.Row(tokens=40, images=2, answers=64))
-    with pytest.raises(config_lib.ConfigError, match=r"no record .* can be used; .* a row has 40"):
+    with pytest.raises(ConfigError, match=r"no record .* can be used; .* a row has 40"):
         make_rows(demo, process).plan(0)
 
 
@@ -276,7 +277,7 @@ def test_a_share_of_the_records_is_the_same_in_every_epoch_and_part_of_a_larger_
     (few, seen), (more, _), (everything, _) = used(0.02), used(0.3), used(1.0)
     assert len(few) == round(0.02 * len(everything)) and seen == few < more < everything  # several epochs of the few
     assert used(0.1, "validation")[0] == used(1.0, "validation")[0]
-    with pytest.raises(config_lib.ConfigError, match="train_share=0"):
+    with pytest.raises(ConfigError, match="train_share=0"):
         used(0.0)
 
 
@@ -293,7 +294,7 @@ def test_an_empty_split_is_refused(demo):
         def indices(self, split):
             return np.zeros(0, np.int64)
 
-    with pytest.raises(config_lib.ConfigError, match="'empty' has no pictures in its train split"):
+    with pytest.raises(ConfigError, match="'empty' has no pictures in its train split"):
         make_rows(Empty())
 
 

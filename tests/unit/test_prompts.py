@@ -10,6 +10,7 @@ from calm_jax import config as config_lib
 from calm_jax.data import prompts
 from calm_jax.data.samples import Answer, BadRecord, ImageRef, Mention, Sample, Turn
 from calm_jax.data.tokenizer import Tokenizer
+from calm_jax.errors import ConfigError
 
 MODEL = config_lib.model("tiny")
 LAYOUT = prompts.Layout.of(MODEL, config_lib.PARTS)
@@ -114,8 +115,8 @@ def test_digits_are_single_tokens(tokenizer):
 
 
 def test_a_wrong_tokenizer_file_is_named(tmp_path):
-    with pytest.raises(config_lib.ConfigError, match="there is no such file"):
+    with pytest.raises(ConfigError, match="there is no such file"):
         Tokenizer(str(tmp_path / "none.model"))
     (tmp_path / "bad.model").write_bytes(b"not a model")
-    with pytest.raises(config_lib.ConfigError, match="no SentencePiece model"):
+    with pytest.raises(ConfigError, match="no SentencePiece model"):
         Tokenizer(str(tmp_path / "bad.model"))

@@ -16,11 +16,14 @@ import pytest
 from flax import nnx
 
 from calm_jax import config as config_lib
+from calm_jax import sharding
+from calm_jax.checkpoints import array_io, locate, restore
 from calm_jax.data import builders, pipeline
 from calm_jax.data.tokenizer import Tokenizer
+from calm_jax.errors import ConfigError
 from calm_jax.models.parameters import Geometry, initial
 from calm_jax.models.score_head import ScoreHead
-from calm_jax.training import checkpoint, filters, optimizer, restore, sharding
+from calm_jax.training import filters, optimizer
 from calm_jax.training.step import Step
 from tools import check_parity, export_to_hf
 
@@ -151,7 +154,7 @@ def test_a_head_is_taught_from_a_checkpoint_without_one_and_read(tmp_path):
                  "--config.processes.scores.freeze=('vit/.*', 'mfam/.*', 'llama/.*')")
     assert all(np.isfinite(row["score_error"]) for row in rows) and {row["kind"] for row in rows} == {
         "train", "validation"}
-    held = checkpoint.shapes(checkpoint.find(tmp_path / "head"))
+    held = array_io.shapes(locate.find(tmp_path / "head"))
     assert all(path.startswith("score_head/") for path in held)  # the rest is read from where it was trained
     whole, before = restore.model(tmp_path / "head").parameters, restore.model(tmp_path / "plain").parameters
     np.testing.assert_array_equal(whole["llama/embedding"], before["llama/embedding"])
@@ -167,5 +170,5 @@ def test_an_exported_head_scores_alike(tmp_path):
 
 
 def test_a_head_that_is_not_there_cannot_learn():
-    with pytest.raises(config_lib.ConfigError, match=r"processes\.only\.score_head=0\.5 teaches a regression head"):
+    with pytest.raises(ConfigError, match=r"processes\.only\.score_head=0\.5 teaches a regression head"):
         miniature.config(model=PLAIN, processes={"only": PROCESS})

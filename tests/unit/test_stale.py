@@ -17,6 +17,7 @@ from calm_jax import config as config_lib
 from calm_jax.data import builders, cues
 from calm_jax.data.builders import csv as csv_lib
 from calm_jax.data.builders import store
+from calm_jax.errors import ConfigError
 
 
 def tables(folder: pathlib.Path, scores: list[int], seed: int = 0) -> pathlib.Path:
@@ -78,7 +79,7 @@ def test_the_fingerprint_of_cues_is_of_the_phrases(tmp_path):
     assert one == write("How much grain does one see here?", requests={"0": {}})
     assert one != write("How much grain does one notice here?")
     assert cues.fingerprint("") == ""
-    with pytest.raises(config_lib.ConfigError, match=r"absent\.json"):
+    with pytest.raises(ConfigError, match=r"absent\.json"):
         cues.fingerprint(str(tmp_path / "absent.json"))
 
 

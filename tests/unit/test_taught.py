@@ -15,8 +15,10 @@ from PIL import Image
 
 import calm_jax
 from calm_jax import config as config_lib
+from calm_jax.checkpoints import on_disk
 from calm_jax.data.tasks import TASKS, instructions, skills
-from calm_jax.training import checkpoint, choice
+from calm_jax.errors import CheckpointError, ConfigError
+from calm_jax.inference import choice
 
 PAPER = {"comments": ("comment",), "scores": ("score",)}
 KEEPS = {"comments": ("comment", "attributes"), "scores": ("score", "comment", "attributes", "suggestion")}
@@ -35,12 +37,12 @@ def workdir(folder: pathlib.Path, taught: dict[str, tuple[str, ...]], *, init: s
         place = folder / "checkpoints" / name / "00000003"
         meta = {"process": name, "config": cfg}
         if model:
-            (source,) = checkpoint.folders(pathlib.Path(model))
+            (source,) = on_disk.folders(pathlib.Path(model))
             shutil.copytree(source, place)
             meta = json.loads((place / "meta.json").read_text()) | meta
         place.mkdir(parents=True, exist_ok=True)
         (place / "meta.json").write_text(json.dumps(meta))
-        checkpoint.write_marker(place)
+        on_disk.write_marker(place)
     return folder
 
 
@@ -94,7 +96,7 @@ def test_the_latest_process_that_learned_it_answers(tmp_path, skill, taught, ans
     ("suggest", {"scores": ("score", "level", "personal")}, "configs/finetune.py")])
 def test_what_nobody_taught_is_refused_with_what_was_and_with_what_teaches_it(tmp_path, skill, taught, recipe):
     folder = workdir(tmp_path / "run", taught)
-    with pytest.raises(config_lib.ConfigError) as refused:
+    with pytest.raises(ConfigError) as refused:
         choice.choose(folder, skill)
     sentence = str(refused.value)
     assert "\n" not in sentence and recipe in sentence and str(folder) in sentence
@@ -118,7 +120,7 @@ def test_a_head_counts_where_it_learned(tmp_path):
 
 def test_shuffled_labels_teach_nothing(tmp_path):
     folder = workdir(tmp_path / "control", {"self_supervised": ("attributes",)}, shuffle_labels=True)
-    with pytest.raises(config_lib.ConfigError, match="shuffled"):
+    with pytest.raises(ConfigError, match="shuffled"):
         choice.choose(folder, "attributes")
     assert choice.choose(folder, "attributes", as_it_is=True).state == skills.UNTAUGHT  # a control is measured
 
@@ -126,11 +128,11 @@ def test_shuffled_labels_teach_nothing(tmp_path):
 def test_a_process_without_a_checkpoint_is_none_to_choose(tmp_path):
     folder = workdir(tmp_path / "run", PAPER, done=1)
     assert choice.processes(folder)["comment"] == "comments"
-    with pytest.raises(config_lib.ConfigError, match="never learned scores"):
+    with pytest.raises(ConfigError, match="never learned scores"):
         choice.choose(folder, "score")
-    with pytest.raises(config_lib.ConfigError, match="nearest is 'comments'"):
+    with pytest.raises(ConfigError, match="nearest is 'comments'"):
         choice.choose(folder, "score", process="comment")
-    with pytest.raises(checkpoint.CheckpointError):
+    with pytest.raises(CheckpointError):
         choice.choose(tmp_path / "nowhere", "score")
 
 
@@ -138,10 +140,10 @@ def test_a_refusal_names_who_learned_it_beside_and_before(tmp_path):
     pretrain = workdir(tmp_path / "pretrain", {"self_supervised": ("attributes",), "generic": ("caption",)})
     folder = workdir(tmp_path / "finetune", PAPER, init=str(pretrain))
     for given in (folder / "checkpoints/scores", folder / "checkpoints/scores/00000003"):
-        with pytest.raises(config_lib.ConfigError, match="never learned comments") as refused:
+        with pytest.raises(ConfigError, match="never learned comments") as refused:
             choice.choose(given, "comment")
         assert str(folder / "checkpoints/comments") in str(refused.value)
-        with pytest.raises(config_lib.ConfigError) as refused:
+        with pytest.raises(ConfigError) as refused:
             choice.choose(given, "attributes")
         assert str(pretrain / "checkpoints/self_supervised") in str(refused.value)
         assert choice.choose(given, "score").path == given
@@ -153,10 +155,10 @@ def test_a_conversion_has_learned_nothing(tmp_path):
     place.mkdir()
     (place / "meta.json").write_text(json.dumps({"process": "", "config": dataclasses.asdict(
         miniature.config(run=(), processes={}))}))
-    checkpoint.write_marker(place)
+    on_disk.write_marker(place)
     assert choice.processes(place) == {}
     for skill in skills.SKILLS:
-        with pytest.raises(config_lib.ConfigError, match="was converted and never trained"):
+        with pytest.raises(ConfigError, match="was converted and never trained"):
             choice.choose(place, skill)
 
 
@@ -174,11 +176,11 @@ def test_the_interface_answers_with_who_learned_it(paper, photo):
         model.suggest(photo, limit=2)
     for refused in (lambda: model.attributes(photo), lambda: model.personalise([(photo, 5)], photo),
                     lambda: model.score(photo, reader="levels")):
-        with pytest.raises(config_lib.ConfigError, match="never learned"):
+        with pytest.raises(ConfigError, match="never learned"):
             refused()
     with pytest.warns(UserWarning, match="never learned"):
         calm_jax.load(paper, process="scores").comment(photo, limit=2)
-    with pytest.raises(config_lib.ConfigError, match="nearest is 'scores'"):
+    with pytest.raises(ConfigError, match="nearest is 'scores'"):
         calm_jax.load(paper, process="score")
 
 

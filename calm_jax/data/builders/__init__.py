@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from calm_jax import config as config_lib
 from calm_jax.data.samples import Dataset
+from calm_jax.errors import ConfigError
 
 if TYPE_CHECKING:
     from calm_jax.data.builders.labels import Source
@@ -27,7 +28,7 @@ def source(name: str) -> type[Source]:
       ConfigError: there is none of that name (the nearest is given).
     """
     if name not in _SOURCES:
-        raise config_lib.ConfigError(f"there is no dataset {name!r} to prepare{config_lib.nearest(name, _SOURCES)}")
+        raise ConfigError(f"there is no dataset {name!r} to prepare{config_lib.nearest(name, _SOURCES)}")
     return getattr(importlib.import_module(f"{__name__}.{name}"), _SOURCES[name])
 
 
@@ -43,9 +44,9 @@ def load(name: str, data_dir: str = "") -> Dataset:
     from calm_jax.data.builders import stored
     known = {*names(), *(stored.names(data_dir) if data_dir else ())}
     if name not in known:
-        raise config_lib.ConfigError(f"there is no dataset {name!r}{config_lib.nearest(name, sorted(known))}")
+        raise ConfigError(f"there is no dataset {name!r}{config_lib.nearest(name, sorted(known))}")
     if not data_dir:
-        raise config_lib.ConfigError(
+        raise ConfigError(
             f"the dataset {name!r} is read from a folder of prepared datasets, and none is named: give "
             "--config.data.dir=DIR to train, --data_dir DIR to evaluate; to prepare it: python -m tools.prepare_data "
             f"--dataset {name} --source DIR --data_dir DIR")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 
-from calm_jax import config as config_lib
 from calm_jax.data.builders import labels
+from calm_jax.errors import ConfigError
 
 PICTURES = ("images", "images/images", "image", "")  # where unpacked releases keep <id>.jpg
 TEST = ("test.txt", "test.jpgl", "generic_test.jpgl", "aesthetics_image_lists/generic_test.jpgl")
@@ -59,8 +59,8 @@ class Ava(labels.Source):
             if words[1] in comments:
                 found[words[1]]["comments"] = comments[words[1]]
         if len(self.malformed) == self.rows:
-            raise config_lib.ConfigError(f"{path} is not AVA.txt: a line is `index image_id c1 .. c10 tag1 tag2 "
-                                         "challenge`, 15 whole numbers; fetch it again")
+            raise ConfigError(f"{path} is not AVA.txt: a line is `index image_id c1 .. c10 tag1 tag2 "
+                              "challenge`, 15 whole numbers; fetch it again")
         split, folder = self._split(found), self._pictures(found)
         for number, label in found.items():
             yield labels.Entry(split[number], number, f"{folder}{number}.jpg", label)
@@ -75,9 +75,9 @@ class Ava(labels.Source):
         test, validation = self._listed(TEST), self._listed(VALIDATION)
         if not test:
             if self.given_shares is None:
-                raise config_lib.ConfigError(f"{self.folder} has no list of test pictures ({', '.join(TEST)}: one id "
-                                             "a line); put it there, or draw a split of your own: --shares 0.9,0.02,"
-                                             "0.08")
+                raise ConfigError(f"{self.folder} has no list of test pictures ({', '.join(TEST)}: one id "
+                                  "a line); put it there, or draw a split of your own: --shares 0.9,0.02,"
+                                  "0.08")
             return self.parted(found)
         rest = found.keys() - test
         kept = 1.0 - self.shares[1]
@@ -105,5 +105,5 @@ class Ava(labels.Source):
                                                              if sentence["raw"].strip()]
                     for image in self.json(path)["images"]}
         except (KeyError, TypeError, AttributeError):
-            raise config_lib.ConfigError(f"{path} is not the file of AVA-Captions; fetch it again, or move it away to "
-                                         "build AVA without comments") from None
+            raise ConfigError(f"{path} is not the file of AVA-Captions; fetch it again, or move it away to "
+                              "build AVA without comments") from None

@@ -5,8 +5,8 @@ from __future__ import annotations
 import collections
 from collections.abc import Iterator
 
-from calm_jax import config as config_lib
 from calm_jax.data.builders import labels
+from calm_jax.errors import ConfigError
 
 SPLIT_NAMES = {**{split: split for split in labels.SPLITS}, "val": "validation", "valid": "validation",
                "dev": "validation"}
@@ -26,8 +26,8 @@ class Csv(labels.Source):
     def entries(self) -> Iterator[labels.Entry]:
         """One a picture, in the order of their first rows."""
         if self.scale is None:
-            raise config_lib.ConfigError("a table does not tell the scale of its scores; give --scale LOWEST,HIGHEST, "
-                                         "such as --scale 1,10")
+            raise ConfigError("a table does not tell the scale of its scores; give --scale LOWEST,HIGHEST, "
+                              "such as --scale 1,10")
         path = self.sole_file(".csv")
         scores: dict[str, list[float]] = collections.defaultdict(list)
         ratings: dict[str, dict[str, float]] = collections.defaultdict(dict)

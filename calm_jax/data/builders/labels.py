@@ -17,8 +17,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from calm_jax import config as config_lib
 from calm_jax.data.scale import checked
+from calm_jax.errors import ConfigError
 
 SPLITS = ("train", "validation", "test")
 SEED = 20241216  # of the splits that are ours: the same pictures are drawn on every machine
@@ -70,20 +70,20 @@ class Source:
         self.path = Path(path)
         self.folder = self.path if self.path.is_dir() else self.path.parent
         if not self.path.exists():
-            raise config_lib.ConfigError(f"{self.path} does not exist; --source is the folder that holds {self.title}")
+            raise ConfigError(f"{self.path} does not exist; --source is the folder that holds {self.title}")
         if not (self.path.is_dir() or self.path.is_file()):  # a pipe would be waited for
-            raise config_lib.ConfigError(f"{self.path} is neither a folder nor a file; --source is the folder that "
-                                         f"holds {self.title}")
+            raise ConfigError(f"{self.path} is neither a folder nor a file; --source is the folder that "
+                              f"holds {self.title}")
         if scale and self.scale:
-            raise config_lib.ConfigError(f"{self.name} has the scale {_words(self.scale)}; leave --scale out")
+            raise ConfigError(f"{self.name} has the scale {_words(self.scale)}; leave --scale out")
         self.scale = self.scale or scale
         if scale:
             checked(scale, "--scale")
         self.given_shares = shares
         self.shares = shares or self.shares
         if len(self.shares) != 3 or min(self.shares) < 0 or not math.isclose(sum(self.shares), 1.0, abs_tol=1e-6):
-            raise config_lib.ConfigError(f"--shares {_words(self.shares)} are not three shares of train, validation "
-                                         "and test that sum to 1, such as 0.9,0.05,0.05")
+            raise ConfigError(f"--shares {_words(self.shares)} are not three shares of train, validation "
+                              "and test that sum to 1, such as 0.9,0.05,0.05")
         self.origin = f"ours, drawn by picture with seed {SEED}, shares {_words(self.shares)}"
         self.rows = 0
         self.malformed: list[str] = []
@@ -103,8 +103,8 @@ class Source:
             if (self.folder / name).is_file():
                 return self.folder / name
         where = f"; get it at {self.homepage}" if self.homepage else ""
-        raise config_lib.ConfigError(f"{self.folder} has no {' or '.join(names)}, {what} of {self.title}; give the "
-                                     f"folder that holds it as --source{where}")
+        raise ConfigError(f"{self.folder} has no {' or '.join(names)}, {what} of {self.title}; give the "
+                          f"folder that holds it as --source{where}")
 
     def sole_file(self, suffix: str) -> Path:
         """The source itself where it is a file, else the only file of that suffix in the folder.
@@ -115,8 +115,8 @@ class Source:
         found = [self.path] if self.path.is_file() else sorted(
             path for path in self.folder.glob(f"*{suffix}") if path.is_file())
         if len(found) != 1:
-            raise config_lib.ConfigError(f"{self.folder} holds {len(found)} files *{suffix}; name the one with the "
-                                         f"labels: --source {self.folder}/NAME{suffix}")
+            raise ConfigError(f"{self.folder} holds {len(found)} files *{suffix}; name the one with the "
+                              f"labels: --source {self.folder}/NAME{suffix}")
         return found[0]
 
     def picture(self, name: str, place: str) -> str:
@@ -148,11 +148,11 @@ class Source:
             try:
                 header = [name.strip() for name in next(reader, [])]
             except csv.Error as error:
-                raise config_lib.ConfigError(f"{path} is no table of text ({error}); check --source") from None
+                raise ConfigError(f"{path} is no table of text ({error}); check --source") from None
             needed = (*pictures, *text, *scores, *numbers, *blank)
             missing = [name for name in needed if name not in header]
             if missing:
-                raise config_lib.ConfigError(
+                raise ConfigError(
                     f"{path} has no column {missing[0]!r}; its first line is {delimiter.join(header)[:200]!r}, and "
                     f"{self.title} needs {delimiter.join(needed)}")
             places = {name: header.index(name) for name in (*needed, *optional) if name in header}
@@ -202,8 +202,8 @@ class Source:
         low, high = self.scale
         if not low <= score <= high:
             remedy = ("correct the file" if type(self).scale else "give the true one as --scale LOWEST,HIGHEST")
-            raise config_lib.ConfigError(f"{place}: the score {score:g} is outside of the scale {_words(self.scale)}; "
-                                         f"{remedy}")
+            raise ConfigError(f"{place}: the score {score:g} is outside of the scale {_words(self.scale)}; "
+                              f"{remedy}")
 
     def lines(self, path: Path) -> Iterator[tuple[str, list[str]]]:
         """("FILE, line N", the words) of each line that is not empty."""
@@ -219,7 +219,7 @@ class Source:
             try:
                 return json.loads(path.read_bytes())
             except (ValueError, RecursionError) as error:
-                raise config_lib.ConfigError(f"{path} is not JSON: {error}; fetch it again") from None
+                raise ConfigError(f"{path} is not JSON: {error}; fetch it again") from None
 
     def parted(self, keys: Iterable[str], shares: Sequence[float] | None = None) -> dict[str, str]:
         """key -> split, in exact shares of the keys; whoever draws from the same keys draws the same."""
@@ -241,8 +241,8 @@ class _reading:
 
     def __exit__(self, kind, error, trace):
         if isinstance(error, OSError):
-            raise config_lib.ConfigError(f"{self.path} cannot be read: {error.strerror or error}; check --source"
-                                         ) from None
+            raise ConfigError(f"{self.path} cannot be read: {error.strerror or error}; check --source"
+                              ) from None
 
 
 def inside(name: str) -> str:

@@ -9,8 +9,8 @@ from __future__ import annotations
 import collections
 from collections.abc import Iterator
 
-from calm_jax import config as config_lib
 from calm_jax.data.builders import labels
+from calm_jax.errors import ConfigError
 
 ASPECTS = {"quality": "qualityScore", "composition": "compositionScore", "color": "colorScore",
            "depth_of_field": "dofScore", "light": "lightScore", "content": "contentScore"}
@@ -44,8 +44,8 @@ class Para(labels.Source):
 
     def _means(self) -> Iterator[labels.Entry]:
         if self.given_shares:
-            raise config_lib.ConfigError(f"{self.folder} has its own lists for training, validation and testing; leave "
-                                         "--shares out")
+            raise ConfigError(f"{self.folder} has its own lists for training, validation and testing; leave "
+                              "--shares out")
         self.origin = "those of annotation/train.csv, val.csv and test.csv"
         more = self._histograms()
         for split, name in MEANS.items():
@@ -103,8 +103,8 @@ class Para(labels.Source):
         missing = [path.name for path in lists.values() if not path.is_file()]
         if missing:
             if self.given_shares is None:
-                raise config_lib.ConfigError(f"{self.folder}/annotation has no {missing[0]}, the official split of "
-                                             "PARA; put it there, or draw a split of your own: --shares 0.8,0.1,0.1")
+                raise ConfigError(f"{self.folder}/annotation has no {missing[0]}, the official split of "
+                                  "PARA; put it there, or draw a split of your own: --shares 0.8,0.1,0.1")
             return self.parted(names)
         listed = {split: {row["imageName"] for row in self.table(path, pictures=("imageName",))}
                   for split, path in lists.items()}

@@ -6,8 +6,8 @@ import collections
 from collections.abc import Iterator
 from typing import Any
 
-from calm_jax import config as config_lib
 from calm_jax.data.builders import labels
+from calm_jax.errors import ConfigError
 
 SPEAKERS = ("human", "gpt")
 
@@ -26,8 +26,8 @@ class Qa(labels.Source):
         path = self.sole_file(".json")
         records = self.json(path)
         if not isinstance(records, list):
-            raise config_lib.ConfigError(f"{path} holds no list of conversations but {type(records).__name__}; it "
-                                         'should be [{"id", "image", "conversations"}, ...]')
+            raise ConfigError(f"{path} holds no list of conversations but {type(records).__name__}; it "
+                              'should be [{"id", "image", "conversations"}, ...]')
         found = []
         keys: collections.Counter[str] = collections.Counter()
         for count, record in enumerate(records, 1):

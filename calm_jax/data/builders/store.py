@@ -37,12 +37,12 @@ import tqdm
 from jaxtyping import UInt8
 from PIL import Image
 
-from calm_jax import config as config_lib
 from calm_jax import files
 from calm_jax.data import pictures, statistics
 from calm_jax.data.builders.labels import SPLITS, Entry, Source
 from calm_jax.data.builders.stored import VERSION, checksums
 from calm_jax.data.samples import BadRecord, Record
+from calm_jax.errors import ConfigError
 
 QUALITY = 95  # of pictures that are encoded anew
 SHARD = 2000  # records; a killed build loses less than one shard
@@ -116,8 +116,8 @@ def prepare(source: Source, data_dir: Path | str, *, name: str = "", longest_sid
     """
     name = name or source.name
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or name == "demo":
-        raise config_lib.ConfigError(f"{name!r} cannot name a prepared dataset; use small letters, digits and _, and "
-                                     "not 'demo'")
+        raise ConfigError(f"{name!r} cannot name a prepared dataset; use small letters, digits and _, and "
+                          "not 'demo'")
     began, folder = time.monotonic(), Path(data_dir) / name / VERSION
     partial = folder.with_name(f"{VERSION}.partial")
     entries = _checked(source, max_bad_share)
@@ -196,19 +196,19 @@ def _checked(source: Source, max_bad_share: float) -> list[Entry]:
         if "group" in label:
             label["group"] = _written(label["group"])
         if splits.setdefault(place, entry.split) != entry.split:
-            raise config_lib.ConfigError(f"{place} is named in {splits[place]} and in {entry.split}; a picture belongs "
-                                         f"to one split: correct the labels in {source.folder}")
+            raise ConfigError(f"{place} is named in {splits[place]} and in {entry.split}; a picture belongs "
+                              f"to one split: correct the labels in {source.folder}")
         entries.append(dataclasses.replace(entry, picture=place, key=_written(entry.key), label=label))
     bad = len(source.malformed)
     if bad > max_bad_share * source.rows:
         raise BadRecord(f"{bad:,} of {source.rows:,} label rows of {source.folder} are malformed, more than the share "
                         f"{max_bad_share:g}; the first: {source.malformed[0]}. Correct them, or raise --max_bad_share")
     if not entries:
-        raise config_lib.ConfigError(f"the labels in {source.folder} name no picture; check --source")
+        raise ConfigError(f"the labels in {source.folder} name no picture; check --source")
     twice = [key for key, count in collections.Counter(entry.key for entry in entries).items() if count > 1]
     if twice:
-        raise config_lib.ConfigError(f"{source.folder} has {len(twice)} pictures of the same name, such as "
-                                     f"{twice[0]!r}; remove one of each")
+        raise ConfigError(f"{source.folder} has {len(twice)} pictures of the same name, such as "
+                          f"{twice[0]!r}; remove one of each")
     for entry in entries:
         if not entry.label.keys() <= FIELDS or entry.split not in SPLITS:
             raise ValueError(f"{entry} has a split or a field that no record has")
@@ -234,13 +234,13 @@ def _same(folder: Path, plan: Mapping[str, Any], holds: str, *, replace: bool) -
             (folder / "plan.json").read_text())
         different = next((key for key in plan if found[key] != plan[key]), None)
     except (OSError, ValueError, KeyError, TypeError):
-        raise config_lib.ConfigError(f"{folder} exists and was not written by this program, or is damaged; remove it, "
-                                     "or choose another --data_dir or --name") from None
+        raise ConfigError(f"{folder} exists and was not written by this program, or is damaged; remove it, "
+                          "or choose another --data_dir or --name") from None
     if different and not replace:
         what = ("other labels" if different == "labels" else
                 f"{different}={found[different]!r}, and {plan[different]!r} is asked for")
-        raise config_lib.ConfigError(f"{folder} {holds} with {what}; ask for the same, replace it with --rebuild, or "
-                                     "choose another --data_dir or --name")
+        raise ConfigError(f"{folder} {holds} with {what}; ask for the same, replace it with --rebuild, or "
+                          "choose another --data_dir or --name")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -507,9 +507,9 @@ def _writing(folder: Path) -> Iterator[None]:
         yield
     except (OSError, RuntimeError) as error:
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())
-        raise config_lib.ConfigError(f"{folder} could not be written: {reason}; free some space or choose another "
-                                     "--data_dir, and run the same command again: it goes on where it stopped"
-                                     ) from error
+        raise ConfigError(f"{folder} could not be written: {reason}; free some space or choose another "
+                          "--data_dir, and run the same command again: it goes on where it stopped"
+                          ) from error
 
 
 @contextlib.contextmanager
@@ -520,7 +520,7 @@ def _alone(partial: Path) -> Iterator[None]:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(handle)
-        raise config_lib.ConfigError(f"another program is building {partial}; wait for it, or stop it") from None
+        raise ConfigError(f"another program is building {partial}; wait for it, or stop it") from None
     try:
         yield
     finally:

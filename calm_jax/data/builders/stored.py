@@ -18,6 +18,7 @@ from calm_jax import json_files
 from calm_jax.data import pictures
 from calm_jax.data.builders.labels import SPLITS
 from calm_jax.data.samples import BadRecord, ImageRef, Record
+from calm_jax.errors import ConfigError
 
 VERSION = "1.0.0"  # of the folder's layout; a dataset lies in DATA_DIR/NAME/VERSION
 
@@ -60,17 +61,17 @@ class Stored:
             self._checksums = manifest.get("pictures")
         except FileNotFoundError:
             state = "is not finished" if self.folder.with_name(f"{VERSION}.partial").exists() else "is not there"
-            raise config_lib.ConfigError(f"the dataset {name!r} {state} in {data_dir}; prepare it: {remedy}") from None
+            raise ConfigError(f"the dataset {name!r} {state} in {data_dir}; prepare it: {remedy}") from None
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise config_lib.ConfigError(f"{self.folder} is damaged ({error!r}); prepare it again: {remedy} --rebuild"
-                                         ) from None
+            raise ConfigError(f"{self.folder} is damaged ({error!r}); prepare it again: {remedy} --rebuild"
+                              ) from None
         self._ends = np.cumsum([self._counts.get(split, 0) for split in SPLITS])
         self._open: dict[tuple[str, str], Any] = {}
         for split, count in self._counts.items():
             starts, text = self._labels(split)
             if len(starts) != count + 1 or starts[-1] != len(text):
-                raise config_lib.ConfigError(f"{self.folder}/labels is damaged: {split} should have {count:,} records; "
-                                             f"prepare it again: {remedy} --rebuild")
+                raise ConfigError(f"{self.folder}/labels is damaged: {split} should have {count:,} records; "
+                                  f"prepare it again: {remedy} --rebuild")
 
     def __len__(self) -> int:
         """Records of all splits together."""
@@ -96,7 +97,7 @@ class Stored:
           ConfigError: the name is none of train, validation and test.
         """
         if split not in SPLITS:
-            raise config_lib.ConfigError(f"{self.name} has no split {split!r}{config_lib.nearest(split, SPLITS)}")
+            raise ConfigError(f"{self.name} has no split {split!r}{config_lib.nearest(split, SPLITS)}")
         end = int(self._ends[SPLITS.index(split)])
         return np.arange(end - self._counts.get(split, 0), end, dtype=np.int64)
 
@@ -161,8 +162,8 @@ class Stored:
                 with open(path, "rb") as stream:  # an empty file cannot be mapped
                     text = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) if path.stat().st_size else b""
             except (OSError, ValueError, EOFError) as error:
-                raise config_lib.ConfigError(f"{path} cannot be read ({error}); prepare {self.name} again with "
-                                             "--rebuild") from None
+                raise ConfigError(f"{path} cannot be read ({error}); prepare {self.name} again with "
+                                  "--rebuild") from None
             self._open["labels", split] = (starts, text)
         return self._open["labels", split]
 

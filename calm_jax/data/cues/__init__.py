@@ -12,10 +12,10 @@ import functools
 import types
 from collections.abc import Mapping
 
-from calm_jax import config as config_lib
 from calm_jax.data.cues import high, low, middle, stored
 from calm_jax.data.cues.entry import Cues
 from calm_jax.data.cues.stored import normal as normal
+from calm_jax.errors import ConfigError
 
 CHOICES = ("first", "second")  # fills `{which}`
 CUES: Mapping[str, Cues] = types.MappingProxyType({**low.CUES, **middle.CUES, **high.CUES})
@@ -32,7 +32,7 @@ def bank(path: str = "", phrasings: int = 0) -> Mapping[str, Cues]:
       ConfigError: the file cannot be used.
     """
     if phrasings < 0:
-        raise config_lib.ConfigError(f"phrasings={phrasings} is negative; 0 takes all")
+        raise ConfigError(f"phrasings={phrasings} is negative; 0 takes all")
     kept = slice(phrasings or None)
     new = stored.read(path, CUES) if path else {}
 

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from calm_jax import config as config_lib
 from calm_jax import json_files
 from calm_jax.data.cues.entry import Cues
+from calm_jax.errors import ConfigError
 
 FORMAT = "calm_jax cues 1"
 KINDS = ("question", "answer", "more", "more_answer", "less", "less_answer", "advice")
@@ -51,19 +52,19 @@ def read(path: str, bank: Mapping[str, Cues]) -> dict[Place, tuple[str, ...]]:
                               "without one")
     phrases = content.get("phrases") if isinstance(content, dict) and content.get("format") == FORMAT else None
     if not isinstance(phrases, list):
-        raise config_lib.ConfigError(f"{path} is no file of tools.make_cues: its format is not {FORMAT!r}")
+        raise ConfigError(f"{path} is no file of tools.make_cues: its format is not {FORMAT!r}")
     known = dict(places(bank))
     seen = {normal(text) for texts in known.values() for text in texts}
     found: dict[Place, list[str]] = {}
     for number, entry in enumerate(phrases, 1):
         where = f"phrase {number} of {path}"
         if not isinstance(entry, dict):
-            raise config_lib.ConfigError(f"{where} is no table of attribute, kind, grade and text")
+            raise ConfigError(f"{where} is no table of attribute, kind, grade and text")
         place, text = (entry.get("attribute"), entry.get("kind"), entry.get("grade")), entry.get("text")
         _check(where, place, text, known)
         if normal(text) in seen:
-            raise config_lib.ConfigError(f"{where}, {text!r}, occurs twice, in the file or in the written bank; "
-                                         "delete it")
+            raise ConfigError(f"{where}, {text!r}, occurs twice, in the file or in the written bank; "
+                              "delete it")
         seen.add(normal(text))
         found.setdefault(place, []).append(text)
     return {place: tuple(texts) for place, texts in found.items()}
@@ -78,22 +79,22 @@ def _check(where: str, place: Place, text: object, known: Mapping[Place, object]
     name, kind, grade = place
     names = dict.fromkeys(known_name for known_name, _, _ in known)
     if not isinstance(name, str) or name not in names:
-        raise config_lib.ConfigError(f"{where}: there is no attribute {name!r}"
-                                     f"{config_lib.nearest(str(name), names)}")
+        raise ConfigError(f"{where}: there is no attribute {name!r}"
+                          f"{config_lib.nearest(str(name), names)}")
     if kind not in KINDS:
-        raise config_lib.ConfigError(f"{where}: there is no kind {kind!r}{config_lib.nearest(str(kind), KINDS)}")
+        raise ConfigError(f"{where}: there is no kind {kind!r}{config_lib.nearest(str(kind), KINDS)}")
     if type(grade) not in (int, type(None)) or place not in known:
         grades = [str(other) for known_name, known_kind, other in known if (known_name, known_kind) == (name, kind)]
-        raise config_lib.ConfigError(
+        raise ConfigError(
             f"{where}: {name} has no {kind} of grade {grade!r}; there is {' or '.join(grades)}" if grades else
             f"{where}: {name} has no questions, because one picture alone does not answer them")
     if not isinstance(text, str) or not normal(text):
-        raise config_lib.ConfigError(f"{where} has no text")
+        raise ConfigError(f"{where} has no text")
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise config_lib.ConfigError(f"{where}, {text!r}, holds half of a character; write it anew") from None
+        raise ConfigError(f"{where}, {text!r}, holds half of a character; write it anew") from None
     wanted = 1 if kind.endswith("_answer") else 0
     if text.count("{which}") != wanted or text.count("{") != wanted or text.count("}") != wanted:
-        raise config_lib.ConfigError(f"{where}, {text!r}, must hold {{which}} "
-                                     f"{'once' if wanted else 'nowhere'} and no other brace")
+        raise ConfigError(f"{where}, {text!r}, must hold {{which}} "
+                          f"{'once' if wanted else 'nowhere'} and no other brace")

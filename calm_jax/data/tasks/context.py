@@ -11,6 +11,7 @@ import numpy as np
 from calm_jax import config as config_lib
 from calm_jax.data.cues import CUES, Cues
 from calm_jax.data.samples import Dataset, ImageRef, Turn
+from calm_jax.errors import ConfigError
 
 Parts = tuple[str, ...]
 Content = tuple[tuple[ImageRef, ...], tuple[Turn, ...], float | None]  # images, turns and target of a Sample
@@ -53,8 +54,8 @@ def levels(parts: Parts) -> Parts:
     """The levels among the parts that are computed. Raises ConfigError when there is none."""
     found = tuple(level for level in config_lib.LEVELS if level in parts)
     if not found:
-        raise config_lib.ConfigError("attributes and measurements are asked at the levels "
-                                     f"{', '.join(config_lib.LEVELS)}, but parts={parts}; add one to the process")
+        raise ConfigError("attributes and measurements are asked at the levels "
+                          f"{', '.join(config_lib.LEVELS)}, but parts={parts}; add one to the process")
     return found
 
 

@@ -20,6 +20,7 @@ from calm_jax.data.samples import Answer, BadRecord, Edit, ImageRef, Mention, Re
 from calm_jax.data.scale import HIGHEST, LOWEST, level_text, mapped, score_text, soft_digits
 from calm_jax.data.tasks import composed, instructions
 from calm_jax.data.tasks.context import Content, Context, Parts, pick, seed
+from calm_jax.errors import ConfigError
 
 HELD_OUT = 5  # one rater in so many is never trained on, so that personal assessment can be judged on strangers
 
@@ -136,8 +137,8 @@ def contexts(count: int, most: int, fits: Callable[[int], bool]) -> list[list[in
     wanted = min(most or count, count)
     room = bisect.bisect_left(range(1, wanted + 1), True, key=lambda number: not fits(number))
     if room < (wanted if most else min(count, 1)):
-        raise config_lib.ConfigError(f"{wanted} rated pictures do not fit into one context of this model; at most "
-                                     f"{room} do")
+        raise ConfigError(f"{wanted} rated pictures do not fit into one context of this model; at most "
+                          f"{room} do")
     number = -(-count // max(room, 1)) or 1
     return [list(range(first, count, number)) for first in range(number)]
 
@@ -183,5 +184,5 @@ def question(record: Record, rng: np.random.Generator, context: Context) -> Cont
 
 def _some(parts: Parts, task: str) -> Parts:
     if not parts:
-        raise config_lib.ConfigError(f"the task {task} needs at least one part of the image; parts is empty")
+        raise ConfigError(f"the task {task} needs at least one part of the image; parts is empty")
     return parts

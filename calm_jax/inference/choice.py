@@ -8,8 +8,9 @@ import pathlib
 from collections.abc import Iterator, Mapping
 
 from calm_jax import config as config_lib
+from calm_jax.checkpoints import locate
 from calm_jax.data.tasks import skills
-from calm_jax.training import checkpoint
+from calm_jax.errors import CheckpointError, ConfigError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,7 +18,7 @@ class Choice:
     """A checkpoint to be asked for a skill.
 
     Attributes:
-      path: for `checkpoint.find`.
+      path: for `locate.find`.
       process: that it is of.
       state: one of `skills.TAUGHT`, `ZERO_SHOT` and `UNTAUGHT`.
       line: says so, in one sentence.
@@ -53,12 +54,12 @@ def choose(path: str | os.PathLike, skill: str, *, process: str = "", as_it_is: 
     found = _candidates(given, process)
     for candidate in found.values():
         if candidate.process is None:
-            raise config_lib.ConfigError(f"{given} was converted and never trained; train from it first")
+            raise ConfigError(f"{given} was converted and never trained; train from it first")
     for state in (skills.TAUGHT, skills.ZERO_SHOT, *((skills.UNTAUGHT,) if process or as_it_is else ())):
         for name in (process,) if process else reversed(found):
             if skills.state(found[name].process, skill) == state:
                 return Choice(found[name].path, name, state, _line(given, name, found[name], state, skill))
-    raise config_lib.ConfigError(_refusal(given, skill, found))
+    raise ConfigError(_refusal(given, skill, found))
 
 
 def processes(path: str | os.PathLike, process: str = "") -> dict[str, str]:
@@ -85,12 +86,12 @@ def processes(path: str | os.PathLike, process: str = "") -> dict[str, str]:
 
 def _candidates(path: pathlib.Path, process: str = "") -> dict[str, _Candidate]:
     found = {}
-    for name, (place, meta) in checkpoint.offered(path).items():
-        config = checkpoint.config_of(place, meta)
+    for name, (place, meta) in locate.offered(path).items():
+        config = meta.config_of(place, meta)
         found[name] = _Candidate(place, config.processes.get(name), config.init)
     if process and process not in found:
-        raise config_lib.ConfigError(f"{path} has no checkpoint of a process {process!r}"
-                                     f"{config_lib.nearest(process, found)}")
+        raise ConfigError(f"{path} has no checkpoint of a process {process!r}"
+                          f"{config_lib.nearest(process, found)}")
     return found
 
 
@@ -116,7 +117,7 @@ def _refusal(given: pathlib.Path, skill: str, found: Mapping[str, _Candidate]) -
 
 def _elsewhere(given: pathlib.Path, skill: str, found: Mapping[str, _Candidate]) -> Iterator[tuple[str, str, str]]:
     """Workdir, process and folder of what learned a skill: beside a checkpoint, then where it began."""
-    beside = next((folder for folder in given.absolute().parents if checkpoint.is_workdir(folder)), None)
+    beside = next((folder for folder in given.absolute().parents if locate.is_workdir(folder)), None)
     for place, others in [*([(beside, _candidates(beside))] if beside else []), *_before(found)]:
         for name, candidate in reversed(others.items()):
             if candidate.process and skills.state(candidate.process, skill) == skills.TAUGHT:
@@ -130,7 +131,7 @@ def _before(found: Mapping[str, _Candidate]) -> Iterator[tuple[str, Mapping[str,
         seen.add(init)
         try:
             found = _candidates(pathlib.Path(init))
-        except (checkpoint.CheckpointError, config_lib.ConfigError):
+        except (CheckpointError, ConfigError):
             return
         yield init, found
 

@@ -13,7 +13,8 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from calm_jax import config as config_lib
-from calm_jax.models import parameters as parameters_lib
+from calm_jax import path_rules
+from calm_jax.errors import ConfigError
 
 AXES = ("data", "fsdp", "tensor")
 ROWS = PartitionSpec(("data", "fsdp"))  # rows of a batch: split over both, whole along tensor
@@ -48,20 +49,20 @@ def make_mesh(cfg: config_lib.Mesh, devices: Sequence[jax.Device] | None = None)
     sizes = [cfg.data, cfg.fsdp, cfg.tensor]
     known = math.prod(size for size in sizes if size != -1)
     if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
-        raise config_lib.ConfigError(f"mesh sizes {dict(zip(AXES, sizes, strict=True))}: at most one may be -1, "
-                                     "the others are positive")
+        raise ConfigError(f"mesh sizes {dict(zip(AXES, sizes, strict=True))}: at most one may be -1, "
+                          "the others are positive")
     if -1 in sizes and len(devices) % known == 0:
         sizes[sizes.index(-1)] = len(devices) // known
     if math.prod(sizes) != len(devices):
-        raise config_lib.ConfigError(f"mesh data={cfg.data} fsdp={cfg.fsdp} tensor={cfg.tensor} does not multiply to "
-                                     f"the {len(devices)} devices present; set one of them to -1")
+        raise ConfigError(f"mesh data={cfg.data} fsdp={cfg.fsdp} tensor={cfg.tensor} does not multiply to "
+                          f"the {len(devices)} devices present; set one of them to -1")
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     types = (AxisType.Auto,) * len(AXES)
     if slices == 1:
         return jax.make_mesh(sizes, AXES, devices=devices, axis_types=types)
     if sizes[0] % slices:
-        raise config_lib.ConfigError(f"mesh data={sizes[0]} is no multiple of the {slices} slices, between which only "
-                                     f"gradients should travel; set --config.mesh.data={slices}")
+        raise ConfigError(f"mesh data={sizes[0]} is no multiple of the {slices} slices, between which only "
+                          f"gradients should travel; set --config.mesh.data={slices}")
     placed = mesh_utils.create_hybrid_device_mesh((sizes[0] // slices, *sizes[1:]), (slices, 1, 1), devices)
     return jax.sharding.Mesh(placed, AXES, axis_types=types)
 
@@ -77,7 +78,7 @@ def check_batch(process: config_lib.Process, mesh: jax.sharding.Mesh, name: str)
     """Raises ConfigError when a micro-batch does not divide among the devices that split it."""
     rows, parts = process.batch // process.accumulate, mesh.shape["data"] * mesh.shape["fsdp"]
     if rows % parts:
-        raise config_lib.ConfigError(
+        raise ConfigError(
             f"processes.{name}: batch={process.batch} over accumulate={process.accumulate} makes {rows} rows a "
             f"micro-batch, which do not divide among data*fsdp={parts} devices; choose a batch that is a multiple of "
             f"{parts * process.accumulate}")
@@ -85,9 +86,9 @@ def check_batch(process: config_lib.Process, mesh: jax.sharding.Mesh, name: str)
 
 def rules(shapes: Mapping[str, Any]) -> dict[str, str]:
     """path -> name of its rule in TABLE; every parameter must match exactly one."""
-    present = {name: tuple(r for r in regexes if parameters_lib.matches(r, shapes))  # a stem or LoRA may be absent
+    present = {name: tuple(r for r in regexes if path_rules.matches(r, shapes))  # a stem or LoRA may be absent
                for name, (regexes, _) in TABLE.items()}
-    return parameters_lib.match(shapes, present, "sharding rules")
+    return path_rules.match(shapes, present, "sharding rules")
 
 
 def parameters(shapes: Mapping[str, Any], mesh: jax.sharding.Mesh) -> dict[str, NamedSharding]:

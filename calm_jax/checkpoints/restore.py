@@ -21,17 +21,20 @@ import numpy as np
 import tensorstore
 
 from calm_jax import config as config_lib
+from calm_jax import sharding
+from calm_jax.checkpoints import array_io, lineage, locate, on_disk
+from calm_jax.checkpoints.meta import META, Pin, Saved, unpinned
 from calm_jax.data.tokenizer import Tokenizer
+from calm_jax.errors import CheckpointError
 from calm_jax.models import lora
 from calm_jax.models.parameters import Geometry, Parameters, initial, numerics
-from calm_jax.training import checkpoint, sharding
 
 
 @dataclasses.dataclass(frozen=True)
 class Held:
     """By the checkpoint of this pin."""
 
-    by: checkpoint.Pin
+    by: Pin
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +61,7 @@ Origins = Mapping[str, Origin]
 # ---- where values are ---------------------------------------------------------------------------------------------
 
 
-def origins(saved: checkpoint.Saved | None, config: config_lib.Config) -> dict[str, Origin]:
+def origins(saved: Saved | None, config: config_lib.Config) -> dict[str, Origin]:
     """path -> where its value is, of every parameter of `config`'s model when it begins from `saved` or from nothing.
 
     Adapters that differ from the config's in rank, alpha or targets are merged into their kernels, and the config's
@@ -79,14 +82,14 @@ def origins(saved: checkpoint.Saved | None, config: config_lib.Config) -> dict[s
     lines: list[str] = []
     config_lib.compare(config_lib.Model, dataclasses.asdict(theirs), dataclasses.asdict(ours), "model", lines)
     if lines:
-        raise checkpoint.CheckpointError(f"the checkpoint {saved.path} is of another geometry: {'; '.join(lines)}")
+        raise CheckpointError(f"the checkpoint {saved.path} is of another geometry: {'; '.join(lines)}")
     found = _own(saved, Geometry.of(theirs).shapes)
     if _adapters(theirs) != _adapters(config.model):
         found = {path: _merged(saved, path, found, theirs.lora) for path in found if "/lora/" not in path}
     return {path: found.get(path, Drawn(config.seed)) for path in paths}
 
 
-def changes(saved: checkpoint.Saved | None, config: config_lib.Config) -> list[str]:
+def changes(saved: Saved | None, config: config_lib.Config) -> list[str]:
     """A line on everything learned in `saved` that does not go on as it is in `config`'s model."""
     if saved is None:
         return []
@@ -121,7 +124,7 @@ def borrowed(where: Origins, held: Collection[str]) -> dict[str, Any]:
             "parameters": {path: plain(origin) for path, origin in sorted(rest.items())}}
 
 
-def lenders(where: Origins) -> list[checkpoint.Pin]:
+def lenders(where: Origins) -> list[Pin]:
     """The checkpoints that hold any of the values, in order."""
     def of(origin):
         if isinstance(origin, Held):
@@ -131,11 +134,11 @@ def lenders(where: Origins) -> list[checkpoint.Pin]:
     return list(dict.fromkeys(pin for _, origin in sorted(where.items()) for pin in of(origin)))
 
 
-def _own(saved: checkpoint.Saved, paths: Collection[str]) -> dict[str, Origin]:
+def _own(saved: Saved, paths: Collection[str]) -> dict[str, Origin]:
     """Where the values are of the model that a checkpoint is of."""
-    held, meta = checkpoint.shapes(saved), saved.meta
+    held, meta = array_io.shapes(saved), saved.meta
     listed = meta.get("borrowed") or {"checkpoints": [], "parameters": {}}
-    pins = [checkpoint.Pin(**pin) for pin in listed["checkpoints"]]
+    pins = [Pin(**pin) for pin in listed["checkpoints"]]
 
     def origin(plain):
         if "of" in plain:
@@ -148,11 +151,11 @@ def _own(saved: checkpoint.Saved, paths: Collection[str]) -> dict[str, Origin]:
         try:
             return origin(listed["parameters"][path])
         except (AttributeError, IndexError, KeyError, RecursionError, TypeError):
-            raise checkpoint.CheckpointError(f"{saved.path}/{checkpoint.META} is damaged: it does not say where {path} "
-                                             "is; use another checkpoint") from None
+            raise CheckpointError(f"{saved.path}/{META} is damaged: it does not say where {path} "
+                                  "is; use another checkpoint") from None
 
     rest = [path for path in paths if path not in held and path not in listed["parameters"]]
-    below = _own(checkpoint.sole(saved), rest) if rest and checkpoint.unpinned(meta) else {
+    below = _own(lineage.sole(saved), rest) if rest and unpinned(meta) else {
         path: Drawn(meta["seed"]) for path in rest}
     return {path: Held(saved.pin) if path in held else
             known(path) if path in listed["parameters"] else below[path] for path in paths}
@@ -166,22 +169,22 @@ def _adapters(model: config_lib.Model) -> tuple[dict[str, tuple[int, ...]], floa
     return shapes, model.lora.alpha / model.lora.rank
 
 
-def _merged(saved: checkpoint.Saved, path: str, found: Origins, cfg: config_lib.Lora) -> Origin:
+def _merged(saved: Saved, path: str, found: Origins, cfg: config_lib.Lora) -> Origin:
     """Where a value of a checkpoint is once the adapter beside it, if it has learned anything, is merged into it."""
     a, b = (found.get(factor) for factor in lora.factors(path))
     if not path.endswith("/kernel") or b is None or isinstance(b, Drawn):  # as it was drawn, b is zero
         return found[path]
     if not (isinstance(a, Held) and isinstance(b, Held)):
-        raise checkpoint.CheckpointError(f"the checkpoint {saved.path} holds one factor of the LoRA adapter of {path} "
-                                         "without the other, so that it cannot be merged; begin with its own "
-                                         f"model.lora: rank={cfg.rank} alpha={cfg.alpha:g} targets={cfg.targets!r}")
+        raise CheckpointError(f"the checkpoint {saved.path} holds one factor of the LoRA adapter of {path} "
+                              "without the other, so that it cannot be merged; begin with its own "
+                              f"model.lora: rank={cfg.rank} alpha={cfg.alpha:g} targets={cfg.targets!r}")
     return Merged(found[path], a, b, cfg.alpha / cfg.rank)
 
 
 # ---- values -------------------------------------------------------------------------------------------------------
 
 
-def load(saved: checkpoint.Saved | None, geometry: Geometry, config: config_lib.Config,
+def load(saved: Saved | None, geometry: Geometry, config: config_lib.Config,
          kept: Mapping[str, jax.ShapeDtypeStruct]) -> Parameters:
     """The parameters of `kept`, of `config`'s model as it begins from `saved` or from nothing, each straight into its
     sharding and dtype.
@@ -194,7 +197,7 @@ def load(saved: checkpoint.Saved | None, geometry: Geometry, config: config_lib.
 
 
 def read(where: Origins, kept: Mapping[str, jax.ShapeDtypeStruct], model: config_lib.Model,
-         saved: checkpoint.Saved | None = None) -> Parameters:
+         saved: Saved | None = None) -> Parameters:
     """The values, each straight into the sharding and dtype that `kept` gives its path; merging adds one array.
 
     Args:
@@ -209,13 +212,13 @@ def read(where: Origins, kept: Mapping[str, jax.ShapeDtypeStruct], model: config
 class _Reader:
     """Opens and verifies each checkpoint once."""
 
-    def __init__(self, model: config_lib.Model, saved: checkpoint.Saved | None):
+    def __init__(self, model: config_lib.Model, saved: Saved | None):
         self.model, self._for = model, str(saved.path) if saved else "this training"
         self._open = {saved.pin: saved} if saved else {}
 
-    def checkpoint(self, pin: checkpoint.Pin) -> checkpoint.Saved:
+    def checkpoint(self, pin: Pin) -> Saved:
         if pin not in self._open:
-            self._open[pin] = checkpoint.pinned(pin, self._for)
+            self._open[pin] = lineage.pinned(pin, self._for)
         return self._open[pin]
 
     def values(self, where: Origins, kept: Mapping[str, jax.ShapeDtypeStruct]) -> Parameters:
@@ -227,8 +230,8 @@ class _Reader:
                 drawn[origin.seed].append(path)
         found: Parameters = {}
         for pin, paths in held.items():
-            found |= checkpoint.restore(self.checkpoint(pin), {"parameters": {path: kept[path] for path in paths}}
-                                        )["parameters"]
+            found |= array_io.restore(self.checkpoint(pin), {"parameters": {path: kept[path] for path in paths}}
+                                      )["parameters"]
         for seed, paths in drawn.items():
             found |= self._draw(seed, {path: kept[path] for path in paths})
         for path, origin in where.items():
@@ -247,7 +250,7 @@ class _Reader:
         kernel = self.values({path: origin.kernel}, {path: _like(leaf, path, leaf.shape)})[path]
         factors = []
         for factor, of in zip(lora.factors(path), (origin.a, origin.b), strict=True):
-            shape = checkpoint.shapes(self.checkpoint(of.by))[factor]
+            shape = array_io.shapes(self.checkpoint(of.by))[factor]
             factors.append(self.values({factor: of}, {factor: _like(leaf, factor, shape)})[factor])
         merge = functools.partial(lora.merged, scale=origin.scale, dtype=leaf.dtype)
         return jax.block_until_ready(jax.jit(merge, out_shardings=leaf.sharding)(kernel, *factors))
@@ -271,7 +274,7 @@ class Lazy:
     read: Callable[[tuple[int, ...]], np.ndarray]
 
 
-def lazily(saved: checkpoint.Saved) -> dict[str, Lazy]:
+def lazily(saved: Saved) -> dict[str, Lazy]:
     """Every parameter of a checkpoint's model, in its stored dtype, read from where it is when asked for. What was
     never trained nor converted is drawn from its seed now, in float32; a kernel with merged adapters is float32.
 
@@ -280,11 +283,11 @@ def lazily(saved: checkpoint.Saved) -> dict[str, Lazy]:
     """
     config = saved.config
     where, shapes = origins(saved, config), Geometry.of(config.model).shapes
-    for path, shape in checkpoint.shapes(saved).items():
+    for path, shape in array_io.shapes(saved).items():
         if path in shapes and shape != shapes[path].shape:
-            raise checkpoint.CheckpointError(f"{path} is {list(shape)} in the checkpoint {saved.path} and "
-                                             f"{list(shapes[path].shape)} in its own config; use another one")
-    reader, opened = _Reader(config.model, saved), dict[checkpoint.Pin, dict[str, tensorstore.TensorStore]]()
+            raise CheckpointError(f"{path} is {list(shape)} in the checkpoint {saved.path} and "
+                                  f"{list(shapes[path].shape)} in its own config; use another one")
+    reader, opened = _Reader(config.model, saved), dict[Pin, dict[str, tensorstore.TensorStore]]()
     locks = {}  # which live as long as anything that reads there
 
     def below(origin):
@@ -304,12 +307,12 @@ def lazily(saved: checkpoint.Saved) -> dict[str, Lazy]:
             return Lazy(value.shape, value.dtype, lambda index: value[index])
         held = reader.checkpoint(origin.by)
         if origin.by not in opened:
-            locks[origin.by] = checkpoint.hold(held)
-            opened[origin.by] = checkpoint.arrays(held)
+            locks[origin.by] = on_disk.hold(held)
+            opened[origin.by] = array_io.stored(held)
         array = opened[origin.by][path]
 
         def part(index, lock=locks[origin.by]):
-            with checkpoint.reading(held):
+            with on_disk.reading(held):
                 return array[index].read().result()
 
         return Lazy(tuple(array.shape), array.dtype.numpy_dtype, part)
@@ -333,7 +336,7 @@ def merged(kernel: Lazy, a: Lazy, b: Lazy, scale: float, dtype: np.dtype) -> Laz
 class Restored:
     """A trained model, ready to use: its config, its parameters (path -> array), its tokenizer and compute dtype."""
 
-    saved: checkpoint.Saved
+    saved: Saved
     config: config_lib.Config
     parameters: Parameters
     tokenizer: Tokenizer
@@ -348,16 +351,16 @@ def model(path: str | os.PathLike) -> Restored:
     Raises:
       CheckpointError: there is none, it is damaged, or it was trained with another tokenizer.
     """
-    for _ in range(checkpoint.TRIES if jax.process_count() == 1 else 1):
-        saved = checkpoint.find(path)
+    for _ in range(locate.TRIES if jax.process_count() == 1 else 1):
+        saved = locate.find(path)
         try:
             return whole(saved)
-        except checkpoint.Vanished as error:
+        except on_disk.Vanished as error:
             vanished = error
     raise vanished
 
 
-def whole(saved: checkpoint.Saved) -> Restored:
+def whole(saved: Saved) -> Restored:
     """The model of a verified checkpoint; raises as `model`."""
     config = saved.config
     geometry = Geometry.of(config.model)
@@ -369,16 +372,16 @@ def whole(saved: checkpoint.Saved) -> Restored:
     return Restored(saved, config, load(saved, geometry, config, kept), found, dtype)
 
 
-def tokenizer(saved: checkpoint.Saved) -> Tokenizer:
+def tokenizer(saved: Saved) -> Tokenizer:
     """The one a checkpoint was made with: the file inside it, or the one its config names.
 
     Raises:
       CheckpointError: neither has the content it had then.
     """
     inside = saved.path / "tokenizer.model"
-    with checkpoint.reading(saved):
+    with on_disk.reading(saved):
         found = Tokenizer(str(inside) if inside.is_file() else saved.meta["config"].get("tokenizer", ""))
     if found.fingerprint != saved.meta["tokenizer"]:
-        raise checkpoint.CheckpointError(f"the checkpoint {saved.path} was trained with another tokenizer than "
-                                         f"{found.path}; give that file back its content")
+        raise CheckpointError(f"the checkpoint {saved.path} was trained with another tokenizer than "
+                              f"{found.path}; give that file back its content")
     return found

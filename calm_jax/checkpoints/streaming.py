@@ -1,7 +1,7 @@
 """Leaves whose pieces are still in other files in; a checkpoint that holds them, written piece by piece, out.
 
 Memory holds a few pieces, whatever the size of the model: Orbax opens the arrays and writes its format, this module
-hands it one tensor after the other. The checkpoint is what training reads (`training.checkpoint`): completion marker
+hands it one tensor after the other. The checkpoint is what training reads: completion marker
 with checksums last, so that an interrupted conversion leaves nothing that looks finished.
 """
 
@@ -22,7 +22,8 @@ import tensorstore
 
 import calm_jax
 from calm_jax import files as output
-from calm_jax.training import checkpoint
+from calm_jax.checkpoints import array_io, on_disk
+from calm_jax.errors import CheckpointError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +77,7 @@ class _Handler(ocp.type_handlers.NumpyHandler):
                 self.error = error
 
     async def _write(self, value: Leaf, store: tensorstore.TensorStore) -> None:
-        if value.nbytes < checkpoint.LARGE:  # one chunk: written in pieces, it would be read again for each of them
+        if value.nbytes < array_io.LARGE:  # one chunk: written in pieces, it would be read again for each of them
             await store.write(await asyncio.to_thread(value.read))
             self._progress(value.nbytes)
             return
@@ -99,7 +100,7 @@ def save(path: str | os.PathLike, leaves: Mapping[str, Leaf], meta: Mapping[str,
       path: must not exist. Until everything is written the folder has another name, which ends in `.partial` and which
         no reader accepts; one that a crash left behind is removed.
       leaves: parameter path -> where its values come from.
-      meta: as `training.checkpoint.Checkpoints.save` takes it.
+      meta: as `store.Checkpoints.save` takes it.
       files: copied into the checkpoint beside the arrays, such as a tokenizer.
       progress: called with the bytes of every piece that is written.
 
@@ -108,8 +109,8 @@ def save(path: str | os.PathLike, leaves: Mapping[str, Leaf], meta: Mapping[str,
     """
     path = pathlib.Path(path).absolute()
     if path.exists():
-        raise checkpoint.CheckpointError(f"{path} exists already; choose another folder, or remove it first")
-    tree = {"parameters": checkpoint.nest(leaves)}
+        raise CheckpointError(f"{path} exists already; choose another folder, or remove it first")
+    tree = {"parameters": array_io.nest(leaves)}
     writer = _Handler(progress)
     registry = ocp.type_handlers.create_type_handler_registry((Leaf, writer))
     # Weights do not compress: it would cost time and save nothing.
@@ -117,15 +118,15 @@ def save(path: str | os.PathLike, leaves: Mapping[str, Leaf], meta: Mapping[str,
     try:
         with output.whole_folder(path) as partial:
             with ocp.Checkpointer(handler) as orbax:
-                orbax.save(partial / checkpoint.ARRAYS,
-                           args=ocp.args.PyTreeSave(tree, save_args=jax.tree.map(checkpoint.chunks, tree)))
+                orbax.save(partial / meta.ARRAYS,
+                           args=ocp.args.PyTreeSave(tree, save_args=jax.tree.map(array_io.chunks, tree)))
             if writer.error is not None:
                 raise writer.error
-            checkpoint.write_json(partial / checkpoint.META, {**meta, "step": 0, "is_best": False,
+            on_disk.write_json(partial / meta.META, {**meta, "step": 0, "is_best": False,
                                                               "version": calm_jax.__version__})
             for file in files:
                 shutil.copyfile(file, partial / file.name)
-            checkpoint.write_marker(partial)
+            on_disk.write_marker(partial)
     except Exception as error:
-        raise checkpoint.failed(path, error) from error
+        raise on_disk.failed(path, error) from error
     return path
