@@ -7,7 +7,6 @@ say), or the public model whose geometry it is. `python -m calm_jax.config` prin
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 import operator
 import re
@@ -18,7 +17,8 @@ from typing import Any
 
 import ml_collections
 
-from calm_jax.errors import ConfigError
+from calm_jax import registry
+from calm_jax.errors import ConfigError, nearest
 
 PARTS = ("low", "middle", "high", "thematic")  # the LLM's input order (paper)
 LEVELS = PARTS[:3]
@@ -30,10 +30,12 @@ def field(default: Any, doc: str, source: str, *, choices: tuple = (), runtime: 
           below: float | None = None) -> Any:
     """A documented dataclass field. `runtime` fields may change between a run and its resumption; a number lies within
     its bounds, of which `least` and `most` are allowed values, `above` and `below` are not; `form` says of a text that
-    it is a `regex` or a `path`."""
+    it is a `regex` or a `path`. A default that is a function, or a class, is called for each instance."""
     bounds = {"at least": least, "above": above, "at most": most, "below": below}
     metadata = {"doc": doc, "source": source, "choices": choices, "runtime": runtime, "form": form,
                 "bounds": {words: bound for words, bound in bounds.items() if bound is not None}}
+    if callable(default):
+        return dataclasses.field(default_factory=default, metadata=metadata)
     if isinstance(default, dict) or dataclasses.is_dataclass(default):
         return dataclasses.field(default_factory=lambda: default, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -85,21 +87,86 @@ class Checked:
 
 
 @dataclasses.dataclass(frozen=True)
-class Vit(Checked):
-    image_size: int = field(336, "side of the square the encoder sees, pixels", "CLIP ViT-L/14-336", least=1)
-    patch: int = field(14, "side of a patch, pixels", "CLIP ViT-L/14-336", least=1)
-    width: int = field(1024, "channels of a patch feature", "CLIP ViT-L/14-336", least=1)
-    depth: int = field(24, "blocks", "CLIP ViT-L/14-336", least=1)
-    heads: int = field(16, "attention heads", "CLIP ViT-L/14-336", least=1)
-    mlp_width: int = field(4096, "hidden channels of the MLP", "CLIP ViT-L/14-336", least=1)
-    eps: float = field(1e-5, "LayerNorm epsilon", "CLIP ViT-L/14-336", above=0)
-    stem: str = field("patch", "patch: one linear map a patch (CLIP); conv: strided 3x3 convolutions, for encoders "
-                      "trained from scratch", "ours", choices=("patch", "conv"))
+class PartFeatures:
+    """What an encoder gives of one part of an image: `tokens` of `width` channels each, the first `prefix` of which
+    stand for no place in it, such as a class token."""
+
+    width: int
+    tokens: int
+    prefix: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoder(Checked):
+    """Base of the configs of visual encoders, which `registry.ENCODERS` knows by their family's name.
+
+    A family is a frozen dataclass of fields made by `field`, with a default for `family` and a field `image_size`, the
+    side in pixels of the square that it sees, and with what is declared here.
+    """
+
+    family: str = field("", "name of the encoder's family", "ours")
 
     @property
-    def patches(self) -> int:
-        """P: patch features of an image, CLS not counted."""
-        return (self.image_size // self.patch) ** 2
+    def mean(self) -> tuple[float, float, float]:
+        """RGB in 0..1, of the images that it was trained on."""
+        raise NotImplementedError
+
+    @property
+    def std(self) -> tuple[float, float, float]:
+        """As `mean`, their standard deviation."""
+        raise NotImplementedError
+
+    @property
+    def padding(self) -> tuple[int, int, int]:
+        """RGB 0..255 of what surrounds an image that is no square: the mean, which is zero after normalisation."""
+        red, green, blue = (round(255 * value) for value in self.mean)
+        return red, green, blue
+
+    def part(self, part: str) -> PartFeatures:
+        """The geometry of the features of one of PARTS."""
+        raise NotImplementedError
+
+    def wrong(self) -> list[str]:
+        """What about the fields does not go together, a sentence each that names fields by their own name."""
+        return []
+
+    def build(self, depths: Depths, rngs: Any) -> Any:
+        """The module, `models.encoders.Encoder`, with random parameters of the generators `rngs`."""
+        raise NotImplementedError
+
+
+@dataclasses.dataclass(frozen=True)
+class Decoder(Checked):
+    """Base of the configs of language models, which `registry.DECODERS` knows by their family's name.
+
+    A family is a frozen dataclass of fields made by `field`, with a default for `family` and the fields `vocab`
+    (tokens), `width` (channels of a token), `depth` (blocks), `positions` (longest conversation in tokens), `heads` and
+    `kv_heads`.
+    """
+
+    family: str = field("", "name of the language model's family", "ours")
+
+    def wrong(self) -> list[str]:
+        """As `Encoder.wrong`."""
+        return []
+
+    def build(self, rngs: Any) -> Any:
+        """The module, `models.decoders.Decoder`, with random parameters of the generators `rngs`."""
+        raise NotImplementedError
+
+
+def encoder(family: str, **options: Any) -> Encoder:
+    """The config of an encoder of a family, with the family's own defaults.
+
+    Raises:
+      ConfigError: there is no such family, or an option is none of its fields.
+    """
+    return _build(Encoder, {"family": family, **options}, "encoder")
+
+
+def decoder(family: str, **options: Any) -> Decoder:
+    """As `encoder`, of a language model."""
+    return _build(Decoder, {"family": family, **options}, "decoder")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,26 +196,12 @@ class Depths(Checked):
 
 
 @dataclasses.dataclass(frozen=True)
-class Llama(Checked):
-    vocab: int = field(32_000, "tokens of the vocabulary", "Vicuna-7B v1.5", least=1)
-    width: int = field(4096, "channels of a token", "Vicuna-7B v1.5", least=1)
-    depth: int = field(32, "blocks", "Vicuna-7B v1.5", least=1)
-    heads: int = field(32, "query heads", "Vicuna-7B v1.5", least=1)
-    kv_heads: int = field(32, "key and value heads; fewer than `heads` is grouped-query attention", "Vicuna-7B v1.5",
-                          least=1)
-    mlp_width: int = field(11_008, "hidden channels of the gated MLP", "Vicuna-7B v1.5", least=1)
-    eps: float = field(1e-5, "RMSNorm epsilon", "Vicuna-7B v1.5", above=0)
-    rope_theta: float = field(1e4, "rotary base", "Vicuna-7B v1.5", above=0)
-    positions: int = field(4096, "longest conversation, tokens", "Vicuna-7B v1.5", least=1)
-
-
-@dataclasses.dataclass(frozen=True)
 class Lora(Checked):
     rank: int = field(0, "rank of the update; 0 = no LoRA", "ours (the paper tunes the LLM)", least=0)
     alpha: float = field(256.0, "scale numerator: an update is multiplied by alpha / rank", "LLaVA-1.5", above=0)
     dropout: float = field(0.05, "dropout before the first factor, probability (in steps of 1/256)", "LLaVA-1.5",
                            least=0, below=1)
-    targets: str = field(r"llama/blocks/(q|k|v|o|gate|up|down)", "regex: paths of the linear layers that get one",
+    targets: str = field(r"decoder/blocks/(q|k|v|o|gate|up|down)", "regex: paths of the linear layers that get one",
                          "LLaVA-1.5", form="regex")
 
 
@@ -159,10 +212,10 @@ class ScoreHead(Checked):
 
 @dataclasses.dataclass(frozen=True)
 class Model(Checked):
-    vit: Vit = field(Vit(), "visual encoder", "paper: a visual encoder; ours: CLIP")
+    encoder: Encoder = field(lambda: encoder("clip"), "visual encoder", "paper: a visual encoder; ours: CLIP")
     depths: Depths = field(Depths(), "where each part reads the encoder", "ours")
     qformer: QFormer = field(QFormer(), "each of the three Q-Formers", "paper: three Q-Formers; BLIP-2")
-    llama: Llama = field(Llama(), "language model", "paper: models like Vicuna-7B")
+    decoder: Decoder = field(lambda: decoder("llama"), "language model", "paper: models like Vicuna-7B")
     lora: Lora = field(Lora(), "low-rank updates", "ours")
     score_head: ScoreHead = field(ScoreHead(), "regression head where an answer begins, for the reader `head`", "ours")
     dtype: str = field("auto", "computation; auto: bfloat16 on accelerators, float32 on CPU", "ours",
@@ -175,7 +228,10 @@ class Model(Checked):
 
     def visual_tokens(self, part: str) -> int:
         """Tokens that `part` contributes to a mention of an image."""
-        return self.vit.patches if part == "thematic" else self.qformer.queries
+        if part != "thematic":
+            return self.qformer.queries
+        features = self.encoder.part(part)
+        return features.tokens - features.prefix
 
 
 @dataclasses.dataclass(frozen=True)
@@ -220,7 +276,7 @@ class Optimizer(Checked):
                 re.compile(regex)
                 check_number("factor", float(factor), {"at least": 0})
             except (re.error, ValueError):  # of which ConfigError is one
-                raise ConfigError(f"scale={entry!r} is not REGEX=FACTOR, such as 'vit/.*=0.1'") from None
+                raise ConfigError(f"scale={entry!r} is not REGEX=FACTOR, such as 'encoder/.*=0.1'") from None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -318,7 +374,7 @@ class Config(Checked):
                       least=0, most=2**32 - 1)
     init: str = field("", "where parameters come from: a workdir or checkpoint folder; empty = random", "ours",
                       form="path")
-    model: Model = field(Model(), "geometry and numerics", "paper and ours")
+    model: Model = field(Model, "geometry and numerics", "paper and ours")
     tokenizer: str = field("", "path of a SentencePiece model; empty = the small one that ships", "ours",
                            form="path")
     mesh: Mesh = field(Mesh(), "how devices share the work", "ours", runtime=True)
@@ -334,38 +390,26 @@ class Config(Checked):
             if name not in self.processes:
                 raise ConfigError(f"run names the process {name!r}, which `processes` does not define"
                                   f"{nearest(name, self.processes)}")
-        vit, llama, qformer = self.model.vit, self.model.llama, self.model.qformer
+        qformer = self.model.qformer
         checks = (
-            (vit.image_size % vit.patch == 0, f"model.vit.image_size={vit.image_size} is no multiple of "
-             f"model.vit.patch={vit.patch}"),
-            (vit.width % vit.heads == 0, f"model.vit.width={vit.width} is no multiple of heads={vit.heads}"),
-            (vit.stem != "conv" or vit.patch & (vit.patch - 1) == 0,
-             f"model.vit.stem=conv needs a patch that is a power of two, not {vit.patch}"),
             (qformer.width % qformer.heads == 0, f"model.qformer.width={qformer.width} is no multiple of "
              f"heads={qformer.heads}"),
             (qformer.depth % qformer.cross_every == 0, f"model.qformer.depth={qformer.depth} is no multiple of "
              f"cross_every={qformer.cross_every}"),
-            (llama.width % llama.heads == 0, f"model.llama.width={llama.width} is no multiple of heads={llama.heads}"),
-            (llama.heads % llama.kv_heads == 0, f"model.llama.heads={llama.heads} is no multiple of "
-             f"kv_heads={llama.kv_heads}"),
         )
-        wrong = [message for holds, message in checks if not holds]
+        wrong = [f"model.encoder.{message}" for message in self.model.encoder.wrong()]
+        wrong += [message for holds, message in checks if not holds]
+        wrong += [f"model.decoder.{message}" for message in self.model.decoder.wrong()]
         for name in self.run:
             tokens = self.processes[name].row.tokens
-            if tokens > llama.positions:
-                wrong.append(f"processes.{name}.row.tokens={tokens} exceeds model.llama.positions={llama.positions}")
+            if tokens > self.model.decoder.positions:
+                wrong.append(f"processes.{name}.row.tokens={tokens} exceeds model.decoder.positions="
+                             f"{self.model.decoder.positions}")
             if self.processes[name].score_head and not self.model.score_head.width:
                 wrong.append(f"processes.{name}.score_head={self.processes[name].score_head} teaches a regression "
                              "head, and the model has none; set model.score_head.width, such as 256")
         if wrong:
             raise ConfigError("; ".join(wrong))
-
-
-def nearest(name: str, valid: typing.Iterable[str]) -> str:
-    """A hint such as `; the nearest is 'x'`, or the list of all valid names when none is near."""
-    valid = list(valid)
-    close = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
-    return f"; the nearest is {close[0]!r}" if close else f"; valid are {', '.join(map(repr, valid))}"
 
 
 def to_config_dict(config: Config) -> ml_collections.ConfigDict:
@@ -388,6 +432,8 @@ def _build(kind: Any, value: Any, path: str) -> Any:
     if dataclasses.is_dataclass(kind):
         if not isinstance(value, typing.Mapping):
             raise ConfigError(f"{path} is a group of fields, not {value!r}")
+        if kind in FAMILIES:
+            kind = _family(kind, value, path)
         hints = typing.get_type_hints(kind)
         for name in value:
             if name not in hints:
@@ -420,6 +466,20 @@ def _build(kind: Any, value: Any, path: str) -> Any:
     return value
 
 
+FAMILIES = {Encoder: registry.ENCODERS, Decoder: registry.DECODERS}
+
+
+def _family(kind: type, value: typing.Mapping[str, Any], path: str) -> type:
+    """The dataclass of the family that `value` names."""
+    known = FAMILIES[kind]
+    if not isinstance(value.get("family"), str):
+        raise ConfigError(f"{path}.family is missing; it names a family, such as {known.names()[0]!r}")
+    try:
+        return known.get(value["family"])
+    except ConfigError as error:
+        raise ConfigError(f"{path}.family: {error}") from None
+
+
 def _article(kind: type) -> str:
     return {int: "a whole number", float: "a number", str: "text", bool: "True or False"}.get(kind, str(kind))
 
@@ -449,20 +509,22 @@ def model(variant: str) -> Model:
     if variant == "7b":
         return Model()
     if variant == "13b":
-        return Model(llama=Llama(width=5120, depth=40, heads=40, kv_heads=40, mlp_width=13_824))
+        return Model(decoder=decoder("llama", width=5120, depth=40, heads=40, kv_heads=40, mlp_width=13_824))
     if variant == "small":
         return Model(
-            vit=Vit(image_size=224, patch=16, width=384, depth=8, heads=6, mlp_width=1536, stem="conv"),
+            encoder=encoder("clip", image_size=224, patch=16, width=384, depth=8, heads=6, mlp_width=1536, stem="conv"),
             depths=Depths(thematic=7 / 8),
             qformer=QFormer(width=256, depth=4, heads=4, mlp_width=1024, queries=16),
-            llama=Llama(vocab=2048, width=512, depth=8, heads=8, kv_heads=8, mlp_width=1376, positions=2048),
+            decoder=decoder("llama", vocab=2048, width=512, depth=8, heads=8, kv_heads=8, mlp_width=1376,
+                            positions=2048),
             remat="none")
     if variant == "tiny":
         return Model(
-            vit=Vit(image_size=64, patch=8, width=96, depth=4, heads=3, mlp_width=288, stem="conv"),
+            encoder=encoder("clip", image_size=64, patch=8, width=96, depth=4, heads=3, mlp_width=288, stem="conv"),
             depths=Depths(thematic=1.0),
             qformer=QFormer(width=96, depth=2, heads=3, mlp_width=288, cross_every=1, queries=8),
-            llama=Llama(vocab=2048, width=128, depth=2, heads=4, kv_heads=4, mlp_width=344, positions=1024),
+            decoder=decoder("llama", vocab=2048, width=128, depth=2, heads=4, kv_heads=4, mlp_width=344,
+                            positions=1024),
             remat="none")
     raise ConfigError(f"there is no variant {variant!r}{nearest(variant, VARIANTS)}")
 
@@ -474,7 +536,12 @@ def describe() -> str:
     def walk(kind, path):
         hints = typing.get_type_hints(kind)
         for entry in dataclasses.fields(kind):
-            if dataclasses.is_dataclass(hints[entry.name]):
+            if hints[entry.name] in FAMILIES:
+                known = FAMILIES[hints[entry.name]]
+                for name in known.names():
+                    lines.append(f"{path}.{entry.name}: with the family {name}")
+                    walk(known.get(name), f"{path}.{entry.name}")
+            elif dataclasses.is_dataclass(hints[entry.name]):
                 walk(hints[entry.name], f"{path}.{entry.name}")
             elif entry.name == "processes":
                 walk(Process, f"{path}.processes.NAME")

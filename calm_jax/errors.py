@@ -6,6 +6,9 @@ itself cannot go on, and would end so again (a supervisor does not restart it).
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 
 class UserError(Exception):
     """Base of them all."""
@@ -27,3 +30,10 @@ class TrainingError(UserError, RuntimeError):
     """Training that cannot go on: it diverged, or its data are bad."""
 
     exit_code = 3
+
+
+def nearest(name: str, valid: Iterable[str]) -> str:
+    """A hint such as `; the nearest is 'x'`, or the list of all valid names when none is near."""
+    valid = list(valid)
+    close = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
+    return f"; the nearest is {close[0]!r}" if close else f"; valid are {', '.join(map(repr, valid))}"

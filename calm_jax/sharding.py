@@ -23,16 +23,16 @@ ROWS = PartitionSpec(("data", "fsdp"))  # rows of a batch: split over both, whol
 # Column-parallel matrices split their outputs over `tensor`, row-parallel ones their inputs, so that a block
 # communicates once after attention and once after the MLP.
 TABLE: dict[str, tuple[tuple[str, ...], tuple[str | None, ...]]] = {
-    "column": ((r".*/(q|k|v|gate|up)/kernel", r"llama/head/kernel", r"score_head/hidden/kernel"),
+    "column": ((r".*/(q|k|v|gate|up)/kernel", r"decoder/head/kernel", r"score_head/hidden/kernel"),
                ("fsdp", "tensor")),
-    "row": ((r".*/(o|down)/kernel", r"mfam/qformers/project/kernel", r"mfam/thematic/kernel",
-             r"vit/stem/embed/kernel"), ("tensor", "fsdp")),
-    "vocabulary": ((r"llama/embedding",), ("tensor", "fsdp")),
+    "row": ((r".*/(o|down)/kernel", r"mfam/qformers/(\d+/)?project/kernel", r"mfam/thematic/kernel",
+             r"encoder/stem/embed/kernel"), ("tensor", "fsdp")),
+    "vocabulary": ((r"decoder/embedding",), ("tensor", "fsdp")),
     "lora": ((r".*/lora/a",), ("fsdp", None)),
     "lora out": ((r".*/lora/b",), (None, "fsdp")),
-    "positions": ((r"vit/positions",), (None, "fsdp")),
-    "convolution": ((r"vit/stem/kernels/\d+",), (None, None, None, "fsdp")),
-    "small": ((r".*/bias", r".*/scale", r"vit/cls", r"vit/stem/biases/\d+", r"mfam/qformers/queries",
+    "positions": ((r"encoder/positions",), (None, "fsdp")),
+    "convolution": ((r"encoder/stem/kernels/\d+",), (None, None, None, "fsdp")),
+    "small": ((r".*/bias", r".*/scale", r"encoder/cls", r"encoder/stem/biases/\d+", r"mfam/qformers/(\d+/)?queries",
                r"score_head/out/kernel"), ()),
 }
 
@@ -70,7 +70,7 @@ def make_mesh(cfg: config_lib.Mesh, devices: Sequence[jax.Device] | None = None)
 def inference_mesh(model: config_lib.Model, devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
     """All devices, as many as its heads allow along tensor: a decoded token then reads each weight once, wherever."""
     devices = jax.devices() if devices is None else devices
-    heads = math.gcd(len(devices), model.llama.heads, model.llama.kv_heads)
+    heads = math.gcd(len(devices), model.decoder.heads, model.decoder.kv_heads)
     return make_mesh(config_lib.Mesh(data=-1, fsdp=1, tensor=heads), devices)
 
 

@@ -45,9 +45,9 @@ def train(config: config_lib.Config, workdir: pathlib.Path, *, startup: Startup 
     with held(workdir):
         check(workdir, config)
         tokenizer = Tokenizer(config.tokenizer)
-        if tokenizer.vocab != config.model.llama.vocab:
+        if tokenizer.vocab != config.model.decoder.vocab:
             raise ConfigError(f"the tokenizer {tokenizer.path} has {tokenizer.vocab} pieces and "
-                              f"model.llama.vocab is {config.model.llama.vocab}; set one to fit the other")
+                              f"model.decoder.vocab is {config.model.decoder.vocab}; set one to fit the other")
         mesh = sharding.make_mesh(config.mesh)
         geometry = Geometry.of(config.model)
         datasets = {}

@@ -56,12 +56,12 @@ def get_config(variant: str = "tiny"):
     rows, steps, rates, row = SIZES[size]
     scratch = size in ("tiny", "small")
     keep = scratch or "keep" in options
-    adam = {"b2": 0.95, "scale": ("(vit|mfam)/.*=0.1",)} if scratch else {}
-    train, freeze = ((".*",), ()) if scratch else ((r"mfam/.*", r"llama/.*"), (r"vit/.*",))
+    adam = {"b2": 0.95, "scale": ("(encoder|mfam)/.*=0.1",)} if scratch else {}
+    train, freeze = ((".*",), ()) if scratch else ((r"mfam/.*", r"decoder/.*"), (r"encoder/.*",))
     if "lora" in options:
         model = dataclasses.replace(model, lora=LORA)
         rates = tuple(max(rate, LORA_RATE) for rate in rates)
-        train, freeze = (r"mfam/.*", r"llama/.*/lora/(a|b)"), (r"vit/.*", r"llama/(?!.*/lora/).*")
+        train, freeze = (r"mfam/.*", r"decoder/.*/lora/(a|b)"), (r"encoder/.*", r"decoder/(?!.*/lora/).*")
     if "head" in options:
         model = dataclasses.replace(model, score_head=c.ScoreHead(HEAD))
     processes = {}

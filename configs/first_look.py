@@ -20,10 +20,10 @@ DATASET = "para"  # stored at a longest side of 256 pixels: twice what the model
 STEPS = 3_200
 ROWS = 3
 MODEL = c.Model(
-    vit=c.Vit(image_size=128, patch=16, width=128, depth=4, heads=4, mlp_width=512, stem="conv"),
+    encoder=c.encoder("clip", image_size=128, patch=16, width=128, depth=4, heads=4, mlp_width=512, stem="conv"),
     depths=c.Depths(thematic=1.0),
     qformer=c.QFormer(width=128, depth=2, heads=4, mlp_width=512, cross_every=1, queries=8),
-    llama=c.Llama(vocab=2048, width=128, depth=2, heads=4, kv_heads=4, mlp_width=344, positions=2048),
+    decoder=c.decoder("llama", vocab=2048, width=128, depth=2, heads=4, kv_heads=4, mlp_width=344, positions=2048),
     remat="none")
 SHARES = {"scores": {"scores": 1.0}, "then_scores": {"scores": 0.5},  # variant -> of STEPS, by process
           "self_supervised": {"language": 0.1, "self_supervised": 0.4},
@@ -42,7 +42,7 @@ def get_config(variant: str = "scores"):
     for name, share in SHARES[variant].items():
         steps = round(share * STEPS)
         process = dict(dataset=DATASET, batch=ROWS, steps=steps, eval_every=-(-steps // 4), eval_batches=32,
-                       optimizer=c.Optimizer(peak_lr=3e-3, b2=0.95, scale=("(vit|mfam)/.*=0.1",)))
+                       optimizer=c.Optimizer(peak_lr=3e-3, b2=0.95, scale=("(encoder|mfam)/.*=0.1",)))
         if name == "scores":
             processes[name] = c.Process(tasks={"score": 1.0}, score_spread=0.7,
                                         row=c.Row(tokens=424, images=3, answers=96, candidates=8), **process)
@@ -56,7 +56,7 @@ def get_config(variant: str = "scores"):
             processes[name] = c.Process(tasks=tasks, score_spread=0.7, phrasings=1, support=(2, 8), row=row, **process)
             continue
         if name == "language":
-            process |= {"train": ("llama/.*",), "freeze": ("vit/.*", "mfam/.*"),
+            process |= {"train": ("decoder/.*",), "freeze": ("encoder/.*", "mfam/.*"),
                         "optimizer": c.Optimizer(peak_lr=3e-3, b2=0.95, warmup=0.1, final=0.5)}
         # Rows hold two conversations of about 200 tokens, so that two pictures are room enough.
         processes[name] = c.Process(tasks={"attributes": 0.7, "measured": 0.3}, phrasings=1,

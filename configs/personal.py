@@ -13,7 +13,7 @@ import dataclasses
 from calm_jax import config as c
 
 DATASET = "csv"  # or the --name that tools.prepare_data was given
-LORA = c.Lora(rank=8, alpha=16.0, targets=r"llama/blocks/(q|v)")  # LoRA's own choice of layers
+LORA = c.Lora(rank=8, alpha=16.0, targets=r"decoder/blocks/(q|v)")  # LoRA's own choice of layers
 SIZES = {  # rows a step, shape of a row
     "tiny": (2, c.Row(tokens=480, images=3, answers=160, candidates=8)),
     "small": (2, c.Row(tokens=1024, images=4, answers=256, candidates=8)),
@@ -31,5 +31,5 @@ def get_config(variant: str = "tiny"):
     process = c.Process(
         dataset=DATASET, tasks={"score": 1.0}, score_spread=0.5, row=row, batch=rows, steps=STEPS,
         eval_every=STEPS // 4, optimizer=c.Optimizer(peak_lr=1e-3, clip=1.0), train=(r".*/lora/(a|b)",),
-        freeze=(r"vit/.*", r"mfam/.*", r"llama/(?!.*/lora/).*"))
+        freeze=(r"encoder/.*", r"mfam/.*", r"decoder/(?!.*/lora/).*"))
     return c.to_config_dict(c.Config(model=model, run=("personal",), processes={"personal": process}))

@@ -34,16 +34,16 @@ def get_config(variant: str = "tiny"):
     # Comparisons are the harder half and twice as long: the smallest model spends little on them.
     tasks = {"attributes": 0.85, "comparisons": 0.15} if variant == "tiny" else {"attributes": 0.7, "comparisons": 0.3}
     phrasings = PHRASINGS if variant == "tiny" else 0
-    encoder_llm = ("vit/.*", "llama/.*")
+    encoder_llm = ("encoder/.*", "decoder/.*")
     optimizer = c.Optimizer(peak_lr=1e-3)
     processes = {}
     if scratch:
         rate = 3e-3 if variant == "tiny" else 1e-3
-        optimizer = c.Optimizer(peak_lr=rate, b2=0.95, scale=("(vit|mfam)/.*=0.1",))
+        optimizer = c.Optimizer(peak_lr=rate, b2=0.95, scale=("(encoder|mfam)/.*=0.1",))
         processes["language"] = c.Process(
             tasks=tasks, parts=c.LEVELS, row=row, batch=rows, phrasings=phrasings, steps=language,
-            optimizer=c.Optimizer(peak_lr=rate, b2=0.95, warmup=0.1, final=0.5), train=(r"llama/.*",),
-            freeze=(r"vit/.*", r"mfam/.*"), eval_every=0)
+            optimizer=c.Optimizer(peak_lr=rate, b2=0.95, warmup=0.1, final=0.5), train=(r"decoder/.*",),
+            freeze=(r"encoder/.*", r"mfam/.*"), eval_every=0)
     processes["self_supervised"] = c.Process(
         tasks=tasks, parts=c.LEVELS, row=row, batch=rows, phrasings=phrasings, steps=unlabeled, optimizer=optimizer,
         train=(".*",) if scratch else (r"mfam/qformers/.*",),

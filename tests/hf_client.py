@@ -59,12 +59,16 @@ def use(folder):
              "asked": model.ask(images[:1], "Why?", max_new_tokens=6)}
     inputs = processor(images=images[:1], text="What would improve this photograph?")
     start = inputs["input_ids"].shape[1]
-    found["said"] = {}
+    found["said"], found["lengths"] = {}, {}
+    lengths = []  # of what the language model is given at each step
+    model.language_model.model.register_forward_pre_hook(lambda module, inputs: lengths.append(inputs[0].shape[1]))
     for name, options in {"greedy": {}, "beams": {"num_beams": 3}, "uncached": {"use_cache": False},
                           "sampled": {"do_sample": True, "temperature": 0.7, "top_p": 0.9},
                           "several": {"do_sample": True, "num_return_sequences": 2}}.items():
         torch.manual_seed(0)
+        lengths.clear()
         found["said"][name] = model.generate(**inputs, max_new_tokens=5, **options)[:, start:].tolist()
+        found["lengths"][name] = [length - start for length in lengths]
     mixed = processor(images=[images[:2], []], text=["<image> or <image>: which?", "Hello."])
     loss = model(**mixed, labels=mixed["input_ids"]).loss
     loss.backward()

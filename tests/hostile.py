@@ -37,7 +37,8 @@ from PIL import Image
 
 from calm_jax import config as config_lib
 from calm_jax.checkpoints import locate, on_disk, restore
-from calm_jax.convert import tables, torch_files
+from calm_jax.convert import hf_import, mfam, tables, torch_files
+from calm_jax.convert.families import clip, llama
 from calm_jax.data import builders, cues, pictures
 from calm_jax.data.builders import store, stored
 from calm_jax.data.cues import stored as stored_cues
@@ -46,7 +47,6 @@ from calm_jax.data.tokenizer import SHIPPED, Tokenizer
 from calm_jax.errors import CheckpointError, ConfigError
 from calm_jax.models.parameters import Geometry
 from calm_jax.predict.ratings import read_ratings
-from tools import convert_from_hf
 
 PATIENCE = 20  # seconds for one item
 LONGEST = 8_000  # characters of a message
@@ -241,9 +241,10 @@ def ava_folder(folder: pathlib.Path, rng: Rng) -> pathlib.Path:
 
 MODEL = dataclasses.replace(
     config_lib.model("7b"),
-    vit=config_lib.Vit(image_size=28, patch=7, width=24, depth=4, heads=2, mlp_width=40),
+    encoder=config_lib.encoder("clip", image_size=28, patch=7, width=24, depth=4, heads=2, mlp_width=40),
     qformer=config_lib.QFormer(width=16, depth=2, heads=2, mlp_width=24, cross_every=2, queries=3),
-    llama=config_lib.Llama(vocab=2048, width=16, depth=2, heads=4, kv_heads=2, mlp_width=24, positions=512))
+    decoder=config_lib.decoder("llama", vocab=2048, width=16, depth=2, heads=4, kv_heads=2, mlp_width=24,
+                               positions=512))
 CONFIGS = {
     "vit": {"model_type": "clip_vision_model", "hidden_act": "quick_gelu", "image_size": 28, "patch_size": 7,
             "hidden_size": 24, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 40},
@@ -259,8 +260,8 @@ CONFIGS = {
 @functools.cache
 def tensors(part: str) -> dict[str, np.ndarray]:
     """The torch tensors of a part of MODEL, of zeros."""
-    prefix, table = {"vit": ("vit/", tables.vit(MODEL.vit)), "llm": ("llama/", tables.llama()),
-                     "qformer": ("mfam/qformers/", tables.qformer(MODEL.qformer))}[part]
+    prefix, table = {"vit": ("encoder/", clip.table(MODEL.encoder)), "llm": ("decoder/", llama.table(None)),
+                     "qformer": ("mfam/qformers/", mfam.qformer_table(MODEL.qformer))}[part]
     shapes = {path.removeprefix(prefix): leaf.shape for path, leaf in Geometry.of(MODEL).shapes.items()
               if path.startswith(prefix)}
     return tables.to_torch(table, {path: np.zeros(shape[1:] if part == "qformer" else shape, np.float32)
@@ -340,7 +341,7 @@ def prepare(name: str, folder: pathlib.Path) -> None:
 
 def convert(folder: pathlib.Path) -> None:
     out = folder.with_name("out")
-    convert_from_hf.convert(str(folder / "vit"), str(folder / "llm"), [str(folder / "qformer")], str(out),
+    hf_import.convert(str(folder / "vit"), str(folder / "llm"), [str(folder / "qformer")], str(out),
                             say=lambda _: None)
     locate.find(out)
 
@@ -348,7 +349,7 @@ def convert(folder: pathlib.Path) -> None:
 def convert_file(folder: pathlib.Path) -> None:
     """A `.bin` in the place of the encoder's weights."""
     out = folder.with_name("out")
-    convert_from_hf.convert(str(folder / "vit"), str(hub() / "llm"), [], str(out), say=lambda _: None)
+    hf_import.convert(str(folder / "vit"), str(hub() / "llm"), [], str(out), say=lambda _: None)
 
 
 def read_checkpoint(folder: pathlib.Path) -> None:
@@ -739,7 +740,7 @@ def checkpoint_items() -> tuple[dict[str, Callable], Callable]:
                 ("step", "3"), ("step", -1), ("step", True), ("config", []), ("config", {}), ("base", 3),
                 ("base", {"path": 3}), ("base", {"path": "../../outside", "step": 1, "digest": "0", "more": 1}),
                 ("tokenizer", None), ("borrowed", []), ("borrowed", {"checkpoints": [3], "parameters": {}}),
-                ("borrowed", {"checkpoints": [], "parameters": {"vit/cls": {"of": 7}}}), ("sources", {"vit": 3}),
+                ("borrowed", {"checkpoints": [], "parameters": {"encoder/cls": {"of": 7}}}), ("sources", {"vit": 3}),
                 ("process", "nobody"), ("trained", 3), ("seed", "0"))}}
     return made, harmed
 

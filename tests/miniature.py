@@ -20,10 +20,11 @@ THOROUGH = bool(os.environ.get("CALM_THOROUGH"))
 sweeps = pytest.mark.slow if THOROUGH else (lambda test: test)
 
 MODEL = config_lib.Model(
-    vit=config_lib.Vit(image_size=32, patch=8, width=32, depth=2, heads=2, mlp_width=64, stem="conv"),
+    encoder=config_lib.encoder("clip", image_size=32, patch=8, width=32, depth=2, heads=2, mlp_width=64, stem="conv"),
     depths=config_lib.Depths(low=0.5, middle=0.5, high=1.0, thematic=1.0),
     qformer=config_lib.QFormer(width=32, depth=1, heads=2, mlp_width=64, cross_every=1, queries=2),
-    llama=config_lib.Llama(vocab=2048, width=32, depth=2, heads=2, kv_heads=2, mlp_width=64, positions=512),
+    decoder=config_lib.decoder("llama", vocab=2048, width=32, depth=2, heads=2, kv_heads=2, mlp_width=64,
+                               positions=512),
     remat="none")
 ROW = config_lib.Row(tokens=192, images=2, answers=64)
 PROCESS = config_lib.Process(dataset="demo", tasks={"caption": 1.0}, parts=("low", "thematic"), row=ROW, batch=2,
@@ -47,13 +48,14 @@ def batch(model: config_lib.Model, of: config_lib.Process, seed: int = 0) -> dic
     rows, row = of.batch, of.row
     size = sum(model.visual_tokens(part) for part in of.parts)
     out = {
-        "images": rng.integers(0, 256, (rows, row.images, model.vit.image_size, model.vit.image_size, 3), np.uint8),
-        "tokens": rng.integers(3, model.llama.vocab, (rows, row.tokens), np.int32),
+        "images": rng.integers(0, 256, (rows, row.images, model.encoder.image_size, model.encoder.image_size, 3),
+                               np.uint8),
+        "tokens": rng.integers(3, model.decoder.vocab, (rows, row.tokens), np.int32),
         "visual": np.full((rows, row.tokens), -1, np.int32),
         "segments": np.zeros((rows, row.tokens), np.int32),
         "positions": np.zeros((rows, row.tokens), np.int32),
         "places": np.zeros((rows, row.answers), np.int32),
-        "labels": rng.integers(3, model.llama.vocab, (rows, row.answers, row.candidates), np.int32),
+        "labels": rng.integers(3, model.decoder.vocab, (rows, row.answers, row.candidates), np.int32),
         "weights": np.zeros((rows, row.answers, row.candidates), np.float32),
         "asked": rng.integers(0, row.tokens, (rows, row.images), np.int32),
         "targets": np.where(rng.random((rows, row.images)) < 0.6, rng.uniform(1, 10, (rows, row.images)), 0

@@ -22,7 +22,7 @@ import numpy as np
 import tqdm
 
 from calm_jax import config as config_lib
-from calm_jax.convert import tables, torch_files
+from calm_jax.convert import families, tables, torch_files
 from calm_jax.errors import ConfigError
 from calm_jax.models.parameters import Geometry
 
@@ -108,12 +108,13 @@ def write_sources(model: config_lib.Model, folder: pathlib.Path) -> int:
     """The folders `vit` and `llm` with random weights, a config.json each and a tokenizer; returns their bytes."""
     shapes = {path: leaf.shape for path, leaf in Geometry.of(model).shapes.items()}
     total = 0
-    for name, prefix, table in (("vit", "vit/", tables.vit(model.vit)), ("llm", "llama/", tables.llama())):
+    for name, prefix, table in (("vit", "encoder/", families.of(model.encoder).table(model.encoder)),
+                                ("llm", "decoder/", families.of(model.decoder).table(model.decoder))):
         own = {path.removeprefix(prefix): shape for path, shape in shapes.items() if path.startswith(prefix)}
         entries, problems = tables.expand(table, own)
         assert not problems, problems
         total += _write_shards(folder / name, {entry.key: entry.shape for entry in entries})
-    vit, llama = model.vit, model.llama
+    vit, llama = model.encoder, model.decoder
     (folder / "vit" / "config.json").write_text(json.dumps({
         "model_type": "clip_vision_model", "hidden_act": "quick_gelu", "hidden_size": vit.width,
         "image_size": vit.image_size, "intermediate_size": vit.mlp_width, "num_attention_heads": vit.heads,

@@ -31,7 +31,7 @@ from calm_jax.data import attributes, builders, images, pipeline, prompts
 from calm_jax.data.samples import Edit, ImageRef
 from calm_jax.data.tokenizer import Tokenizer
 from calm_jax.errors import ConfigError
-from calm_jax.models.vit import MEAN, STD
+from calm_jax.models.encoders.clip import MEAN, STD
 
 PICTURES = 300
 SIDE = 512
@@ -65,7 +65,7 @@ def measure(config: config_lib.Config, process: config_lib.Process, scratch: pat
         shutil.rmtree(scratch, ignore_errors=True)
     results = {side: {"median": statistics.median(values), "min": min(values), "max": max(values)}
                for side, values in rates.items()}
-    return {"what": "data", "cores": os.cpu_count(), "size": config.model.vit.image_size,
+    return {"what": "data", "cores": os.cpu_count(), "size": config.model.encoder.image_size,
             "needs": needs(config.model, process), "results": results}
 
 
@@ -138,7 +138,7 @@ def theirs(model: config_lib.Model, process: config_lib.Process, scratch: pathli
     rows = pipeline.Rows(process, {"folder": dataset}, Tokenizer(), model, seed=0, split="train")
     files = sorted((scratch / "files").glob("*.jpg"))
     loader = torch.utils.data.DataLoader(
-        Files(files, rows, model.vit.image_size), batch_size=CONVERSATIONS, shuffle=True, collate_fn=collate,
+        Files(files, rows, model.encoder.image_size), batch_size=CONVERSATIONS, shuffle=True, collate_fn=collate,
         num_workers=os.cpu_count() or 1, prefetch_factor=2, persistent_workers=True)
     while True:
         for batch in loader:

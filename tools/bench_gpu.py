@@ -31,7 +31,7 @@ from tools import bench_train, contenders
 
 SCRATCH = ("tiny", "small")  # sizes whose config freezes nothing
 FREEZE = ('--config.processes.self_supervised.train=("mfam/qformers/.*",)',
-          '--config.processes.self_supervised.freeze=("mfam/thematic/.*","vit/.*","llama/.*")')  # as in 7b
+          '--config.processes.self_supervised.freeze=("mfam/thematic/.*","encoder/.*","decoder/.*")')  # as in 7b
 # Bytes a parameter: master, gradient and two moments; a copy to compute with, which torch keeps of all and XLA of a
 # block at a time; what is frozen is that copy.
 TRAINED, COPY = 16, 2
@@ -80,7 +80,7 @@ def state(config: config_lib.Config, trained: int) -> float:
 def products(config: config_lib.Config, rows: int) -> float:
     """Bytes of what `remat=dots` keeps of the language model, bfloat16, for so many rows of the first process: queries,
     keys, values, attention, its projection, gate and up; nothing reads the last product of a block again."""
-    llama, [process] = config.model.llama, config.processes.values()
+    llama, [process] = config.model.decoder, config.processes.values()
     head = llama.width // llama.heads
     widths = 3 * llama.width + 2 * head * llama.kv_heads + 2 * llama.mlp_width
     return 2.0 * rows * process.row.tokens * llama.depth * widths
@@ -92,7 +92,7 @@ def fitting(config: config_lib.Config, memory: float) -> int:
     Raises:
       ConfigError: none.
     """
-    room, blocks, all_of_them = memory - FREE, config.model.llama.depth, state(config, TRAINED + COPY)
+    room, blocks, all_of_them = memory - FREE, config.model.decoder.depth, state(config, TRAINED + COPY)
     if all_of_them <= room:
         return 0
     one = state(bench_train.with_depth(config, 1), TRAINED + COPY)

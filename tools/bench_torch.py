@@ -33,13 +33,13 @@ class Level(nn.Module):
     def __init__(self, cfg: config_lib.Model):
         super().__init__()
         q = cfg.qformer
-        self.norm = nn.LayerNorm(cfg.vit.width)
+        self.norm = nn.LayerNorm(cfg.encoder.width)
         self.queries = nn.Parameter(torch.randn(1, q.queries, q.width) * 0.02)
         self.qformer = transformers.Blip2QFormerModel(transformers.Blip2QFormerConfig(
             hidden_size=q.width, num_hidden_layers=q.depth, num_attention_heads=q.heads,
-            intermediate_size=q.mlp_width, cross_attention_frequency=q.cross_every, encoder_hidden_size=cfg.vit.width,
-            hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0))
-        self.project = nn.Linear(q.width, cfg.llama.width)
+            intermediate_size=q.mlp_width, cross_attention_frequency=q.cross_every,
+            encoder_hidden_size=cfg.encoder.width, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0))
+        self.project = nn.Linear(q.width, cfg.decoder.width)
 
     def forward(self, features):
         return self.project(self.qformer(query_embeds=self.queries.expand(len(features), -1, -1),
@@ -50,68 +50,68 @@ class Reference(nn.Module):
     """The parts that a process computes, with what it teaches and freezes.
 
     Args:
-      taught: vit, qformers, thematic, llama, lora -> whether it learns.
+      taught: encoder, qformers, thematic, decoder, lora -> whether it learns.
     """
 
     def __init__(self, config: config_lib.Config, taught: Mapping[str, bool], device: torch.device):
         super().__init__()
         cfg, process = config.model, config.processes[config.run[0]]
-        self.depths = {part: cfg.depths.block(part, cfg.vit.depth) for part in process.parts}
-        self.frozen_vit, self.device = not taught["vit"], device
+        self.depths = {part: cfg.depths.block(part, cfg.encoder.depth) for part in process.parts}
+        self.frozen_encoder, self.device = not taught["encoder"], device
         with device:
-            self.vit = _encoder(cfg.vit, max(self.depths.values()))
+            self.encoder = _encoder(cfg.encoder, max(self.depths.values()))
             self.qformers = nn.ModuleDict({part: Level(cfg) for part in process.parts if part in config_lib.LEVELS})
-            self.thematic = nn.Linear(cfg.vit.width, cfg.llama.width) if "thematic" in process.parts else None
-            self.llama = transformers.LlamaForCausalLM(transformers.LlamaConfig(
-                vocab_size=cfg.llama.vocab, hidden_size=cfg.llama.width, intermediate_size=cfg.llama.mlp_width,
-                num_hidden_layers=cfg.llama.depth, num_attention_heads=cfg.llama.heads,
-                num_key_value_heads=cfg.llama.kv_heads, max_position_embeddings=cfg.llama.positions,
+            self.thematic = nn.Linear(cfg.encoder.width, cfg.decoder.width) if "thematic" in process.parts else None
+            self.decoder = transformers.LlamaForCausalLM(transformers.LlamaConfig(
+                vocab_size=cfg.decoder.vocab, hidden_size=cfg.decoder.width, intermediate_size=cfg.decoder.mlp_width,
+                num_hidden_layers=cfg.decoder.depth, num_attention_heads=cfg.decoder.heads,
+                num_key_value_heads=cfg.decoder.kv_heads, max_position_embeddings=cfg.decoder.positions,
                 attn_implementation="sdpa", use_cache=False))
-        for name in ("vit", "qformers", "thematic", "llama"):
+        for name in ("encoder", "qformers", "thematic", "decoder"):
             part = getattr(self, name)
             if part is not None and not taught[name]:
                 part.requires_grad_(False).to(_compute(device))
         if cfg.lora.rank:
             self._add_updates(cfg.lora, taught["lora"])
         if cfg.remat == "full":
-            for part in [self.llama, *([self.vit] if taught["vit"] else []),
+            for part in [self.decoder, *([self.encoder] if taught["encoder"] else []),
                          *[level.qformer for level in self.qformers.values()]]:
                 part.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self.train()
-        if self.frozen_vit:
-            self.vit.eval()
+        if self.frozen_encoder:
+            self.encoder.eval()
 
     def _add_updates(self, lora: config_lib.Lora, learn: bool) -> None:
         import peft
-        names = [theirs for ours, theirs in TARGETS.items() if re.fullmatch(lora.targets, f"llama/blocks/{ours}")]
-        whole = all(p.requires_grad for p in self.llama.parameters())
-        peft.get_peft_model(self.llama, peft.LoraConfig(  # in place; new weights are float32
+        names = [theirs for ours, theirs in TARGETS.items() if re.fullmatch(lora.targets, f"decoder/blocks/{ours}")]
+        whole = all(p.requires_grad for p in self.decoder.parameters())
+        peft.get_peft_model(self.decoder, peft.LoraConfig(  # in place; new weights are float32
             r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=names, bias="none"))
-        for name, parameter in self.llama.named_parameters():
+        for name, parameter in self.decoder.named_parameters():
             parameter.requires_grad_(learn if "lora_" in name else whole)
 
     def forward(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """The mean loss of a batch (`arrays` made it)."""
         rows, images = batch["pixels"].shape[:2]
-        with torch.set_grad_enabled(not self.frozen_vit):
-            pixels = batch["pixels"].flatten(0, 1).to(self.vit.dtype)
-            hidden = self.vit(pixel_values=pixels, output_hidden_states=True).hidden_states
+        with torch.set_grad_enabled(not self.frozen_encoder):
+            pixels = batch["pixels"].flatten(0, 1).to(self.encoder.dtype)
+            hidden = self.encoder(pixel_values=pixels, output_hidden_states=True).hidden_states
         parts = [level(hidden[self.depths[name]]) for name, level in self.qformers.items()]
         if self.thematic is not None:
             parts.append(self.thematic(hidden[self.depths["thematic"]][:, 1:]))
         pool = torch.cat(parts, 1).to(_compute(self.device)).unflatten(0, (rows, images)).flatten(1, 2)
-        words = self.llama.model.embed_tokens(batch["tokens"]).to(pool.dtype)
+        words = self.decoder.model.embed_tokens(batch["tokens"]).to(pool.dtype)
         width = words.shape[-1]
         seen = pool.gather(1, batch["visual"].clamp(min=0)[..., None].expand(-1, -1, width))
         x = torch.where((batch["visual"] >= 0)[..., None], seen, words)
-        hidden = self.llama.model(inputs_embeds=x, attention_mask=batch["mask"],
+        hidden = self.decoder.model(inputs_embeds=x, attention_mask=batch["mask"],
                                   position_ids=batch["positions"]).last_hidden_state
-        logits = self.llama.lm_head(hidden.gather(1, batch["places"][..., None].expand(-1, -1, width)))
+        logits = self.decoder.lm_head(hidden.gather(1, batch["places"][..., None].expand(-1, -1, width)))
         likelihood = logits.float().log_softmax(-1).gather(-1, batch["labels"])
         return -(batch["weights"] * likelihood).sum() / batch["weights"].sum()
 
 
-def _encoder(cfg: config_lib.Vit, depth: int) -> nn.Module:
+def _encoder(cfg: config_lib.Encoder, depth: int) -> nn.Module:
     """CLIPVisionModel with so many of its blocks, our stem, and without the norm of an output that nothing reads."""
     vit = transformers.CLIPVisionModel(transformers.CLIPVisionConfig(
         hidden_size=cfg.width, intermediate_size=cfg.mlp_width, num_hidden_layers=depth, num_attention_heads=cfg.heads,

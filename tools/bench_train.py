@@ -52,7 +52,7 @@ def measure(config: config_lib.Config, *, against: bool, rounds: int, depth: int
     """
     contenders.stay_on_cpu()
     from tools import flops
-    blocks = config.model.llama.depth
+    blocks = config.model.decoder.depth
     if depth:
         if not 0 < depth <= blocks:
             raise ConfigError(f"--depth {depth}: the language model has {blocks} blocks")
@@ -115,8 +115,8 @@ def peak_flops(device: Mapping[str, Any]) -> float | None:
 
 def with_depth(config: config_lib.Config, depth: int) -> config_lib.Config:
     """The same with so many blocks of the language model."""
-    llama = dataclasses.replace(config.model.llama, depth=depth)
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, llama=llama))
+    llama = dataclasses.replace(config.model.decoder, depth=depth)
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, decoder=llama))
 
 
 def learning(config: config_lib.Config) -> dict[str, bool]:
@@ -126,7 +126,7 @@ def learning(config: config_lib.Config) -> dict[str, bool]:
     return filters.trainable(Geometry.of(config.model).shapes, config.processes[config.run[0]])
 
 
-PREFIXES = {"vit": "vit/", "qformers": "mfam/qformers/", "thematic": "mfam/thematic/", "llama": "llama/"}
+PREFIXES = {"encoder": "encoder/", "qformers": "mfam/qformers/", "thematic": "mfam/thematic/", "decoder": "decoder/"}
 
 
 def taught_parts(learns: Mapping[str, bool]) -> dict[str, bool]:
@@ -146,7 +146,7 @@ def whole(config: config_lib.Config, learns: Mapping[str, bool]) -> None:
             raise ConfigError(f"--against torch freezes whole parts, and of {prefix}* the process teaches a "
                               f"part: {mixed[0]} is frozen; measure it alone, or change train and freeze")
     updates = [path for path in learns if "/lora/" in path]
-    if any(not path.startswith("llama/blocks/") for path in updates):
+    if any(not path.startswith("decoder/blocks/") for path in updates):
         raise ConfigError("--against torch has low-rank updates in the blocks of the language model only; "
                           f"model.lora.targets={config.model.lora.targets!r} asks for others")
     if config.processes[config.run[0]].score_head:
@@ -167,13 +167,13 @@ def make_batch(config: config_lib.Config, seed: int = 0) -> dict[str, np.ndarray
         raise ConfigError(f"row.tokens={row.tokens} does not hold the {seen} visual tokens of a picture")
     length = row.tokens // count
     answers = min(row.answers // count, length - seen - 2)
-    side = model.vit.image_size
+    side = model.encoder.image_size
     out = {"images": np.zeros((rows, row.images, side, side, 3), np.uint8),
-           "tokens": rng.integers(0, model.llama.vocab, (rows, row.tokens), np.int32),
+           "tokens": rng.integers(0, model.decoder.vocab, (rows, row.tokens), np.int32),
            "visual": np.full((rows, row.tokens), -1, np.int32),
            "segments": np.zeros((rows, row.tokens), np.int32), "positions": np.zeros((rows, row.tokens), np.int32),
            "places": np.zeros((rows, row.answers), np.int32),
-           "labels": rng.integers(0, model.llama.vocab, (rows, row.answers, row.candidates), np.int32),
+           "labels": rng.integers(0, model.decoder.vocab, (rows, row.answers, row.candidates), np.int32),
            "weights": np.zeros((rows, row.answers, row.candidates), np.float32),
            "asked": np.zeros((rows, row.images), np.int32), "targets": np.zeros((rows, row.images), np.float32),
            "bad": np.zeros(rows, np.int32)}

@@ -44,10 +44,10 @@ EVERYTHING = "everything on this page"
 QUICK_NOTE = "This page was made with --quick: a handful of steps, so every answer is expected to be nonsense."
 
 _SMALL = {  # a geometry that compiles and runs fast
-    "model.vit.image_size": 48, "model.vit.depth": 2, "model.vit.width": 32, "model.vit.heads": 2,
-    "model.vit.mlp_width": 64, "model.qformer.depth": 1, "model.qformer.width": 32, "model.qformer.heads": 2,
-    "model.qformer.mlp_width": 64, "model.qformer.queries": 2, "model.llama.depth": 1, "model.llama.width": 32,
-    "model.llama.heads": 2, "model.llama.kv_heads": 2, "model.llama.mlp_width": 64, "log_every": 1}
+    "model.encoder.image_size": 48, "model.encoder.depth": 2, "model.encoder.width": 32, "model.encoder.heads": 2,
+    "model.encoder.mlp_width": 64, "model.qformer.depth": 1, "model.qformer.width": 32, "model.qformer.heads": 2,
+    "model.qformer.mlp_width": 64, "model.qformer.queries": 2, "model.decoder.depth": 1, "model.decoder.width": 32,
+    "model.decoder.heads": 2, "model.decoder.kv_heads": 2, "model.decoder.mlp_width": 64, "log_every": 1}
 # The same shapes, schedule and parts in every process: one program serves all of them.
 _FEW = {"steps": 3, "batch": 2, "eval_batches": 1, "eval_every": 0, "optimizer.peak_lr": 1e-3, "row.tokens": 448,
         "row.images": 3, "row.answers": 192, "parts": '("low","middle","high","thematic")'}

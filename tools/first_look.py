@@ -38,7 +38,7 @@ from calm_jax.training import logging
 from tools import commands
 
 CONFIG = "configs/first_look.py"
-FROZEN = ('train=("mfam/.*","llama/.*")', 'freeze=("vit/.*",)')
+FROZEN = ('train=("mfam/.*","decoder/.*")', 'freeze=("encoder/.*",)')
 TENTH = ("train_share=0.1",)
 # arm -> (what it is, where its scores come from: (variant, the self-supervision it starts from, overrides))
 ARMS: Mapping[str, tuple[str, str, str, tuple[str, ...]]] = {
@@ -308,5 +308,5 @@ if __name__ == "__main__":
     flags.DEFINE_string("workdir", "runs/first-look", "folder of everything")
     flags.DEFINE_integer("steps", 0, "of every arm; 0 = as the configuration says", lower_bound=0)
     flags.DEFINE_integer("beside", 2, "commands at a time; one of this size keeps one core busy", lower_bound=1)
-    flags.DEFINE_multi_string("override", [], "a field of the config for all trainings, as in model.vit.depth=2")
+    flags.DEFINE_multi_string("override", [], "a field of the config for all trainings, as in model.encoder.depth=2")
     command.run(main)

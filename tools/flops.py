@@ -34,15 +34,15 @@ class Work:
 
 def encoder(model: config_lib.Model, parts: tuple[str, ...] = config_lib.PARTS) -> Work:
     """The visual encoder on one picture, as far as these parts read it."""
-    vit, tokens = model.vit, model.vit.patches + 1
+    vit, tokens = model.encoder, model.encoder.patches + 1
     depth = max(model.depths.block(part, vit.depth) for part in parts)
     shapes = Geometry.of(model).shapes
     total, side = 0.0, vit.image_size
     for path, leaf in shapes.items():
-        if path.startswith("vit/stem/kernels"):
+        if path.startswith("encoder/stem/kernels"):
             side //= 2
             total += 2.0 * side * side * math.prod(leaf.shape)
-        elif path.startswith("vit/stem/") and path.endswith("kernel"):
+        elif path.startswith("encoder/stem/") and path.endswith("kernel"):
             total += 2.0 * vit.patches * math.prod(leaf.shape)
     total += 2.0 * tokens * depth * (4 * vit.width ** 2 + 2 * vit.width * vit.mlp_width)
     return Work(total, 4.0 * depth * tokens ** 2 * vit.width)
@@ -52,23 +52,25 @@ def qformers(model: config_lib.Model, parts: tuple[str, ...] = config_lib.PARTS)
     """The three Q-Formers on one picture; all are computed where any level is."""
     if not set(parts) & set(config_lib.LEVELS):
         return Work()
-    cfg, patches = model.qformer, model.vit.patches + 1
+    cfg, patches = model.qformer, model.encoder.patches + 1
     crossed = -(-cfg.depth // cfg.cross_every)
     weights = cfg.queries * (cfg.depth * (4 * cfg.width ** 2 + 2 * cfg.width * cfg.mlp_width)
-                             + crossed * 2 * cfg.width ** 2 + cfg.width * model.llama.width)
-    weights += crossed * 2 * patches * model.vit.width * cfg.width
+                             + crossed * 2 * cfg.width ** 2 + cfg.width * model.decoder.width)
+    weights += crossed * 2 * patches * model.encoder.width * cfg.width
     attention = 4.0 * cfg.width * cfg.queries * (cfg.depth * cfg.queries + crossed * patches)
     return Work(3 * 2.0 * weights, 3 * attention)
 
 
 def thematic(model: config_lib.Model, parts: tuple[str, ...] = config_lib.PARTS) -> Work:
     """The fully connected layer on one picture."""
-    return Work(2.0 * model.vit.patches * model.vit.width * model.llama.width) if "thematic" in parts else Work()
+    if "thematic" not in parts:
+        return Work()
+    return Work(2.0 * model.encoder.patches * model.encoder.width * model.decoder.width)
 
 
 def language(model: config_lib.Model, tokens: int, answers: int) -> Work:
     """The language model on a row of so many tokens, with logits at so many of them."""
-    cfg = model.llama
+    cfg = model.decoder
     head = cfg.width // cfg.heads
     block = cfg.width * (2 * cfg.width + 2 * head * cfg.kv_heads + 3 * cfg.mlp_width)
     return Work(2.0 * (tokens * cfg.depth * block + answers * cfg.width * cfg.vocab),
@@ -94,15 +96,15 @@ def a_row(model: config_lib.Model, process: config_lib.Process, learns: Mapping[
         return any(learn for path, learn in learns.items() if path.startswith(prefix) and "/lora/" not in path)
 
     row, parts = process.row, process.parts
-    works = (("vit/", encoder(model, parts), row.images), ("mfam/qformers/", qformers(model, parts), row.images),
+    works = (("encoder/", encoder(model, parts), row.images), ("mfam/qformers/", qformers(model, parts), row.images),
              ("mfam/thematic/", thematic(model, parts), row.images),
-             ("llama/", language(model, row.tokens, row.answers), 1))
+             ("decoder/", language(model, row.tokens, row.answers), 1))
     found = {"forward": 0.0, "inputs": 0.0, "weights": 0.0}
     for prefix, work, count in works:
         found["forward"] += count * work.forward
-        reaches = taught(prefix) or taught("vit/") or (prefix == "llama/" and taught("mfam/"))
+        reaches = taught(prefix) or taught("encoder/") or (prefix == "decoder/" and taught("mfam/"))
         if prefix == "mfam/thematic/":  # a single layer: nothing stands before it but the encoder
-            reaches = taught("vit/")
+            reaches = taught("encoder/")
         if reaches:  # both factors of attention are activations: twice
             found["inputs"] += count * (work.weights + 2 * work.attention)
         if whole(prefix):

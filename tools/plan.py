@@ -314,7 +314,7 @@ def _scorer(config: config_lib.Config, setup: Any, rows: int) -> tuple[Any, dict
     parameters = {path: jax.ShapeDtypeStruct(leaf.shape, setup.step.dtype, sharding=place(path))
                   for path, leaf in geometry.shapes.items()}
     count, row = rows * mesh.shape["data"] * mesh.shape["fsdp"], sharding.rows(mesh)
-    size = model.vit.image_size
+    size = model.encoder.image_size
     batch = {name: jax.ShapeDtypeStruct((count, *shape), dtype, sharding=row) for name, (shape, dtype) in {
         "images": ((1, size, size, 3), jnp.uint8), "tokens": ((width,), jnp.int32), "visual": ((width,), jnp.int32),
         "lengths": ((), jnp.int32), "digests": ((), jnp.uint32)}.items()}

@@ -15,6 +15,7 @@ import tensorstore
 from calm_jax.checkpoints import on_disk
 from calm_jax.checkpoints.meta import ARRAYS, Saved
 from calm_jax.errors import CheckpointError
+from calm_jax.models.parameters import Parameters
 
 LARGE = 1 << 22  # leaves from this many bytes on are cut into chunks
 

@@ -20,7 +20,7 @@ from jax.experimental import multihost_utils
 
 import calm_jax
 from calm_jax import config as config_lib
-from calm_jax.checkpoints import array_io, first, lineage
+from calm_jax.checkpoints import array_io, first, lineage, on_disk
 from calm_jax.checkpoints.meta import ARRAYS, BEST, MARKER, META, Saved
 from calm_jax.errors import CheckpointError
 
@@ -67,7 +67,7 @@ class Checkpoints:
             self._orbax.save(path / ARRAYS, args=ocp.args.PyTreeSave(
                 tree, save_args=jax.tree.map(array_io.chunks, tree)))
         except Exception as error:
-            raise folder.failed(path, error) from error
+            raise on_disk.failed(path, error) from error
         meta = {**meta, "step": step, "is_best": best, "version": calm_jax.__version__, "commit": _commit()}
         self._saved_at = time.monotonic()
         self._finisher = threading.Thread(target=self._finish, args=(path, meta, best, step), daemon=True)
@@ -75,13 +75,13 @@ class Checkpoints:
 
     def _known(self, path: pathlib.Path) -> bool:
         """Whether this checkpoint is there already; what a crash left of it is removed, and its folder made."""
-        if folder.is_complete(path):
+        if on_disk.is_complete(path):
             return True
         try:
             shutil.rmtree(path, ignore_errors=True)
             path.mkdir(parents=True)
         except OSError as error:
-            raise folder.failed(path, error) from error
+            raise on_disk.failed(path, error) from error
         return False
 
     def _finish(self, path: pathlib.Path, meta: Mapping[str, Any] | None, best: bool, step: int) -> None:
@@ -90,14 +90,14 @@ class Checkpoints:
             if meta is not None:
                 self._orbax.wait_until_finished()
                 if jax.process_index() == 0:
-                    folder.write_json(path / META, meta)
-                    folder.write_marker(path)
+                    on_disk.write_json(path / META, meta)
+                    on_disk.write_marker(path)
             if jax.process_index() == 0:
                 if best:
-                    folder.write_json(self.folder / BEST, {"step": step})
+                    on_disk.write_json(self.folder / BEST, {"step": step})
                 self._prune()
         except BaseException as error:
-            self._error = folder.failed(path, error)
+            self._error = on_disk.failed(path, error)
 
     def wait(self) -> None:
         """Returns when nothing is being saved. Raises CheckpointError when the last save failed."""
@@ -117,16 +117,16 @@ class Checkpoints:
 
     def _prune(self) -> None:
         """What a reader is at work in stays, and what cannot be removed now: until the next time."""
-        steps = [int(path.name) for path in folder.folders(self.folder) if folder.is_complete(path)]
-        for path in folder.folders(self.folder):
-            if not folder.is_complete(path):  # left by a crash while it was being pruned
+        steps = [int(path.name) for path in on_disk.folders(self.folder) if on_disk.is_complete(path)]
+        for path in on_disk.folders(self.folder):
+            if not on_disk.is_complete(path):  # left by a crash while it was being pruned
                 shutil.rmtree(path, ignore_errors=True)
-        keep = set(sorted(steps)[-max(self.policy.keep, 1):]) | {folder.best_step(self.folder)}
+        keep = set(sorted(steps)[-max(self.policy.keep, 1):]) | {on_disk.best_step(self.folder)}
         if self.policy.keep_every_steps:
             keep |= {step for step in steps if step % self.policy.keep_every_steps == 0}
         for step in set(steps) - keep:
             path = self.folder / f"{step:08d}"
-            lock = folder.locked(path, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock = on_disk.locked(path, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if lock is not None and not lineage.needed(path):
                 (path / MARKER).unlink(missing_ok=True)  # first: a crash in between leaves nothing that looks complete
                 shutil.rmtree(path, ignore_errors=True)
@@ -144,16 +144,16 @@ class Checkpoints:
         return first.by_the_first(self._latest)
 
     def _latest(self) -> Saved | None:
-        for path in reversed(folder.folders(self.folder)):
-            if not folder.is_complete(path):
+        for path in reversed(on_disk.folders(self.folder)):
+            if not on_disk.is_complete(path):
                 shutil.rmtree(path, ignore_errors=True)
                 continue
             try:
-                saved = folder.read(path)
-                if saved.meta["is_best"] and folder.best_step(self.folder) != saved.step:  # it died before it said so
-                    folder.write_json(self.folder / BEST, {"step": saved.step})
+                saved = on_disk.read(path)
+                if saved.meta["is_best"] and on_disk.best_step(self.folder) != saved.step:  # it died before it said so
+                    on_disk.write_json(self.folder / BEST, {"step": saved.step})
                 return saved
-            except folder.Vanished:
+            except on_disk.Vanished:
                 continue
             except CheckpointError as error:
                 logging.warning("%s; trying the one before it", error)

@@ -15,7 +15,6 @@ from collections.abc import Iterable, Mapping
 import einops
 import numpy as np
 
-from calm_jax import config as config_lib
 from calm_jax.errors import ConfigError
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -145,151 +144,16 @@ class Table:
         return tuple(dataclasses.replace(row, path=path + row.path, key=key + row.key) for row in self.rows)
 
 
-def _linear(path: str, key: str, *, bias: bool = True, stride: int = 1, offset: int = 0) -> tuple[Row, ...]:
+def linear(path: str, key: str, *, bias: bool = True, stride: int = 1, offset: int = 0) -> tuple[Row, ...]:
     rows = (Row(f"{path}/kernel", f"{key}.weight", LINEAR, stride, offset),
             Row(f"{path}/bias", f"{key}.bias", SAME, stride, offset))
     return rows if bias else rows[:1]
 
 
-def _norm(path: str, key: str, *, bias: bool = True, stride: int = 1, offset: int = 0) -> tuple[Row, ...]:
+def norm(path: str, key: str, *, bias: bool = True, stride: int = 1, offset: int = 0) -> tuple[Row, ...]:
     rows = (Row(f"{path}/scale", f"{key}.weight", SAME, stride, offset),
             Row(f"{path}/bias", f"{key}.bias", SAME, stride, offset))
     return rows if bias else rows[:1]
-
-
-def vit(cfg: config_lib.Vit) -> Table:
-    """`models.vit.Vit` and CLIPVisionModel; reads CLIPModel too, with and without the `vision_model.` level.
-
-    The convolutional stem is ours; its torch names are `embeddings.stem.N`, an `nn.Conv2d` each but the last, linear.
-    """
-    if cfg.stem == "patch":
-        sizes = (("c", 3), ("p", cfg.patch), ("q", cfg.patch))
-        stem = (Row("stem/embed/kernel", "embeddings.patch_embedding.weight",
-                    Rearrange("d c p q", "(p q c) d", sizes)),)
-    else:
-        count = cfg.patch.bit_length() - 1
-        stem = (*(row for n in range(count) for row in (Row(f"stem/kernels/{n}", f"embeddings.stem.{n}.weight", CONV),
-                                                        Row(f"stem/biases/{n}", f"embeddings.stem.{n}.bias"))),
-                *_linear("stem/embed", f"embeddings.stem.{count}"))
-    block = "encoder.layers.{layer}"
-    return Table(
-        rows=(
-            *stem,
-            Row("cls", "embeddings.class_embedding"),
-            Row("positions", "embeddings.position_embedding.weight"),
-            *_norm("pre_norm", "pre_layrnorm"),  # the misspelling is CLIP's
-            *_norm("blocks/attention_norm", f"{block}.layer_norm1"),
-            *_linear("blocks/attention/q", f"{block}.self_attn.q_proj"),
-            *_linear("blocks/attention/k", f"{block}.self_attn.k_proj"),
-            *_linear("blocks/attention/v", f"{block}.self_attn.v_proj"),
-            *_linear("blocks/attention/o", f"{block}.self_attn.out_proj"),
-            *_norm("blocks/mlp_norm", f"{block}.layer_norm2"),
-            *_linear("blocks/up", f"{block}.mlp.fc1"),
-            *_linear("blocks/down", f"{block}.mlp.fc2"),
-        ),
-        renames=((r"^vision_model\.", ""),),
-        ignored=(
-            Ignored(r"post_layernorm\.(weight|bias)", "the pooled output plays no part in CALM"),
-            Ignored(r"embeddings\.position_ids", "a buffer that older transformers saved: 0, 1, 2, ..."),
-            Ignored(r"(text_model\..*|text_projection\.weight|visual_projection\.weight|logit_scale)",
-                    "CLIP's text side and contrastive head"),
-        ),
-        constants=(Constant("post_layernorm.weight", "pre_layrnorm.weight", 1.0),
-                   Constant("post_layernorm.bias", "pre_layrnorm.bias", 0.0)),
-    )
-
-
-def qformer(cfg: config_lib.QFormer) -> Table:
-    """One `models.qformer.QFormer` and Blip2ForConditionalGeneration's query_tokens, qformer.*, language_projection.*.
-
-    The norm of the features read is `ln_vision.*` (LAVIS), which Blip2ForConditionalGeneration keeps as
-    `vision_model.post_layernorm.*`. Also reads a bare Blip2QFormerModel, InstructBLIP and LAVIS files.
-    """
-    rows = [
-        *_norm("context_norm", "ln_vision"),
-        Row("queries", "query_tokens", Rearrange("1 q d", "q d")),
-        *_norm("norm", "qformer.layernorm"),
-        *_linear("project", "language_projection"),
-    ]
-    key = "qformer.encoder.layer.{layer}"
-    for j in range(cfg.cross_every):
-        path, number = f"groups/blocks/{j}", {"stride": cfg.cross_every, "offset": j}
-        for ours, theirs in (("attention", "attention"), ("cross", "crossattention"))[: 1 if j else 2]:
-            rows += [
-                *_linear(f"{path}/{ours}/q", f"{key}.{theirs}.attention.query", **number),
-                *_linear(f"{path}/{ours}/k", f"{key}.{theirs}.attention.key", **number),
-                *_linear(f"{path}/{ours}/v", f"{key}.{theirs}.attention.value", **number),
-                *_linear(f"{path}/{ours}/o", f"{key}.{theirs}.output.dense", **number),
-                *_norm(f"{path}/{ours}_norm", f"{key}.{theirs}.output.LayerNorm", **number),
-            ]
-        rows += [
-            *_linear(f"{path}/up", f"{key}.intermediate_query.dense", **number),
-            *_linear(f"{path}/down", f"{key}.output_query.dense", **number),
-            *_norm(f"{path}/mlp_norm", f"{key}.output_query.LayerNorm", **number),
-        ]
-    return Table(
-        rows=tuple(rows),
-        renames=(
-            (r"^Qformer\.bert\.", "qformer."),  # LAVIS
-            (r"^(encoder|layernorm|embeddings)\.", r"qformer.\1."),  # a bare Blip2QFormerModel
-            (r"^qformer\.embeddings\.(LayerNorm|layernorm)\.", "qformer.layernorm."),  # LAVIS, InstructBLIP
-            (r"^(qformer\.encoder\.layer\.\d+\.\w+)\.self\.", r"\1.attention."),  # LAVIS
-            (r"^(opt_proj|t5_proj|llm_proj)\.", "language_projection."),  # LAVIS
-            (r"^vision_model\.post_layernorm\.", "ln_vision."),  # Blip2ForConditionalGeneration
-        ),
-        ignored=(
-            Ignored(r"qformer\.embeddings\..*|qformer\.encoder\.layer\.\d+\.(intermediate|output)\..*",
-                    "the text branch: only queries pass through CALM's Q-Formers"),
-            Ignored(r"Qformer\.cls\..*|(vision_proj|text_proj|vision_projection|text_projection|itm_head)\..*|temp",
-                    "heads of BLIP-2's first stage"),
-            Ignored(r"(vision_model|visual_encoder)\..*", "BLIP-2's own visual encoder"),
-            Ignored(r"(language_model|opt_model|t5_model|llm_model)\..*", "BLIP-2's own language model"),
-        ),
-    )
-
-
-def mfam(cfg: config_lib.QFormer) -> Table:
-    """`models.mfam.Mfam`: three times `qformer`, as `qformers.0` (low) to `qformers.2` (high), and `thematic`."""
-    return Table(rows=(*qformer(cfg).within("qformers/", "qformers.{level}."), *_linear("thematic", "thematic")))
-
-
-def llama() -> Table:
-    """`models.llama.Llama` and LlamaForCausalLM with an untied head."""
-    block = "model.layers.{layer}"
-    return Table(
-        rows=(
-            Row("embedding", "model.embed_tokens.weight"),
-            *_norm("blocks/attention_norm", f"{block}.input_layernorm", bias=False),
-            *_linear("blocks/q", f"{block}.self_attn.q_proj", bias=False),
-            *_linear("blocks/k", f"{block}.self_attn.k_proj", bias=False),
-            *_linear("blocks/v", f"{block}.self_attn.v_proj", bias=False),
-            *_linear("blocks/o", f"{block}.self_attn.o_proj", bias=False),
-            *_norm("blocks/mlp_norm", f"{block}.post_attention_layernorm", bias=False),
-            *_linear("blocks/gate", f"{block}.mlp.gate_proj", bias=False),
-            *_linear("blocks/up", f"{block}.mlp.up_proj", bias=False),
-            *_linear("blocks/down", f"{block}.mlp.down_proj", bias=False),
-            *_norm("norm", "model.norm", bias=False),
-            *_linear("head", "lm_head", bias=False),
-        ),
-        ignored=(Ignored(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq",
-                         "rotary frequencies, which older transformers saved and everyone computes"),),
-    )
-
-
-def score_head(cfg: config_lib.ScoreHead) -> Table:
-    """`models.score_head.ScoreHead`, where a model has one, and its counterpart of the same names in the export."""
-    return Table(rows=(*_linear("hidden", "hidden"), *_linear("out", "out")) if cfg.width else ())
-
-
-def calm(cfg: config_lib.Model) -> Table:
-    """`models.calm.Calm` and its parts under `vision_tower.`, `mfam.` and `language_model.` in one torch model."""
-    tower = vit(cfg.vit)
-    return Table(
-        rows=(*tower.within("vit/", "vision_tower."), *mfam(cfg.qformer).within("mfam/", "mfam."),
-              *llama().within("llama/", "language_model."),
-              *score_head(cfg.score_head).within("score_head/", "score_head.")),
-        renames=((r"^vision_tower\.vision_model\.", "vision_tower."),),
-        ignored=tuple(Ignored(rf"vision_tower\.({rule.pattern})", rule.reason) for rule in tower.ignored))
 
 
 def lora(table: Table, paths: Iterable[str]) -> tuple[Row, ...]:

@@ -1,7 +1,7 @@
 """An array and an ImageRef in, the padded and possibly edited square that the encoder sees out.
 
 Nothing is cropped beyond the reference's window and nothing is squashed: composition is part of what is judged. The
-padding is CLIP's mean colour, as in LLaVA-1.5, so that it is nearly zero after normalisation.
+colour of the padding is the encoder's choice (`config.Encoder.padding`).
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from calm_jax.data.samples import BadRecord, ImageRef
 
 Picture = UInt8[np.ndarray, "H W 3"]
 Square = UInt8[np.ndarray, "S S 3"]
+Colour = tuple[int, int, int]  # RGB 0..255
 
 GEOMETRY_SCALE = 2  # geometric edits work on a picture this many times larger, where it has the pixels
 
@@ -60,7 +61,7 @@ class Fitter:
         return round(max((right - left) * self.pixels.shape[1], (bottom - top) * self.pixels.shape[0]))
 
 
-def render(pixels: Picture, ref: ImageRef, size: int) -> Square:
+def render(pixels: Picture, ref: ImageRef, size: int, padding: Colour = pictures.PADDING) -> Square:
     """What the encoder sees of a stored picture: window, resize, edits in order, padding. A function of its arguments.
 
     Edits act on the fitted picture, so that their strength is what the encoder sees and the padding stays even.
@@ -69,14 +70,16 @@ def render(pixels: Picture, ref: ImageRef, size: int) -> Square:
       pixels: the stored picture, RGB 0..255.
       ref: its window and edits.
       size: side of the square, pixels.
+      padding: colour around the picture; the default is CLIP's.
     Raises:
       BadRecord: the window is no part of the picture.
       ConfigError: an edit names no attribute or grade.
     """
-    return render_noting(Fitter(pixels), ref, size)[0]
+    return render_noting(Fitter(pixels), ref, size, padding)[0]
 
 
-def render_noting(fitter: Fitter, ref: ImageRef, size: int) -> tuple[Square, frozenset[str]]:
+def render_noting(fitter: Fitter, ref: ImageRef, size: int, padding: Colour = pictures.PADDING
+                  ) -> tuple[Square, frozenset[str]]:
     """`render`, and the names of the attributes that must not be asked about on this picture.
 
     They are those whose edit is measured to have changed nothing visible on this picture, and those about which the
@@ -98,4 +101,4 @@ def render_noting(fitter: Fitter, ref: ImageRef, size: int) -> tuple[Square, fro
         before, picture = picture, attributes.apply(picture, edit)
         if attributes.is_noop(before, picture, edit):
             doubtful.add(edit.attribute)
-    return pictures.pad(picture, size), frozenset(doubtful)
+    return pictures.pad(picture, size, padding), frozenset(doubtful)

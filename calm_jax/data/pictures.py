@@ -46,7 +46,8 @@ class BadRecord(ValueError):
     exit_code = 1  # as errors of the rest of the package have one
 
 
-def square(picture: str | os.PathLike | bytes | Image.Image | np.ndarray, size: int) -> np.ndarray:
+def square(picture: str | os.PathLike | bytes | Image.Image | np.ndarray, size: int,
+           padding: tuple[int, int, int] = PADDING) -> np.ndarray:
     """The whole picture as the encoder sees it: uint8 `[size, size, 3]`, nothing cropped, nothing squashed.
 
     Args:
@@ -54,7 +55,7 @@ def square(picture: str | os.PathLike | bytes | Image.Image | np.ndarray, size: 
     Raises:
       BadRecord: as `read` and `fit`.
     """
-    return pad(fit(pixels(picture), size), size)
+    return pad(fit(pixels(picture), size), size, padding)
 
 
 def pixels(picture: str | os.PathLike | bytes | Image.Image | np.ndarray) -> np.ndarray:
@@ -309,11 +310,11 @@ def fit(pixels: np.ndarray, size: int, window: tuple[float, float, float, float]
     return np.asarray(picture.resize(fitted, Image.Resampling.BICUBIC, reducing_gap=3.0))
 
 
-def pad(pixels: np.ndarray, size: int) -> np.ndarray:
-    """Centres a picture of at most `size` x `size` on a square of PADDING."""
+def pad(pixels: np.ndarray, size: int, padding: tuple[int, int, int] = PADDING) -> np.ndarray:
+    """Centres a picture of at most `size` x `size` on a square of one colour, RGB."""
     height, width = pixels.shape[:2]
     canvas = np.empty((size, size, 3), np.uint8)
-    canvas[:] = np.tile(np.asarray(PADDING, np.uint8), (size, 1))  # whole lines are copied far faster than colours
+    canvas[:] = np.tile(np.asarray(padding, np.uint8), (size, 1))  # whole lines are copied far faster than colours
     top, left = (size - height) // 2, (size - width) // 2
     canvas[top:top + height, left:left + width] = pixels
     return canvas

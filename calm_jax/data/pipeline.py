@@ -125,7 +125,7 @@ class Rows:
                  model: config_lib.Model, *, seed: int, split: str, cache_mb: int = 0):
         self.process, self.tokenizer, self.seed, self.split = process, tokenizer, seed, split
         self.layout = Layout.of(model, process.parts)
-        self.size = model.vit.image_size
+        self.size, self.padding = model.encoder.image_size, model.encoder.padding
         self.bad: dict[str, str] = {}
         self.sources = tuple(self._source(name, datasets[name]) for name in process.datasets)
         self._weights = np.asarray([source.weight for source in self.sources])

@@ -75,7 +75,7 @@ def write(out: str | os.PathLike, *, workdirs: Mapping[str, str | os.PathLike], 
         raise ConfigError(f"the report needs {error.name}; run: pip install calm_jax[demo]") from None
     found = {result["task"]: result for result in results}
     runs = [_Run(name, pathlib.Path(folder)) for name, folder in workdirs.items()]
-    sizes = [run.config["model"]["vit"]["image_size"] for run in runs if run.config]
+    sizes = [run.config["model"]["encoder"]["image_size"] for run in runs if run.config]
     painter = _Painter(max(SHARP, *sizes) if sizes else SHARP,
                        {result["dataset"]: result.get("data_dir", "") for result in results})
     asked = found.get("attributes")

@@ -23,7 +23,7 @@ from calm_jax import config as config_lib
 from calm_jax.errors import ConfigError
 from calm_jax.models import layers
 from calm_jax.models.calm import Calm
-from calm_jax.models.llama import Before, Cache
+from calm_jax.models.decoders import Before, Cache
 from calm_jax.models.parameters import Geometry, Parameters
 
 COLDEST = 1e-3  # temperature; below it a token is drawn as 0 takes it, and logits divided by it overflow in the end
@@ -72,7 +72,7 @@ def prompted(geometry: Geometry, parameters: Parameters, batch: dict[str, Array]
     model = geometry.bind(parameters)
     with layers.rows_over_all(len(batch["tokens"])):
         x = model.embed(batch["tokens"], batch["visual"], model.encode(batch["images"], parts, dtype=dtype))
-        last, cache = model.llama.prefill(x, batch["lengths"], room, batch.get("before"))
+        last, cache = model.decoder.prefill(x, batch["lengths"], room, batch.get("before"))
     return model, layers.by_rows(last), [(layers.by_heads(k), layers.by_heads(v)) for k, v in cache]
 
 
@@ -112,7 +112,7 @@ def sample(geometry: Geometry, parameters: Parameters, batch: dict[str, Array], 
     rows, _, width = prompt.shape
 
     def following(hidden, count):
-        logits = unended(model.llama.logits(hidden)[:, 0], count, shortest, eos)
+        logits = unended(model.decoder.logits(hidden)[:, 0], count, shortest, eos)
         if not drawn:
             return logits.argmax(-1).astype(jnp.int32)
         return choose(logits, batch["digests"], count, temperature, top_p, seed)
@@ -125,7 +125,8 @@ def sample(geometry: Geometry, parameters: Parameters, batch: dict[str, Array], 
         count, answers, cache, ended = carry
         token = jax.lax.dynamic_slice_in_dim(answers, count - 1, 1, axis=1)
         sees = jnp.concatenate([prompt, jnp.broadcast_to(jnp.arange(limit) < count, (rows, 1, limit))], -1)
-        hidden, cache = model.llama.extend(model.llama.embed(token, dtype), (lengths + count - 1)[:, None], sees, cache,
+        hidden, cache = model.decoder.extend(model.decoder.embed(token, dtype), (lengths + count - 1)[:, None], sees,
+                                             cache,
                                            width + count - 1)
         token = jnp.where(ended, eos, following(hidden, count))
         answers = jax.lax.dynamic_update_slice_in_dim(answers, token[:, None], count, axis=1)
@@ -204,9 +205,9 @@ def search(geometry: Geometry, parameters: Parameters, batch: dict[str, Array], 
         owns = state.owns | own
         sees = jnp.concatenate([jnp.broadcast_to(prompt, (rows, beams, width)), owns], -1)
         at = jnp.broadcast_to((lengths + state.count - 1)[:, None], (rows, beams))
-        hidden, cache = model.llama.extend(model.llama.embed(newest, dtype), at, sees, cache,
+        hidden, cache = model.decoder.extend(model.decoder.embed(newest, dtype), at, sees, cache,
                                            width + (state.count - 1) * beams)
-        logits = jax.nn.log_softmax(model.llama.logits(hidden))
+        logits = jax.nn.log_softmax(model.decoder.logits(hidden))
         return state._replace(owns=owns), unended(logits, state.count, shortest, eos), cache
 
     def step(carry):
@@ -218,7 +219,7 @@ def search(geometry: Geometry, parameters: Parameters, batch: dict[str, Array], 
         jnp.where(jnp.arange(beams) == 0, 0.0, UNLIKELY) + jnp.zeros((rows, 1)),  # else all beams begin alike
         jnp.zeros((rows, beams, limit * beams), bool), jnp.full((rows, beams, limit), eos, jnp.int32),
         jnp.full((rows, beams), UNLIKELY), jnp.zeros((rows, beams), bool), jnp.ones(rows, bool), jnp.bool_(False))
-    first = unended(jax.nn.log_softmax(model.llama.logits(last)), 0, shortest, eos)
+    first = unended(jax.nn.log_softmax(model.decoder.logits(last)), 0, shortest, eos)
     state = advance(start, jnp.broadcast_to(first, (rows, beams, first.shape[-1])), length_penalty, eos)
     state, _ = jax.lax.while_loop(lambda carry: carry[0].improvable.any() & ~carry[0].full, step, (state, cache))
     return state.finished[:, 0]

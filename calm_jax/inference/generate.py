@@ -29,7 +29,7 @@ from calm_jax.inference import decoding, scorer
 from calm_jax.inference.decoding import GREEDY, Sampling
 from calm_jax.inference.scorer import Score
 from calm_jax.models import layers
-from calm_jax.models.llama import Before
+from calm_jax.models.decoders import Before
 from calm_jax.models.parameters import Geometry, Parameters, unroll
 
 AHEAD = 2  # batches that are prepared while the device computes
@@ -65,7 +65,9 @@ class Generator:
                  parts: tuple[str, ...] = config_lib.PARTS, dtype: Any = jnp.float32):
         transposed = layers.platform() == "cpu"
         self.tokenizer, self.parameters, self.dtype = tokenizer, unroll(parameters, transposed=transposed), dtype
-        self.layout, self.size, self.longest = Layout.of(model, parts), model.vit.image_size, model.llama.positions
+        self.layout = Layout.of(model, parts)
+        self.size, self.longest = model.encoder.image_size, model.decoder.positions
+        self.padding = model.encoder.padding
         self.geometry = Geometry.of(model, unrolled=True, transposed=transposed)
         places = [leaf.sharding for leaf in self.parameters.values() if isinstance(leaf.sharding, NamedSharding)]
         self.mesh = places[0].mesh if places and places[0].mesh.size > 1 else None
@@ -169,7 +171,8 @@ class Generator:
                   "lengths": np.asarray([len(item.tokens) for item in encoded], np.int32),
                   "digests": np.zeros(len(encoded), np.uint32)}
         shown = [(row, slot, ref) for row, refs in enumerate(images) for slot, ref in enumerate(refs)]
-        squares = self._readers.map(lambda place: images_lib.render(pixels(place[2].index), place[2], self.size), shown)
+        squares = self._readers.map(lambda place: images_lib.render(
+            pixels(place[2].index), place[2], self.size, self.padding), shown)
         for (row, slot, _), square in zip(shown, squares, strict=True):
             arrays["images"][row, slot] = square
         for row, item in enumerate(encoded):

@@ -106,11 +106,11 @@ def expectation(geometry: Geometry, parameters: Parameters, batch: dict[str, Arr
     model, last, cache = decoding.prompted(geometry, parameters, batch, parts=parts, room=count, dtype=dtype)
     prompt, lengths = decoding.own_prompt(batch)
     rows, _, width = prompt.shape
-    words = model.llama.embed(jnp.broadcast_to(tree.tokens, (rows, count)), dtype)
+    words = model.decoder.embed(jnp.broadcast_to(tree.tokens, (rows, count)), dtype)
     sees = jnp.concatenate([jnp.broadcast_to(prompt, (rows, count, width)),
                             jnp.broadcast_to(tree.sees, (rows, count, count))], -1)
-    behind, _ = model.llama.extend(words, lengths[:, None] + tree.depths - 1, sees, cache, width)
-    logits = jax.nn.log_softmax(model.llama.logits(jnp.concatenate([last, behind], 1)))
+    behind, _ = model.decoder.extend(words, lengths[:, None] + tree.depths - 1, sees, cache, width)
+    logits = jax.nn.log_softmax(model.decoder.logits(jnp.concatenate([last, behind], 1)))
     chances = jnp.where(tree.steps, logits[:, tree.nodes, tree.labels], 0.0).sum(-1)
     weights = jax.nn.softmax(chances)
     mean = weights @ tree.values

@@ -12,10 +12,8 @@ from jaxtyping import Array, Float, Int, Key, UInt8
 
 from calm_jax import config as config_lib
 from calm_jax.models import lora
-from calm_jax.models.llama import Llama
 from calm_jax.models.mfam import Mfam
 from calm_jax.models.score_head import ScoreHead
-from calm_jax.models.vit import Vit, normalise
 
 
 class Calm(nnx.Module):
@@ -24,30 +22,29 @@ class Calm(nnx.Module):
     def __init__(self, cfg: config_lib.Model, rngs: nnx.Rngs):
         self.cfg = cfg  # frozen, so that the graphdef can be hashed
         self.remat = cfg.remat
-        self.vit = Vit(cfg.vit, rngs)
+        self.encoder = cfg.encoder.build(cfg.depths, rngs)
         self.mfam = Mfam(cfg, rngs)
-        self.llama = Llama(cfg.llama, rngs)
+        self.decoder = cfg.decoder.build(rngs)
         if cfg.lora.rank:
             lora.add(self, cfg.lora, rngs)
         # Last, so that the other parameters are drawn alike with it and without.
-        self.score_head = ScoreHead(cfg.llama.width, cfg.score_head, rngs) if cfg.score_head.width else None
+        self.score_head = ScoreHead(cfg.decoder.width, cfg.score_head, rngs) if cfg.score_head.width else None
 
     def encode(self, images: UInt8[Array, "B I H W 3"], parts: tuple[str, ...], *, dtype: Any,
-               freeze_vit: bool = False) -> Float[Array, "B M D"]:
+               freeze_encoder: bool = False) -> Float[Array, "B M D"]:
         """Visual tokens of a row's images, one image after the other, each in the order of `parts`: M = I * N.
 
         Args:
           images: RGB, 0..255.
           parts: subset of low, middle, high, thematic, in that order; the others are not computed.
-          freeze_vit: no gradient is wanted for the encoder, so its activations need not be kept.
+          freeze_encoder: no gradient is wanted for the encoder, so its activations need not be kept.
         """
         rows = images.shape[0]
-        pixels = normalise(rearrange(images, "b i h w c -> (b i) h w c"), dtype)
-        depths = {part: self.cfg.depths.block(part, self.cfg.vit.depth) for part in parts}
-        taps = self.vit(pixels, tuple(depths.values()), remat=self.remat)
-        if freeze_vit:
-            taps = jax.lax.stop_gradient(taps)
-        tokens = self.mfam({part: taps[depth] for part, depth in depths.items()}, remat=self.remat)
+        features = self.encoder.features(rearrange(images, "b i h w c -> (b i) h w c"), parts, dtype=dtype,
+                                         remat=self.remat)
+        if freeze_encoder:
+            features = jax.lax.stop_gradient(features)
+        tokens = self.mfam(features, remat=self.remat)
         return rearrange(tokens, "(b i) n d -> b (i n) d", b=rows)
 
     def embed(self, tokens: Int[Array, "B T"], visual: Int[Array, "B T"],
@@ -56,17 +53,17 @@ class Calm(nnx.Module):
 
         The gather never leaves its row, so that rows on different devices exchange nothing.
         """
-        words = self.llama.embed(tokens, pool.dtype)
+        words = self.decoder.embed(tokens, pool.dtype)
         seen = jnp.take_along_axis(pool, jnp.maximum(visual, 0)[..., None], axis=1)
         return jnp.where((visual >= 0)[..., None], seen, words)
 
     def __call__(self, batch: dict[str, Array], parts: tuple[str, ...], *, dtype: Any = jnp.float32,
-                 freeze_vit: bool = False, key: Key[Array, ""] | None = None) -> Float[Array, "B T D"]:
+                 freeze_encoder: bool = False, key: Key[Array, ""] | None = None) -> Float[Array, "B T D"]:
         """Hidden states of a batch of packed rows (`data.pipeline` documents its arrays)."""
-        pool = self.encode(batch["images"], parts, dtype=dtype, freeze_vit=freeze_vit)
+        pool = self.encode(batch["images"], parts, dtype=dtype, freeze_encoder=freeze_encoder)
         x = self.embed(batch["tokens"], batch["visual"], pool)
-        return self.llama(x, batch["positions"], batch["segments"], remat=self.remat, key=key)
+        return self.decoder(x, batch["positions"], batch["segments"], remat=self.remat, key=key)
 
     def answer_logits(self, hidden: Float[Array, "B T D"], places: Int[Array, "B K"]) -> Float[Array, "B K V"]:
         """float32 logits at the supervised positions only; position t predicts token t + 1."""
-        return self.llama.logits(jnp.take_along_axis(hidden, places[..., None], axis=1))
+        return self.decoder.logits(jnp.take_along_axis(hidden, places[..., None], axis=1))

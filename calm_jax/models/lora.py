@@ -15,7 +15,7 @@ from calm_jax.models.layers import Linear, Lora
 
 
 def linears(model: nnx.Module) -> dict[str, Linear]:
-    """Every linear layer of a model by its path, such as `llama/blocks/q`; stacked ones appear once."""
+    """Every linear layer of a model by its path, such as `decoder/blocks/q`; stacked ones appear once."""
     return {"/".join(map(str, path)): module for path, module in nnx.iter_modules(model) if isinstance(module, Linear)}
 
 
@@ -59,6 +59,6 @@ def merged(kernel: Float[Array, "*s I O"], a: Float[Array, "*s I R"], b: Float[A
 
 
 def factors(kernel: str) -> tuple[str, str]:
-    """The paths of the two factors that update the kernel at a path, such as `llama/blocks/q/kernel`."""
+    """The paths of the two factors that update the kernel at a path, such as `decoder/blocks/q/kernel`."""
     above = kernel.removesuffix("/kernel")
     return f"{above}/lora/a", f"{above}/lora/b"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -9,36 +11,45 @@ from jaxtyping import Array, Float
 
 from calm_jax import config as config_lib
 from calm_jax.models import layers
+from calm_jax.models.encoders import Feature
 from calm_jax.models.qformer import QFormer
 
 
 class Mfam(nnx.Module):
     """One fully connected layer for the thematic features and three Q-Formers, low, middle and high (paper).
 
-    The three have one geometry, so they are one module with a leading level axis, run side by side.
+    Where the encoder's three levels have one geometry, the Q-Formers are one module with a leading level axis, run side
+    by side; else they are a list of three.
     """
 
     def __init__(self, cfg: config_lib.Model, rngs: nnx.Rngs):
-        self.qformers = layers.stack(
-            lambda rngs: QFormer(cfg.qformer, cfg.vit.width, cfg.llama.width, rngs), len(config_lib.LEVELS), rngs)
-        self.thematic = layers.Linear(cfg.vit.width, cfg.llama.width, bias=True, rngs=rngs)
+        width, levels = cfg.decoder.width, [cfg.encoder.part(level) for level in config_lib.LEVELS]
+        self.stacked = len(set(levels)) == 1
+        if self.stacked:
+            self.qformers = layers.stack(
+                lambda rngs: QFormer(cfg.qformer, levels[0].width, width, rngs), len(levels), rngs)
+        else:
+            self.qformers = nnx.List([QFormer(cfg.qformer, level.width, width, rngs) for level in levels])
+        self.thematic = layers.Linear(cfg.encoder.part("thematic").width, width, bias=True, rngs=rngs)
 
-    def __call__(self, features: dict[str, Float[Array, "B S E"]], *, remat: str = "none") -> Float[Array, "B N D"]:
+    def __call__(self, features: Mapping[str, Feature], *, remat: str = "none") -> Float[Array, "B N D"]:
         """Tokens of the parts present in `features`, in the order low, middle, high, thematic (paper).
 
-        Args:
-          features: part -> encoder hidden states, CLS first. The Q-Formers read CLS as well; the fully connected
-            layer drops it (LLaVA-1.5).
+        The Q-Formers read all tokens of their features; the fully connected layer leaves out those that stand for no
+        place in the image, such as CLIP's class token (LLaVA-1.5).
         """
         tokens = []
         levels = [part for part in config_lib.LEVELS if part in features]
-        if levels:
+        if levels and self.stacked:
             graphdef, state = nnx.split(self.qformers)
             if len(levels) < len(config_lib.LEVELS):
                 picked = jnp.asarray([config_lib.LEVELS.index(level) for level in levels])
                 state = jax.tree.map(lambda leaf: leaf[picked], state)
             run = jax.vmap(lambda state, context: nnx.merge(graphdef, state)(context, remat=remat))
-            tokens.extend(run(state, jnp.stack([features[level] for level in levels])))
+            tokens.extend(run(state, jnp.stack([features[level].tokens for level in levels])))
+        elif levels:
+            tokens.extend(self.qformers[config_lib.LEVELS.index(level)](features[level].tokens, remat=remat)
+                          for level in levels)
         if "thematic" in features:
-            tokens.append(self.thematic(features["thematic"][:, 1:]))
+            tokens.append(self.thematic(features["thematic"].tokens[:, features["thematic"].prefix:]))
         return jnp.concatenate(tokens, 1)

@@ -1,7 +1,7 @@
 """A model config in; its parameters as one flat table {path: array}, and a table back as a model, out.
 
 Everything outside the models (optimizer, sharding, checkpoints, conversion) works on this table, whose keys are
-paths such as `llama/blocks/q/kernel`.
+paths such as `decoder/blocks/q/kernel`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from calm_jax import config as config_lib
 from calm_jax.models.calm import Calm
 
 Parameters = dict[str, Array]
-BLOCKS = "llama/blocks/"
+BLOCKS = "decoder/blocks/"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Geometry:
         def make():
             model = Calm(cfg, nnx.Rngs(0))
             if unrolled:
-                model.llama.unroll(transposed=transposed)
+                model.decoder.unroll(transposed=transposed)
             return model
 
         graphdef, state = nnx.split(nnx.eval_shape(make))
@@ -69,14 +69,14 @@ def initial(cfg: config_lib.Model, key: Array) -> Parameters:
 def unroll(parameters: Parameters, *, transposed: bool) -> Parameters:
     """The same parameters with an array of its own for each block of the language model, as decoding wants them.
 
-    `llama/blocks/q/kernel` becomes `llama/blocks/0/q/kernel` and so on. To hold no weight twice, drop `parameters`.
+    `decoder/blocks/q/kernel` becomes `decoder/blocks/0/q/kernel` and so on. To hold no weight twice, drop `parameters`.
 
     Args:
       transposed: the kernels of the language model become `[O, I]`, as `Llama.unroll` wants them then.
     """
     unrolled: Parameters = {}
     for path, leaf in parameters.items():
-        turned = transposed and path.startswith("llama/") and path.endswith("/kernel")
+        turned = transposed and path.startswith("decoder/") and path.endswith("/kernel")
         if path.startswith(BLOCKS):
             parts = _apart(leaf, leaf.shape[0], turned)
             unrolled |= {f"{BLOCKS}{index}/{path.removeprefix(BLOCKS)}": part for index, part in enumerate(parts)}

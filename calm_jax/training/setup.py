@@ -66,7 +66,7 @@ class Setup:
         tx, schedule = optimizer.make(process.optimizer, process.steps)
         lora = config.model.lora
         step = Step(geometry, process, tx, schedule, dtype, mesh=mesh,
-                    freeze_vit=not any(learn for path, learn in learns.items() if path.startswith("vit/")),
+                    freeze_encoder=not any(learn for path, learn in learns.items() if path.startswith("encoder/")),
                     dropout=lora.rank > 0 and lora.dropout > 0)
         own = {path: layout[path] for path, learn in learns.items() if learn}
         moments = sharding.optimizer(tx, {path: kept[path] for path in own}, own, mesh)
@@ -95,7 +95,7 @@ class Setup:
         """What `compiled` takes, as shapes."""
         single = self.placements.step
         state = State(jax.ShapeDtypeStruct((), jnp.int32, sharding=single), self.trained, self.moments)
-        rows = pipeline.blank(self.process.row, self.model.vit.image_size)
+        rows = pipeline.blank(self.process.row, self.model.encoder.image_size)
         batch = {name: jax.ShapeDtypeStruct((self.process.batch, *value.shape), value.dtype,
                                             sharding=sharding.rows(self.mesh)) for name, value in rows.items()}
         return state, self.frozen, batch, jax.eval_shape(lambda: jax.random.key(0))

@@ -38,7 +38,7 @@ class Step:
       process: what learns, on rows of which shape.
       tx, schedule: from `optimizer.make`.
       dtype: of the computation.
-      freeze_vit: the encoder does not learn, so nothing is kept for its backward pass.
+      freeze_encoder: the encoder does not learn, so nothing is kept for its backward pass.
       dropout: whether LoRA dropout is on.
       mesh: devices; None for a single one.
     """
@@ -48,7 +48,7 @@ class Step:
     tx: optax.GradientTransformation
     schedule: optax.Schedule
     dtype: Any
-    freeze_vit: bool
+    freeze_encoder: bool
     dropout: bool
     mesh: jax.sharding.Mesh | None = None
 
@@ -62,7 +62,7 @@ class Step:
         """
         model = self.geometry.bind({**trained, **frozen})
         with contextlib.nullcontext() if self.mesh is None else jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
-            hidden = model(batch, self.process.parts, dtype=self.dtype, freeze_vit=self.freeze_vit, key=key)
+            hidden = model(batch, self.process.parts, dtype=self.dtype, freeze_encoder=self.freeze_encoder, key=key)
             logits = model.answer_logits(hidden, batch["places"])
             head, error = (model.score_head.loss(hidden, batch["asked"], batch["targets"])
                            if self.process.score_head else (None, None))

@@ -190,7 +190,7 @@ def test_several_processes_merge_the_adapters_that_one_has_trained(tmp_path, cac
     values["model"]["lora"] = {"rank": 3, "alpha": 6.0, "dropout": 0.0}
     values["init"] = str(tmp_path / "base")
     values["processes"]["generic"] |= {"train": (r".*/lora/(a|b)",), "freeze": (
-        r"vit/.*", r"mfam/.*", r"llama/(?!.*/lora/).*")}
+        r"encoder/.*", r"mfam/.*", r"decoder/(?!.*/lora/).*")}
     command = miniature.command(tmp_path / "one", values=values)
     one = miniature.run(command, miniature.environment(cache))
     many = miniature.run([command[0], "-m", "calm_jax.supervise", "--processes", "2", "--", *miniature.command(

@@ -36,16 +36,16 @@ VISUAL = 96  # channels of the language model, so that a visual pool has a shape
 # Eight heads and widths that divide by eight; one LoRA, so that its rules are used too.
 WIDE = dataclasses.replace(
     miniature.MODEL,
-    vit=dataclasses.replace(miniature.MODEL.vit, heads=8, stem="patch"),
+    encoder=dataclasses.replace(miniature.MODEL.encoder, heads=8, stem="patch"),
     qformer=dataclasses.replace(miniature.MODEL.qformer, heads=8),
-    llama=dataclasses.replace(miniature.MODEL.llama, width=VISUAL, heads=8, kv_heads=8, mlp_width=64, vocab=256),
+    decoder=dataclasses.replace(miniature.MODEL.decoder, width=VISUAL, heads=8, kv_heads=8, mlp_width=64, vocab=256),
     lora=config_lib.Lora(rank=4, alpha=4.0, dropout=0.0))
 # Three heads, odd widths: an axis that does not divide is left out.
 ODD = dataclasses.replace(
     miniature.MODEL,
-    vit=dataclasses.replace(miniature.MODEL.vit, width=36, heads=3, mlp_width=50),
+    encoder=dataclasses.replace(miniature.MODEL.encoder, width=36, heads=3, mlp_width=50),
     qformer=dataclasses.replace(miniature.MODEL.qformer, width=30, heads=3, mlp_width=42),
-    llama=dataclasses.replace(miniature.MODEL.llama, width=36, heads=3, kv_heads=3, mlp_width=50, vocab=251))
+    decoder=dataclasses.replace(miniature.MODEL.decoder, width=36, heads=3, kv_heads=3, mlp_width=50, vocab=251))
 PROCESS = miniature.process(batch=ROWS, row=config_lib.Row(tokens=64, images=2, answers=12, candidates=3))
 
 
@@ -55,7 +55,7 @@ PROCESS = miniature.process(batch=ROWS, row=config_lib.Row(tokens=64, images=2, 
 def a_step(model: config_lib.Model, accumulate: int, mesh: jax.sharding.Mesh | None) -> Step:
     process = dataclasses.replace(PROCESS, accumulate=accumulate)
     tx, schedule = optimizer.make(process.optimizer, process.steps)
-    return Step(Geometry.of(model), process, tx, schedule, np.float32, freeze_vit=False, dropout=False, mesh=mesh)
+    return Step(Geometry.of(model), process, tx, schedule, np.float32, freeze_encoder=False, dropout=False, mesh=mesh)
 
 
 def drawn(model: config_lib.Model) -> dict[str, np.ndarray]:
@@ -95,7 +95,7 @@ def compiled(flat: bool) -> str:
             rows, size, width = pool.shape
             index = visual + jax.numpy.arange(rows)[:, None] * size
             seen = pool.reshape(rows * size, width)[jax.numpy.maximum(index, 0)]
-            return jax.numpy.where((visual >= 0)[..., None], seen, self.llama.embed(tokens, pool.dtype))
+            return jax.numpy.where((visual >= 0)[..., None], seen, self.decoder.embed(tokens, pool.dtype))
 
         class Flat(Geometry):
             def bind(self, parameters):
@@ -214,10 +214,10 @@ def test_no_large_parameter_is_replicated_on_fsdp_8(variant):
 @pytest.mark.parametrize("rank", [0, 8])
 def test_every_parameter_matches_exactly_one_rule(variant, stem, rank):
     model = config_lib.model(variant)
-    vit = dataclasses.replace(model.vit, stem=stem)
+    vit = dataclasses.replace(model.encoder, stem=stem)
     if stem == "conv" and vit.patch & (vit.patch - 1):
         vit = dataclasses.replace(vit, patch=16)
-    shapes = Geometry.of(dataclasses.replace(model, vit=vit, lora=config_lib.Lora(rank=rank))).shapes
+    shapes = Geometry.of(dataclasses.replace(model, encoder=vit, lora=config_lib.Lora(rank=rank))).shapes
     for path in shapes:
         rules = [name for name, (regexes, _) in sharding.TABLE.items()
                  if any(re.fullmatch(regex, path) for regex in regexes)]
@@ -229,8 +229,8 @@ def test_every_parameter_matches_exactly_one_rule(variant, stem, rank):
 
 
 def test_a_parameter_without_a_rule_is_named():
-    with pytest.raises(ConfigError, match="llama/blocks/bell matches none of"):
-        sharding.rules({"llama/embedding": None, "llama/blocks/bell": None})
+    with pytest.raises(ConfigError, match="decoder/blocks/bell matches none of"):
+        sharding.rules({"decoder/embedding": None, "decoder/blocks/bell": None})
 
 
 def test_a_batch_that_does_not_divide_the_mesh_is_refused_with_a_batch_that_does():

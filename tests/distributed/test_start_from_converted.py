@@ -78,7 +78,7 @@ def restores(folder: str, address: str, index: int, count: int, control: bool) -
     layout, held = sharding.parameters(geometry.shapes, mesh), array_io.shapes(saved)
     kept = {path: jax.ShapeDtypeStruct(leaf.shape, np.float32, sharding=layout[path])
             for path, leaf in geometry.shapes.items()}
-    first = "llama/norm/scale"  # loading one small array, and in one test the layer at random, is in the baseline
+    first = "decoder/norm/scale"  # loading one small array, and in one test the layer at random, is in the baseline
     loaded = restore.load(saved, geometry, config, {
         path: leaf for path, leaf in kept.items() if path == first or (control and path not in held)})
     with Cost() as sharing:
@@ -89,9 +89,9 @@ def restores(folder: str, address: str, index: int, count: int, control: bool) -
                "share": sum(shard.data.nbytes for path in held for shard in loaded[path].addressable_shards)}
     source = torch_files.tensors(pathlib.Path(folder) / "llm")
     for path, truth in {
-            "llama/head/kernel": source["lm_head.weight"].read().T,
-            "llama/blocks/down/kernel": np.stack([source[f"model.layers.{n}.mlp.down_proj.weight"].read().T
-                                                  for n in range(config.model.llama.depth)])}.items():
+            "decoder/head/kernel": source["lm_head.weight"].read().T,
+            "decoder/blocks/down/kernel": np.stack([source[f"model.layers.{n}.mlp.down_proj.weight"].read().T
+                                                  for n in range(config.model.decoder.depth)])}.items():
         for shard in loaded[path].addressable_shards:
             np.testing.assert_array_equal(np.asarray(shard.data), truth[shard.index])
     if control:
@@ -113,14 +113,14 @@ def converted(folder: pathlib.Path, llm) -> pathlib.Path:
     import test_conversion
     import torch
 
+    from calm_jax.convert import hf_import
     from calm_jax.data.tokenizer import SHIPPED
-    from tools import convert_from_hf
     torch.manual_seed(0)
     test_conversion.write(test_conversion.vit(), folder / "vit", "safetensors")
     test_conversion.write(llm, folder / "llm", "safetensors")
     shutil.copyfile(SHIPPED, folder / "llm" / "tokenizer.model")
     torch.save({"model": test_conversion.lavis(width=64, out=llm.config.hidden_size)}, folder / "qformer.pth")
-    return convert_from_hf.convert(str(folder / "vit"), str(folder / "llm"), [str(folder / "qformer.pth")],
+    return hf_import.convert(str(folder / "vit"), str(folder / "llm"), [str(folder / "qformer.pth")],
                                    str(folder / "out"))
 
 
@@ -213,4 +213,4 @@ def test_the_program_trains_from_it_on_eight_devices(tmp_path):
     moved = {path: float(np.abs(after[path] - before[path]).max()) for path in before}
     # Two steps of Adam, at the rate and at half of it; random numbers would be far off.
     assert max(moved.values()) < 1.6 * rate
-    assert min(moved[path] for path in before if path.startswith(("vit/blocks", "llama/"))) > 0
+    assert min(moved[path] for path in before if path.startswith(("encoder/blocks", "decoder/"))) > 0

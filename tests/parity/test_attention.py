@@ -17,7 +17,7 @@ from flax import nnx
 from calm_jax import config as config_lib
 from calm_jax.models import attention
 from calm_jax.models.attention import attend
-from calm_jax.models.llama import Llama
+from calm_jax.models.decoders.llama import Llama
 
 TILE = 32
 
@@ -227,7 +227,7 @@ def test_the_kernels_of_accelerators_compute_what_tiles_compute(kernel, length, 
 def test_what_a_kernel_computed_is_kept_with_the_products(monkeypatch):
     """Of the three ways to keep, only `full` computes attention again."""
     monkeypatch.setattr(attention, "KERNELS", {"cpu": functools.partial(attention.flash, interpret=True)})
-    cfg = config_lib.Llama(vocab=8, width=128, depth=2, heads=2, kv_heads=2, mlp_width=128, positions=128)
+    cfg = config_lib.decoder("llama", vocab=8, width=128, depth=2, heads=2, kv_heads=2, mlp_width=128, positions=128)
     graph, state = nnx.split(nnx.eval_shape(lambda: Llama(cfg, nnx.Rngs(0))))
     x, ids = jax.ShapeDtypeStruct((1, 128, 128), jnp.bfloat16), jax.ShapeDtypeStruct((1, 128), jnp.int32)
 

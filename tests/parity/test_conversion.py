@@ -21,11 +21,13 @@ from calm_jax import config as config_lib
 from calm_jax import json_files, sharding
 from calm_jax.checkpoints import array_io, locate, restore
 from calm_jax.checkpoints.meta import ARRAYS
-from calm_jax.convert import geometry, tables, torch_files
+from calm_jax.convert import families, hf_import, mfam, tables, torch_files
+from calm_jax.convert.families import clip
+from calm_jax.convert.families import llama as llama_family
 from calm_jax.data.tokenizer import SHIPPED
 from calm_jax.errors import CheckpointError, ConfigError
 from calm_jax.models.parameters import Geometry
-from tools import bench_conversion, convert_from_hf
+from tools import bench_conversion
 
 torch = pytest.importorskip("torch", reason="torch is not here; make test has it")
 safetensors_torch = pytest.importorskip("safetensors.torch")
@@ -154,14 +156,14 @@ def test_every_tensor_arrives_bit_for_bit(tmp_path, monkeypatch, form, dtype):
     if form == "safetensors":  # leaves of real size are written in pieces; here that size is made small
         monkeypatch.setattr(array_io, "LARGE", 1 << 9)
     sources = parts(tmp_path, form, dtype)
-    out = convert_from_hf.convert(*sources, [], str(tmp_path / "out"))
+    out = hf_import.convert(*sources, [], str(tmp_path / "out"))
     assert not list(tmp_path.glob("*.partial"))
     model, leaves = values(out)
-    assert (model.vit.depth, model.llama.kv_heads, model.llama.vocab) == (4, 2, 2048)
-    for prefix, table in (("vit/", tables.vit(model.vit)), ("llama/", tables.llama())):
+    assert (model.encoder.depth, model.decoder.kv_heads, model.decoder.vocab) == (4, 2, 2048)
+    for prefix, table in (("encoder/", clip.table(model.encoder)), ("decoder/", llama_family.table(None))):
         mine = {name.removeprefix(prefix): leaf for name, leaf in leaves.items() if name.startswith(prefix)}
         back = tables.to_torch(table, mine)
-        folder = tmp_path / ("vit" if prefix == "vit/" else "llm")
+        folder = tmp_path / ("vit" if prefix == "encoder/" else "llm")
         truth = torch_files.tensors(folder)
         for name, tensor in truth.items():
             key = name.removeprefix("vision_model.")
@@ -175,7 +177,7 @@ def test_every_tensor_arrives_bit_for_bit(tmp_path, monkeypatch, form, dtype):
 def test_one_qformer_serves_all_levels_and_what_does_not_fit_is_left_and_said(tmp_path, context):
     sources, said = parts(tmp_path), []
     folder = with_queries(tmp_path / "qformer", context)
-    out = convert_from_hf.convert(*sources, [folder], str(tmp_path / "out"), say=said.append)
+    out = hf_import.convert(*sources, [folder], str(tmp_path / "out"), say=said.append)
     model, leaves = values(out)
     assert (model.qformer.queries, model.qformer.width, model.qformer.cross_every) == (6, 16, 2)
     truth = torch_files.tensors(tmp_path / "qformer")
@@ -193,12 +195,12 @@ def test_one_qformer_serves_all_levels_and_what_does_not_fit_is_left_and_said(tm
 def test_three_qformers_are_low_middle_and_high(tmp_path):
     sources = parts(tmp_path)
     folders = [with_queries(tmp_path / name) for name in config_lib.LEVELS]
-    _, leaves = values(convert_from_hf.convert(*sources, folders, str(tmp_path / "out")))
+    _, leaves = values(hf_import.convert(*sources, folders, str(tmp_path / "out")))
     for level, name in enumerate(config_lib.LEVELS):
         truth = torch_files.tensors(tmp_path / name)["query_tokens"].read()[0]
         np.testing.assert_array_equal(leaves["mfam/qformers/queries"][level], truth)
     with pytest.raises(ConfigError, match="one Q-Former for all levels or three, not 2"):
-        convert_from_hf.convert(*sources, folders[:2], str(tmp_path / "other"))
+        hf_import.convert(*sources, folders[:2], str(tmp_path / "other"))
 
 
 @pytest.mark.parametrize(("context", "dtype"), [(24, "float16"), (20, "float32")])
@@ -209,10 +211,10 @@ def test_a_lavis_file_alone_gives_all_levels_bit_for_bit(tmp_path, context, dtyp
     file = tmp_path / "downloads" / "blip2_pretrained.pth"
     file.parent.mkdir()
     torch.save({"model": state, "optimizer": {"step": 3}, "config": {"run": {"seed": 42}}, "epoch": 9}, file)
-    model, leaves = values(convert_from_hf.convert(*sources, [str(file)], str(tmp_path / "out"), say=said.append))
+    model, leaves = values(hf_import.convert(*sources, [str(file)], str(tmp_path / "out"), say=said.append))
     assert model.qformer == config_lib.QFormer(width=128, depth=4, heads=2, mlp_width=96, cross_every=2, queries=6,
                                                eps=1e-12)
-    fits, table, count = context == 24, tables.qformer(model.qformer), 0
+    fits, table, count = context == 24, mfam.qformer_table(model.qformer), 0
     assert any("cross-attention" in line for line in said) != fits
     if not fits:
         table = table.without(r"groups/blocks/0/cross/(k|v)/kernel|context_norm/.*", "of another width")
@@ -240,7 +242,7 @@ def test_a_lavis_file_alone_gives_all_levels_bit_for_bit(tmp_path, context, dtyp
 def test_a_lavis_geometry_is_the_preset():
     with torch.device("meta"):
         public, once = lavis(1408, 768, 12, 3072, 2, 32, 4096), lavis(depth=3, every=3)
-    public, once = (geometry.qformer_of({name: tensor.shape for name, tensor in state.items()})
+    public, once = (mfam.qformer_of({name: tensor.shape for name, tensor in state.items()})
                     for state in (public, once))
     assert public == config_lib.model("7b").qformer and once.cross_every == 3
 
@@ -261,7 +263,7 @@ def test_a_file_whose_tensors_do_not_tell_the_geometry_is_one_sentence(tmp_path,
     change(state)
     torch.save({"model": state}, file)
     with pytest.raises(ConfigError, match=f"some.pth: there is no config.json .*{reason}") as caught:
-        convert_from_hf.convert(*sources, [str(file)], str(tmp_path / "out"))
+        hf_import.convert(*sources, [str(file)], str(tmp_path / "out"))
     assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
 
 
@@ -271,7 +273,7 @@ def test_a_tensor_that_does_not_fit_a_derived_geometry_is_named(tmp_path):
     torch.save({"model": state}, file)
     with pytest.raises(ConfigError, match=r"wrong shape: Qformer.*layer.3.output_query.dense.weight is "
                        r"\(128, 95\), the model needs \(128, 96\)"):
-        convert_from_hf.convert(*sources, [str(file)], str(tmp_path / "out"))
+        hf_import.convert(*sources, [str(file)], str(tmp_path / "out"))
 
 
 def test_sources_are_recorded_with_the_licence_that_each_states(tmp_path):
@@ -281,7 +283,7 @@ def test_sources_are_recorded_with_the_licence_that_each_states(tmp_path):
     folders = [with_queries(tmp_path / name) for name in config_lib.LEVELS]
     (tmp_path / "low" / "README.md").write_text("---\nlicense: [mit, bsd-3-clause]\n---\n")
     (tmp_path / "middle" / "README.md").write_text("---\nlicense: {\n---\n")
-    saved = locate.find(convert_from_hf.convert(*sources, folders, str(tmp_path / "out")))
+    saved = locate.find(hf_import.convert(*sources, folders, str(tmp_path / "out")))
     assert saved.meta["sources"] == {
         "vit": {"name": sources[0], "licence": "mit"},
         "llm": {"name": sources[1], "licence": ""},
@@ -295,7 +297,7 @@ def test_training_reads_it_with_the_rest_at_random(tmp_path, monkeypatch):
     small = dataclasses.replace(config_lib.model("7b"), qformer=dataclasses.replace(
         miniature.MODEL.qformer, queries=32))
     monkeypatch.setattr(config_lib, "model", lambda _: small)
-    saved = locate.find(convert_from_hf.convert(*parts(tmp_path), [], str(tmp_path / "out")))
+    saved = locate.find(hf_import.convert(*parts(tmp_path), [], str(tmp_path / "out")))
     config = config_lib.from_config_dict(saved.meta["config"])
     config = dataclasses.replace(config, init=str(saved.path), tokenizer=str(saved.path / "tokenizer.model"))
     shapes = Geometry.of(config.model)
@@ -305,11 +307,11 @@ def test_training_reads_it_with_the_rest_at_random(tmp_path, monkeypatch):
     loaded = restore.load(saved, shapes, config, kept)
     assert set(loaded) == set(shapes.shapes)
     head = torch_files.tensors(tmp_path / "llm")["lm_head.weight"].read()
-    np.testing.assert_array_equal(np.asarray(loaded["llama/head/kernel"]), head.T)
+    np.testing.assert_array_equal(np.asarray(loaded["decoder/head/kernel"]), head.T)
     assert float(np.std(loaded["mfam/qformers/queries"])) > 0.01
     other = dataclasses.replace(config, model=dataclasses.replace(
-        config.model, vit=dataclasses.replace(config.model.vit, heads=4)))
-    with pytest.raises(CheckpointError, match=r"another geometry: model.vit.heads: 2 -> 4"):
+        config.model, encoder=dataclasses.replace(config.model.encoder, heads=4)))
+    with pytest.raises(CheckpointError, match=r"another geometry: model.encoder.heads: 2 -> 4"):
         restore.load(saved, shapes, other, kept)
     shallow = dataclasses.replace(config, model=dataclasses.replace(
         config.model, depths=config_lib.Depths(low=0.5)))  # nothing was trained at the depths of the preset yet
@@ -330,22 +332,22 @@ def test_an_interrupted_conversion_is_no_checkpoint_and_is_begun_anew(tmp_path, 
         return piece
 
     with monkeypatch.context() as patch:
-        patch.setattr(convert_from_hf, "_reader", dies)
+        patch.setattr(hf_import, "_reader", dies)
         with pytest.raises(CheckpointError, match="could not be saved"):
-            convert_from_hf.convert(*sources, [], str(out))
+            hf_import.convert(*sources, [], str(out))
     assert not out.exists()
     with pytest.raises(CheckpointError, match="no complete checkpoint"):
         locate.find(tmp_path / "out.partial")
-    assert locate.find(convert_from_hf.convert(*sources, [], str(out))).path == out
+    assert locate.find(hf_import.convert(*sources, [], str(out))).path == out
     with pytest.raises(CheckpointError, match="exists already"):
-        convert_from_hf.convert(*sources, [], str(out))
+        hf_import.convert(*sources, [], str(out))
 
 
 @pytest.mark.slow
 def test_a_killed_conversion_leaves_nothing_that_a_reader_accepts(tmp_path):
     sources, out = parts(tmp_path), tmp_path / "out"
     # A progress bar that takes its time, so that the blow falls in the middle of writing or of finishing.
-    code = ("import sys, time; from tools import convert_from_hf as c; "
+    code = ("import sys, time; from calm_jax.convert import hf_import as c; "
             "r = c._reader; c._reader = lambda *a: (lambda: (time.sleep(0.01), r(*a)())[1]); "
             "print('begins', flush=True); c.convert(sys.argv[1], sys.argv[2], [], sys.argv[3])")
     rng, interrupted = np.random.default_rng(0), 0
@@ -364,7 +366,7 @@ def test_a_killed_conversion_leaves_nothing_that_a_reader_accepts(tmp_path):
         with pytest.raises(CheckpointError):
             locate.find(tmp_path / "out.partial")
     assert interrupted
-    assert locate.find(convert_from_hf.convert(*sources, [], str(out))).path == out
+    assert locate.find(hf_import.convert(*sources, [], str(out))).path == out
 
 
 def test_a_tied_head_is_its_embedding(tmp_path):
@@ -376,8 +378,8 @@ def test_a_tied_head_is_its_embedding(tmp_path):
     write(model, tmp_path / "llm", "safetensors")
     shutil.copyfile(SHIPPED, tmp_path / "llm" / "tokenizer.model")
     assert "lm_head.weight" not in torch_files.tensors(tmp_path / "llm")
-    _, leaves = values(convert_from_hf.convert(*sources, [], str(tmp_path / "out")))
-    np.testing.assert_array_equal(leaves["llama/head/kernel"], leaves["llama/embedding"].T)
+    _, leaves = values(hf_import.convert(*sources, [], str(tmp_path / "out")))
+    np.testing.assert_array_equal(leaves["decoder/head/kernel"], leaves["decoder/embedding"].T)
 
 
 def change(path, **values_):
@@ -393,7 +395,7 @@ def harm(folder, what):
         return rf"lacks 1 of its [0-9]+ shards: {shard.name}; fetch them again"
     if what == "truncated file":
         vit_file.write_bytes(vit_file.read_bytes()[:-100])
-        return r"vit/model.safetensors is truncated or no safetensors file"
+        return r"encoder/model.safetensors is truncated or no safetensors file"
     if what == "tensor that the index promises":
         index = folder / "llm" / "model.safetensors.index.json"
         table = json.loads(index.read_text())
@@ -405,7 +407,7 @@ def harm(folder, what):
         return "model.safetensors.index.json is damaged"
     if what == "no config":
         (folder / "vit" / "config.json").unlink()
-        return r"vit/config.json is missing"
+        return r"encoder/config.json is missing"
     if what == "wrong geometry":
         change(folder / "vit", hidden_size=32)
         return r"(?s)wrong shape: .*class_embedding is \(24,\), the model needs \(32,\)"
@@ -430,7 +432,7 @@ def harm(folder, what):
         torch.save(state, folder / "vit" / "pytorch_model.bin")
         content = (folder / "vit" / "pytorch_model.bin").read_bytes()
         (folder / "vit" / "pytorch_model.bin").write_bytes(content[:-200])
-        return r"vit/pytorch_model.bin is truncated or no weight file"
+        return r"encoder/pytorch_model.bin is truncated or no weight file"
     if what == "tokenizer of another vocabulary":
         change(folder / "llm", vocab_size=2050)
         return r"tokenizer.model has 2048 pieces and the language model beside it 2050"
@@ -452,7 +454,7 @@ def test_wrong_input_is_one_clear_sentence_and_leaves_nothing(tmp_path, what):
     shutil.copyfile(SHIPPED, tmp_path / "llm" / "tokenizer.model")
     sentence = harm(tmp_path, what)
     with pytest.raises(ConfigError, match=sentence):
-        convert_from_hf.convert(str(tmp_path / "vit"), str(tmp_path / "llm"), [], str(tmp_path / "out"))
+        hf_import.convert(str(tmp_path / "vit"), str(tmp_path / "llm"), [], str(tmp_path / "out"))
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob("*.partial"))
 
 
@@ -467,7 +469,7 @@ def test_a_place_that_is_neither_folder_nor_hub_id_is_named(tmp_path):
 ])
 def test_encoders_that_calm_does_not_compute_are_refused(found, reason):
     with pytest.raises(ConfigError, match=reason):
-        geometry.vit(json_files.Table(found, "config.json"))
+        families.read(json_files.Table(found, "config.json"), "encoder")
 
 
 def test_public_geometries_are_the_presets():
@@ -480,16 +482,18 @@ def test_public_geometries_are_the_presets():
     preset = config_lib.model("7b")
     blip = {"model_type": "blip-2", "qformer_config": {}, "num_query_tokens": 32}
     clip, vicuna, blip = (json_files.Table(found, "config.json") for found in (clip, vicuna, blip))
-    assert geometry.vit(clip) == preset.vit and geometry.llama(vicuna) == preset.llama
-    assert geometry.qformer(blip) == preset.qformer
+    assert families.read(clip, "encoder") == preset.encoder
+    assert families.read(vicuna, "language model") == preset.decoder
+    assert mfam.qformer(blip) == preset.qformer
 
 
 @pytest.mark.slow
 def test_the_benchmark_makes_folders_that_convert(tmp_path, monkeypatch):
     monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "0")  # an MFAM of 280 million random numbers is written
     model = config_lib.Model(
-        vit=config_lib.Vit(image_size=28, patch=7, width=24, depth=2, heads=2, mlp_width=40),
-        llama=config_lib.Llama(vocab=2060, width=32, depth=2, heads=4, kv_heads=2, mlp_width=48, positions=512))
+        encoder=config_lib.encoder("clip", image_size=28, patch=7, width=24, depth=2, heads=2, mlp_width=40),
+        decoder=config_lib.decoder("llama", vocab=2060, width=32, depth=2, heads=4, kv_heads=2, mlp_width=48,
+                                   positions=512))
     result = bench_conversion.measure(model, tmp_path / "scratch")
     held = sum(2 * np.prod(leaf.shape) for path, leaf in Geometry.of(model).shapes.items() if "mfam" not in path)
     assert 0 <= result["convert"]["bytes"] - held < 20_000 < result["export"]["bytes"] - held  # the MFAM besides

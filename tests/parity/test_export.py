@@ -22,10 +22,9 @@ from test_conversion import bits, parts, with_queries
 from calm_jax import config as config_lib
 from calm_jax.checkpoints import array_io, locate, on_disk, restore
 from calm_jax.checkpoints.store import Checkpoints
-from calm_jax.convert import tables, torch_files
+from calm_jax.convert import hf_export, hf_import, parity, tables, torch_files, whole
 from calm_jax.data.tokenizer import SHIPPED
 from calm_jax.errors import CheckpointError, ConfigError
-from tools import check_parity, convert_from_hf, export_to_hf
 
 torch = pytest.importorskip("torch", reason="torch is not here; make test has it")
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -55,8 +54,8 @@ def exported(request, tmp_path_factory):
     state = safetensors.numpy.load_file(folder / "qformer" / "model.safetensors")
     state["query_tokens"] = np.random.default_rng(0).normal(size=(1, 6, 16)).astype(np.float32)
     safetensors.numpy.save_file(state, folder / "qformer" / "model.safetensors", {"format": "pt"})
-    convert_from_hf.convert(str(folder / "vit"), str(folder / "llm"), [str(folder / "qformer")], str(folder / "calm"))
-    export_to_hf.export(str(folder / "calm"), str(folder / "hf"), parts=True)
+    hf_import.convert(str(folder / "vit"), str(folder / "llm"), [str(folder / "qformer")], str(folder / "calm"))
+    hf_export.export(str(folder / "calm"), str(folder / "hf"), parts=True)
     return folder
 
 
@@ -64,14 +63,14 @@ def exported(request, tmp_path_factory):
 def test_torch_computes_the_same_whichever_version_wrote_and_reads(exported, tmp_path, reader):
     if not pathlib.Path(PYTHONS[reader]).is_file():
         pytest.skip(f"{PYTHONS[reader]} is missing: make test-env builds it")
-    files = check_parity.made(tmp_path)
+    files = parity.made(tmp_path)
     turned = Image.Exif()
     turned[0x0112] = 6
     Image.open(files[0]).save(tmp_path / "turned.jpg", exif=turned)
     Image.open(files[1]).convert("L").resize((31, 7)).save(tmp_path / "grey.png")
-    result = check_parity.check(str(exported / "calm"), str(exported / "hf"), python=PYTHONS[reader],
+    result = parity.check(str(exported / "calm"), str(exported / "hf"), python=PYTHONS[reader],
                                 images=(*files, str(tmp_path / "turned.jpg"), str(tmp_path / "grey.png")))
-    print(check_parity.show(result))
+    print(parity.show(result))
     assert result.holds() and not result.differs
     assert result.logits < 2e-5 and result.scores < 1e-4 and result.kl < 1e-5
     assert result.answers == result.agree == result.searched == 7 and len(result.stages) == 5 + 3 + 1 + 3 + 2
@@ -93,6 +92,9 @@ def test_an_export_and_its_parts_are_used_as_transformers_models_are(exported, r
     assert len(found["comments"]) == 5 and all(found["comments"]) and found["asked"][0]
     said = found["said"]
     assert said["greedy"] == said["uncached"] and len(said["several"]) == 2 and said["beams"][0]
+    steps = found["lengths"]  # of what is computed, beside that of the prompt: after it one token at a time
+    assert steps["greedy"][0] == 0 and len(set(steps["greedy"][1:])) == 1 and steps["greedy"][1] < 0, steps
+    assert steps["uncached"] == list(range(len(steps["uncached"]))), steps
     assert said["sampled"] != said["greedy"] and found["gradient"]
     assert found["conversation"][0].endswith("USER: What? ASSISTANT: A thing. USER: Why? ASSISTANT:")
     for error, words in zip(found["refused"], (
@@ -111,10 +113,10 @@ def test_torch_to_orbax_to_torch_is_bit_exact(tmp_path, monkeypatch, form, dtype
     for number, level in enumerate(config_lib.LEVELS):
         torch.manual_seed(number)
         levels.append(with_queries(tmp_path / level))
-    calm = convert_from_hf.convert(*sources, levels, str(tmp_path / "calm"))
+    calm = hf_import.convert(*sources, levels, str(tmp_path / "calm"))
     if "sharded" in form:
         monkeypatch.setattr(torch_files.save, "__kwdefaults__", {**torch_files.save.__kwdefaults__, "shard": 20_000})
-    out = export_to_hf.export(str(calm), str(tmp_path / "hf"), parts=True)
+    out = hf_export.export(str(calm), str(tmp_path / "hf"), parts=True)
     assert (out / "model.safetensors.index.json").is_file() == ("sharded" in form)
     whole, seen = torch_files.tensors(out), set()
     cases = [("vit", "parts/vision_tower", "vision_tower."), ("llm", "parts/language_model", "language_model.")]
@@ -126,7 +128,7 @@ def test_torch_to_orbax_to_torch_is_bit_exact(tmp_path, monkeypatch, form, dtype
                 continue
             seen.add(prefix + bare)
             for other in (whole[prefix + bare], back[("vision_model." if place == "vit" else "") + bare]):
-                assert other.dtype == tensor.dtype == export_to_hf.DTYPES[dtype]
+                assert other.dtype == tensor.dtype == hf_export.DTYPES[dtype]
                 np.testing.assert_array_equal(bits(other.read()), bits(tensor.read()), name)
     for number, level in enumerate(config_lib.LEVELS):
         alone = torch_files.tensors(out / f"parts/qformer_{level}")
@@ -143,16 +145,16 @@ def test_torch_to_orbax_to_torch_is_bit_exact(tmp_path, monkeypatch, form, dtype
 # ---- trained checkpoints: our own stem, low-rank updates ---------------------------------------------------------
 
 
-LORA = config_lib.Lora(rank=2, alpha=3.0, targets=r"llama/blocks/(q|down)|mfam/qformers/groups/blocks/0/cross/v|"
-                                                  r"mfam/thematic|vit/blocks/up")
+LORA = config_lib.Lora(rank=2, alpha=3.0, targets=r"decoder/blocks/(q|down)|mfam/qformers/groups/blocks/0/cross/v|"
+                                                  r"mfam/thematic|encoder/blocks/up")
 
 
 @pytest.mark.parametrize("merge", [False, True], ids=["apart", "merged"])
 def test_updates_and_our_own_stem_compute_the_same(tmp_path, merge):
     source = miniature.saved(tmp_path / "run", lora=LORA)
-    out = export_to_hf.export(source, str(tmp_path / "hf"), merge_lora=merge)
-    result = check_parity.check(source, str(out), new_tokens=16)
-    print(check_parity.show(result))
+    out = hf_export.export(source, str(tmp_path / "hf"), merge_lora=merge)
+    result = parity.check(source, str(out), new_tokens=16)
+    print(parity.show(result))
     assert result.holds() and not result.differs
     names = set(torch_files.tensors(out))
     assert any("lora_A" in name for name in names) != merge
@@ -162,10 +164,10 @@ def test_updates_and_our_own_stem_compute_the_same(tmp_path, merge):
 def test_adapters_are_pefts(tmp_path):
     """The language model alone with its adapter, by PEFT, is the merged language model."""
     import peft
-    model = dataclasses.replace(miniature.MODEL, vit=dataclasses.replace(miniature.MODEL.vit, stem="patch"))
-    source = miniature.saved(tmp_path / "run", vit=model.vit, lora=LORA)
-    apart = export_to_hf.export(source, str(tmp_path / "apart"), parts=True) / "parts"
-    merged = export_to_hf.export(source, str(tmp_path / "merged"), parts=True, merge_lora=True) / "parts"
+    model = dataclasses.replace(miniature.MODEL, encoder=dataclasses.replace(miniature.MODEL.encoder, stem="patch"))
+    source = miniature.saved(tmp_path / "run", encoder=model.encoder, lora=LORA)
+    apart = hf_export.export(source, str(tmp_path / "apart"), parts=True) / "parts"
+    merged = hf_export.export(source, str(tmp_path / "merged"), parts=True, merge_lora=True) / "parts"
     assert not list(merged.glob("*_lora"))
     assert {path.name for path in apart.glob("*_lora")} == {
         "vision_tower_lora", "language_model_lora", *(f"qformer_{level}_lora" for level in config_lib.LEVELS)}
@@ -187,8 +189,8 @@ def test_adapters_are_pefts(tmp_path):
 
 def test_another_dtype_is_rounded_once(tmp_path):
     source = miniature.saved(tmp_path / "run")
-    exact = torch_files.tensors(export_to_hf.export(source, str(tmp_path / "stored")))
-    narrow = torch_files.tensors(export_to_hf.export(source, str(tmp_path / "narrow"), dtype="bfloat16"))
+    exact = torch_files.tensors(hf_export.export(source, str(tmp_path / "stored")))
+    narrow = torch_files.tensors(hf_export.export(source, str(tmp_path / "narrow"), dtype="bfloat16"))
     assert json.loads((tmp_path / "narrow" / "config.json").read_text())["torch_dtype"] == "bfloat16"
     for name, tensor in exact.items():
         np.testing.assert_array_equal(bits(narrow[name].read()), bits(tensor.read().astype(narrow[name].dtype)))
@@ -199,16 +201,16 @@ def test_what_was_never_trained_comes_from_its_base_and_its_seed(tmp_path):
     """A checkpoint of some leaves, on one of others, on random numbers: the export holds what training would load."""
     first = miniature.saved(tmp_path / "first", tasks=("caption",))
     config = miniature.config(init=first)
-    changed = {"llama/norm/scale": np.full(32, 3.0, np.float32)}
+    changed = {"decoder/norm/scale": np.full(32, 3.0, np.float32)}
     checkpoints = Checkpoints(tmp_path / "second", config_lib.Checkpoint())
     checkpoints.save(2, {"parameters": changed, "optimizer": ()}, {
         "process": "only", "rows": 0, "best": None, "trained": sorted(changed), "base": first, "seed": 0,
         "config": dataclasses.asdict(config), "tokenizer": restore.Tokenizer().fingerprint})
     checkpoints.close()
-    out = torch_files.tensors(export_to_hf.export(str(tmp_path / "second"), str(tmp_path / "hf")))
+    out = torch_files.tensors(hf_export.export(str(tmp_path / "second"), str(tmp_path / "hf")))
     assert (out["language_model.model.norm.weight"].read() == 3).all()
     loaded = restore.model(tmp_path / "second").parameters
-    back = tables.to_torch(tables.calm(miniature.MODEL), {path: np.asarray(leaf) for path, leaf in loaded.items()})
+    back = tables.to_torch(whole.table(miniature.MODEL), {path: np.asarray(leaf) for path, leaf in loaded.items()})
     assert back.keys() == out.keys()
     for name, value in back.items():
         np.testing.assert_array_equal(out[name].read(), value, name)
@@ -217,7 +219,7 @@ def test_what_was_never_trained_comes_from_its_base_and_its_seed(tmp_path):
 
 
 def test_an_export_says_what_it_was_taught_and_warns_of_the_rest(tmp_path):
-    out = export_to_hf.export(miniature.saved(tmp_path / "run", tasks=("score", "caption")), str(tmp_path / "hf"))
+    out = hf_export.export(miniature.saved(tmp_path / "run", tasks=("score", "caption")), str(tmp_path / "hf"))
     taught = json.loads((out / "config.json").read_text())["taught"]
     assert taught == {"process": "only", "tasks": ["score", "caption"], "skills": ["score"]}
     assert "score, caption" in (out / "README.md").read_text()
@@ -245,7 +247,7 @@ def reader_refuses(folder):
 @pytest.mark.slow
 def test_a_killed_export_leaves_nothing_that_a_reader_accepts(tmp_path):
     source, out = miniature.saved(tmp_path / "run"), tmp_path / "hf"
-    code = ("import sys, time; from tools import export_to_hf as e; t = e._tensor; "
+    code = ("import sys, time; from calm_jax.convert import hf_export as e; t = e._tensor; "
             "slow = lambda read: (lambda: (time.sleep(0.02), read())[1]); "
             "e._tensor = lambda *a: e.dataclasses.replace(t(*a), read=slow(t(*a).read)); "
             "w = e._write; e._write = lambda *a: (w(*a), time.sleep(0.2)); "
@@ -264,7 +266,7 @@ def test_a_killed_export_leaves_nothing_that_a_reader_accepts(tmp_path):
         interrupted += 1
         assert reader_refuses(tmp_path / "hf.partial")
     assert interrupted >= 2
-    assert export_to_hf.export(source, str(out)) == out and not (tmp_path / "hf.partial").exists()
+    assert hf_export.export(source, str(out)) == out and not (tmp_path / "hf.partial").exists()
     assert transformers.AutoConfig.from_pretrained(out, trust_remote_code=True).model_type == "calm"
 
 
@@ -277,33 +279,34 @@ def test_a_full_disk_is_said_and_leaves_nothing(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(torch_files, "save", full)
         with pytest.raises(CheckpointError, match=r"No space left.*free some space.*same command again"):
-            export_to_hf.export(source, str(tmp_path / "hf"))
+            hf_export.export(source, str(tmp_path / "hf"))
     assert not (tmp_path / "hf").exists() and reader_refuses(tmp_path / "hf.partial")
-    export_to_hf.export(source, str(tmp_path / "hf"))
+    hf_export.export(source, str(tmp_path / "hf"))
 
 
 def test_wrong_input_is_one_clear_sentence(tmp_path):
     source, out = miniature.saved(tmp_path / "run"), str(tmp_path / "hf")
     with pytest.raises(CheckpointError, match=r"there is no complete checkpoint in .*nowhere"):
-        export_to_hf.export(str(tmp_path / "nowhere"), out)
+        hf_export.export(str(tmp_path / "nowhere"), out)
     with pytest.raises(ConfigError, match="no low-rank updates to merge; leave --merge-lora out"):
-        export_to_hf.export(source, out, merge_lora=True)
+        hf_export.export(source, out, merge_lora=True)
     with pytest.raises(ConfigError, match=r"no folder that tools.export_to_hf wrote"):
-        check_parity.check(source, str(tmp_path))
+        parity.check(source, str(tmp_path))
     (tmp_path / "there").mkdir()
     with pytest.raises(CheckpointError, match="there exists already; choose another folder"):
-        export_to_hf.export(source, str(tmp_path / "there"))
-    conv = miniature.saved(tmp_path / "conv", lora=dataclasses.replace(LORA, targets="vit/stem/embed|llama/blocks/q"),
-                   vit=dataclasses.replace(miniature.MODEL.vit, stem="patch"))
-    with pytest.raises(tables.WeightError, match="vit/stem/embed/lora/a is of no linear layer in torch; merge it"):
-        export_to_hf.export(conv, out)
+        hf_export.export(source, str(tmp_path / "there"))
+    conv = miniature.saved(tmp_path / "conv", lora=dataclasses.replace(LORA,
+                                                                       targets="encoder/stem/embed|decoder/blocks/q"),
+                   encoder=dataclasses.replace(miniature.MODEL.encoder, stem="patch"))
+    with pytest.raises(tables.WeightError, match="encoder/stem/embed/lora/a is of no linear layer in torch; merge it"):
+        hf_export.export(conv, out)
     said = []
-    export_to_hf.export(source, out, parts=True, say=said.append)
+    hf_export.export(source, out, parts=True, say=said.append)
     assert said == ["not written alone: the encoder, whose convolutional stem CLIPVisionModel does not have"]
     victim = next((tmp_path / "run" / "00000003" / "arrays").rglob("d/*"))
     victim.write_bytes(victim.read_bytes()[:-1])
     with pytest.raises(CheckpointError, match="is damaged"):
-        export_to_hf.export(source, str(tmp_path / "other"))
+        hf_export.export(source, str(tmp_path / "other"))
 
 
 def test_a_tokenizer_that_changed_is_refused(tmp_path):
@@ -312,30 +315,30 @@ def test_a_tokenizer_that_changed_is_refused(tmp_path):
     meta.write_text(json.dumps(json.loads(meta.read_text()) | {"tokenizer": "0123456789ab"}))
     on_disk.write_marker(meta.parent)
     with pytest.raises(CheckpointError, match="trained with another tokenizer"):
-        export_to_hf.export(source, str(tmp_path / "hf"))
+        hf_export.export(source, str(tmp_path / "hf"))
 
 
 def test_parity_names_the_layer_that_was_changed(tmp_path):
     """The check can fail: one weight of one block is changed in the export."""
     source = miniature.saved(tmp_path / "run")
-    out = export_to_hf.export(source, str(tmp_path / "hf"))
+    out = hf_export.export(source, str(tmp_path / "hf"))
     state = safetensors.numpy.load_file(out / "model.safetensors")
     state["language_model.model.layers.1.mlp.up_proj.weight"] *= 1.5
     safetensors.numpy.save_file(state, out / "model.safetensors", {"format": "pt"})
-    result = check_parity.check(source, str(out), new_tokens=8)
+    result = parity.check(source, str(out), new_tokens=8)
     assert result.differs == "LLM 2" and not result.holds() and result.kl > 1e-6
-    assert "THE TWO DO NOT AGREE" in check_parity.show(result) and "first differing layer: LLM 2" in check_parity.show(
+    assert "THE TWO DO NOT AGREE" in parity.show(result) and "first differing layer: LLM 2" in parity.show(
         result)
 
 
 def test_a_folder_written_by_hand_converts_back(tmp_path):
     """The language model of an export is a source again: what was trained goes on elsewhere and comes back."""
-    source = miniature.saved(tmp_path / "run", vit=dataclasses.replace(miniature.MODEL.vit, stem="patch"))
-    out = export_to_hf.export(source, str(tmp_path / "hf"), parts=True) / "parts"
-    back = convert_from_hf.convert(str(out / "vision_tower"), str(out / "language_model"), [], str(tmp_path / "back"))
+    source = miniature.saved(tmp_path / "run", encoder=dataclasses.replace(miniature.MODEL.encoder, stem="patch"))
+    out = hf_export.export(source, str(tmp_path / "hf"), parts=True) / "parts"
+    back = hf_import.convert(str(out / "vision_tower"), str(out / "language_model"), [], str(tmp_path / "back"))
     leaves = array_io.stored(locate.find(back))
     for path, array in array_io.stored(locate.find(source)).items():
-        if path.startswith(("vit/", "llama/")):
+        if path.startswith(("encoder/", "decoder/")):
             np.testing.assert_array_equal(bits(leaves[path].read().result()), bits(array.read().result()), path)
 
 

@@ -17,15 +17,16 @@ import transformers
 from flax import nnx
 
 from calm_jax import config as config_lib
-from calm_jax.convert import tables
+from calm_jax.convert import mfam, tables, whole
+from calm_jax.convert.families import clip, llama
 from calm_jax.errors import ConfigError
 from calm_jax.models import lora
 from calm_jax.models.calm import Calm
-from calm_jax.models.llama import Llama
+from calm_jax.models.decoders.llama import Llama
+from calm_jax.models.encoders.clip import MEAN, STD, Clip, ConvStem
 from calm_jax.models.mfam import Mfam
 from calm_jax.models.parameters import Geometry
 from calm_jax.models.qformer import QFormer
-from calm_jax.models.vit import MEAN, STD, ConvStem, Vit
 
 torch = pytest.importorskip("torch", reason="torch is not here; make test has it")
 torch.set_num_threads(1)  # the operations are so small that threads only wait for one another
@@ -35,13 +36,13 @@ TOLERANCE = 1e-4  # measured: at most 1e-5
 # No two widths are equal, so that a tensor in the wrong place has the wrong shape wherever it can, and the epsilons are
 # large enough to be seen in the results.
 MODEL = config_lib.Model(
-    vit=config_lib.Vit(image_size=20, patch=5, width=32, depth=5, heads=4, mlp_width=56, eps=0.03),
+    encoder=config_lib.encoder("clip", image_size=20, patch=5, width=32, depth=5, heads=4, mlp_width=56, eps=0.03),
     depths=config_lib.Depths(low=1 / 5, middle=2 / 5, high=3 / 5, thematic=4 / 5),
     qformer=config_lib.QFormer(width=24, depth=4, heads=3, mlp_width=40, queries=3, eps=0.01),
-    llama=config_lib.Llama(vocab=61, width=48, depth=3, heads=6, kv_heads=6, mlp_width=72, positions=512,
+    decoder=config_lib.decoder("llama", vocab=61, width=48, depth=3, heads=6, kv_heads=6, mlp_width=72, positions=512,
                            eps=0.02),
     remat="none")
-GROUPED = dataclasses.replace(MODEL.llama, kv_heads=2, rope_theta=500.0)
+GROUPED = dataclasses.replace(MODEL.decoder, kv_heads=2, rope_theta=500.0)
 
 
 # ---- torch models -----------------------------------------------------------------------------------------------
@@ -60,7 +61,7 @@ def randomised(model: torch.nn.Module, seed: int) -> torch.nn.Module:
     return model.eval()
 
 
-def torch_vit(cfg: config_lib.Vit, seed: int = 0) -> torch.nn.Module:
+def torch_vit(cfg: config_lib.Encoder, seed: int = 0) -> torch.nn.Module:
     return randomised(transformers.CLIPVisionModel(transformers.CLIPVisionConfig(
         hidden_size=cfg.width, intermediate_size=cfg.mlp_width, num_hidden_layers=cfg.depth,
         num_attention_heads=cfg.heads, image_size=cfg.image_size, patch_size=cfg.patch, layer_norm_eps=cfg.eps,
@@ -93,15 +94,15 @@ class TorchMfam(torch.nn.Module):
     def __init__(self, cfg: config_lib.Model, seed: int = 0):
         super().__init__()
         self.qformers = torch.nn.ModuleList(
-            TorchQFormer(cfg.qformer, cfg.vit.width, cfg.llama.width, seed + level) for level in range(3))
-        self.thematic = randomised(torch.nn.Linear(cfg.vit.width, cfg.llama.width), seed + 3)
+            TorchQFormer(cfg.qformer, cfg.encoder.width, cfg.decoder.width, seed + level) for level in range(3))
+        self.thematic = randomised(torch.nn.Linear(cfg.encoder.width, cfg.decoder.width), seed + 3)
 
     def forward(self, features: dict[str, torch.Tensor]) -> torch.Tensor:
         tokens = [self.qformers[level](features[part]) for level, part in enumerate(config_lib.LEVELS)]
         return torch.cat([*tokens, self.thematic(features["thematic"][:, 1:])], 1)
 
 
-def torch_llama(cfg: config_lib.Llama, seed: int = 0) -> torch.nn.Module:
+def torch_llama(cfg: config_lib.Decoder, seed: int = 0) -> torch.nn.Module:
     return randomised(transformers.LlamaForCausalLM(transformers.LlamaConfig(
         vocab_size=cfg.vocab, hidden_size=cfg.width, intermediate_size=cfg.mlp_width, num_hidden_layers=cfg.depth,
         num_attention_heads=cfg.heads, num_key_value_heads=cfg.kv_heads, rms_norm_eps=cfg.eps,
@@ -115,11 +116,11 @@ class TorchCalm(torch.nn.Module):
 
     def __init__(self, cfg: config_lib.Model):
         super().__init__()
-        self.depths = {part: cfg.depths.block(part, cfg.vit.depth) for part in config_lib.PARTS}
-        self.vision_tower = torch_vit(cfg.vit, 1)
+        self.depths = {part: cfg.depths.block(part, cfg.encoder.depth) for part in config_lib.PARTS}
+        self.vision_tower = torch_vit(cfg.encoder, 1)
         self.vision_tower.post_layernorm = torch.nn.Identity()  # plays no part
         self.mfam = TorchMfam(cfg, 2)
-        self.language_model = torch_llama(cfg.llama, 6)
+        self.language_model = torch_llama(cfg.decoder, 6)
 
     def forward(self, images: np.ndarray, tokens: np.ndarray, visual: np.ndarray) -> torch.Tensor:
         """Logits `[T, V]` of one conversation; images `[I, H, W, 3]` uint8, tokens and visual `[T]` as in our rows."""
@@ -169,12 +170,12 @@ def call(function, graphdef, state, *arrays):
     return function(nnx.merge(graphdef, state), *arrays)
 
 
-def our_vit(model: torch.nn.Module) -> Vit:
-    return build(lambda: Vit(MODEL.vit, nnx.Rngs(0)), tables.vit(MODEL.vit), weights(model))
+def our_vit(model: torch.nn.Module) -> Clip:
+    return build(lambda: Clip(MODEL.encoder, config_lib.Depths(), nnx.Rngs(0)), clip.table(MODEL.encoder), weights(model))
 
 
-def our_llama(cfg: config_lib.Llama, model: torch.nn.Module) -> Llama:
-    return build(lambda: Llama(cfg, nnx.Rngs(0)), tables.llama(), weights(model))
+def our_llama(cfg: config_lib.Decoder, model: torch.nn.Module) -> Llama:
+    return build(lambda: Llama(cfg, nnx.Rngs(0)), llama.table(None), weights(model))
 
 
 def llama_logits(model: Llama, tokens, positions, segments):
@@ -195,7 +196,7 @@ def random(*shape: int, seed: int = 0) -> np.ndarray:
 
 
 def random_tokens(*shape: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, MODEL.llama.vocab, shape)
+    return np.random.default_rng(seed).integers(0, MODEL.decoder.vocab, shape)
 
 
 # ---- (a) the visual encoder -------------------------------------------------------------------------------------
@@ -203,15 +204,15 @@ def random_tokens(*shape: int, seed: int = 0) -> np.ndarray:
 
 @torch.no_grad()
 def test_vit_hidden_states_at_every_depth():
-    theirs, pixels = torch_vit(MODEL.vit), random(2, 20, 20, 3)
+    theirs, pixels = torch_vit(MODEL.encoder), random(2, 20, 20, 3)
     states = theirs(torch.from_numpy(pixels).permute(0, 3, 1, 2), output_hidden_states=True).hidden_states
     ours = our_vit(theirs)
-    every = tuple(range(MODEL.vit.depth + 1))
-    taps = compiled(ours, lambda m, x: m(x, every))(pixels)
-    assert len(states) == len(taps) == MODEL.vit.depth + 1
+    every = tuple(range(MODEL.encoder.depth + 1))
+    taps = compiled(ours, lambda m, x: m.hidden_states(x, every))(pixels)
+    assert len(states) == len(taps) == MODEL.encoder.depth + 1
     for depth in every:
         assert_close(f"ViT depth {depth}", taps[depth], states[depth])
-    some = compiled(ours, lambda m, x: m(x, (4, 1)))(pixels)
+    some = compiled(ours, lambda m, x: m.hidden_states(x, (4, 1)))(pixels)
     assert sorted(some) == [1, 4]
     for depth in some:
         assert_close(f"ViT depth {depth}, read alone", some[depth], states[depth])
@@ -219,8 +220,8 @@ def test_vit_hidden_states_at_every_depth():
 
 @torch.no_grad()
 def test_convolutional_stem():
-    cfg = dataclasses.replace(MODEL.vit, image_size=16, patch=4, stem="conv")
-    table = tables.vit(cfg)
+    cfg = dataclasses.replace(MODEL.encoder, image_size=16, patch=4, stem="conv")
+    table = clip.table(cfg)
     rows = tables.Table(tuple(dataclasses.replace(row, path=row.path.removeprefix("stem/"))
                               for row in table.rows if row.path.startswith("stem/")))
     convs = [torch.nn.Conv2d(3, 32, 3, 2), torch.nn.Conv2d(32, 32, 3, 2)]
@@ -242,7 +243,7 @@ def test_convolutional_stem():
 def test_qformer(cross_every):
     cfg = dataclasses.replace(MODEL.qformer, cross_every=cross_every)
     theirs = TorchQFormer(cfg, 32, 48)
-    ours = build(lambda: QFormer(cfg, 32, 48, nnx.Rngs(0)), tables.qformer(cfg), weights(theirs))
+    ours = build(lambda: QFormer(cfg, 32, 48, nnx.Rngs(0)), mfam.qformer_table(cfg), weights(theirs))
     context = random(2, 17, 32)
     assert_close(f"Q-Former hidden, cross_every {cross_every}", compiled(ours, lambda m, x: m.hidden(x))(context),
                  theirs.hidden(torch.from_numpy(context)))
@@ -254,7 +255,7 @@ def test_qformer(cross_every):
 @torch.no_grad()
 def test_mfam_three_levels_at_once_and_some_of_them():
     theirs = TorchMfam(MODEL)
-    ours = build(lambda: Mfam(MODEL, nnx.Rngs(0)), tables.mfam(MODEL.qformer), weights(theirs))
+    ours = build(lambda: Mfam(MODEL, nnx.Rngs(0)), mfam.table(MODEL.qformer), weights(theirs))
     features = {part: random(2, 17, 32, seed=seed) for seed, part in enumerate(config_lib.PARTS)}
     expected = theirs({part: torch.from_numpy(value) for part, value in features.items()})
     run = compiled(ours, lambda m, features: m(features))
@@ -268,7 +269,7 @@ def test_mfam_three_levels_at_once_and_some_of_them():
 # ---- (c) the language model -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("cfg", [MODEL.llama, GROUPED], ids=["multi-head", "grouped-query"])
+@pytest.mark.parametrize("cfg", [MODEL.decoder, GROUPED], ids=["multi-head", "grouped-query"])
 @torch.no_grad()
 def test_llama_logits_padded_and_packed(cfg):
     theirs = torch_llama(cfg)
@@ -307,14 +308,14 @@ def test_llama_logits_padded_and_packed(cfg):
 def test_calm(count):
     """One row mentions every image in full; the other, shorter, only the last one by its Q-Former tokens."""
     theirs = TorchCalm(MODEL)
-    ours = build(lambda: Calm(MODEL, nnx.Rngs(0)), tables.calm(MODEL), weights(theirs))
+    ours = build(lambda: Calm(MODEL, nnx.Rngs(0)), whole.table(MODEL), weights(theirs))
     each = sum(MODEL.visual_tokens(part) for part in config_lib.PARTS)
     images = np.random.default_rng(0).integers(0, 256, (2, count, 20, 20, 3), np.uint8)
     text = np.full(4, -1)
-    whole = np.concatenate([text, *(np.r_[np.arange(i * each, (i + 1) * each), text] for i in range(count))])
+    row = np.concatenate([text, *(np.r_[np.arange(i * each, (i + 1) * each), text] for i in range(count))])
     short = np.r_[text, (count - 1) * each + np.arange(3 * MODEL.qformer.queries), text]
-    lengths, size = (len(whole), len(short)), len(whole)
-    visual = np.stack([whole, np.pad(short, (0, size - len(short)), constant_values=-1)])
+    lengths, size = (len(row), len(short)), len(row)
+    visual = np.stack([row, np.pad(short, (0, size - len(short)), constant_values=-1)])
     positions = np.broadcast_to(np.arange(size), (2, size))
     batch = {"images": images, "tokens": random_tokens(2, size), "visual": visual, "positions": positions,
              "segments": (positions < np.array(lengths)[:, None]).astype(np.int32)}
@@ -328,7 +329,7 @@ def test_calm(count):
 # ---- (e) cached generation --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("cfg", [MODEL.llama, GROUPED], ids=["multi-head", "grouped-query"])
+@pytest.mark.parametrize("cfg", [MODEL.decoder, GROUPED], ids=["multi-head", "grouped-query"])
 @torch.no_grad()
 def test_cached_greedy_decoding(cfg):
     theirs, new = torch_llama(cfg), 8
@@ -373,12 +374,12 @@ def test_cached_greedy_decoding(cfg):
 # ---- (f) the tables themselves ----------------------------------------------------------------------------------
 
 ROUND_TRIPS = {
-    "vit": (lambda: torch_vit(MODEL.vit), lambda: Vit(MODEL.vit, nnx.Rngs(0)), tables.vit(MODEL.vit)),
+    "vit": (lambda: torch_vit(MODEL.encoder), lambda: Clip(MODEL.encoder, config_lib.Depths(), nnx.Rngs(0)), clip.table(MODEL.encoder)),
     "qformer": (lambda: TorchQFormer(MODEL.qformer, 32, 48), lambda: QFormer(MODEL.qformer, 32, 48, nnx.Rngs(0)),
-                tables.qformer(MODEL.qformer)),
-    "mfam": (lambda: TorchMfam(MODEL), lambda: Mfam(MODEL, nnx.Rngs(0)), tables.mfam(MODEL.qformer)),
-    "calm": (lambda: TorchCalm(MODEL), lambda: Calm(MODEL, nnx.Rngs(0)), tables.calm(MODEL)),
-    "llama": (lambda: torch_llama(GROUPED), lambda: Llama(GROUPED, nnx.Rngs(0)), tables.llama()),
+                mfam.qformer_table(MODEL.qformer)),
+    "mfam": (lambda: TorchMfam(MODEL), lambda: Mfam(MODEL, nnx.Rngs(0)), mfam.table(MODEL.qformer)),
+    "calm": (lambda: TorchCalm(MODEL), lambda: Calm(MODEL, nnx.Rngs(0)), whole.table(MODEL)),
+    "llama": (lambda: torch_llama(GROUPED), lambda: Llama(GROUPED, nnx.Rngs(0)), llama.table(None)),
 }
 
 
@@ -400,9 +401,9 @@ def test_round_trip_is_bit_exact_and_loads_strictly(name):
 
 def test_round_trip_keeps_bfloat16():
     tensors = {key: value.astype(ml_dtypes.bfloat16) for key, value in weights(torch_llama(GROUPED)).items()}
-    leaves = tables.to_jax(tables.llama(), tensors, shapes_of(lambda: Llama(GROUPED, nnx.Rngs(0))))
+    leaves = tables.to_jax(llama.table(None), tensors, shapes_of(lambda: Llama(GROUPED, nnx.Rngs(0))))
     assert {leaf.dtype for leaf in leaves.values()} == {np.dtype(ml_dtypes.bfloat16)}
-    for key, value in tables.to_torch(tables.llama(), leaves).items():
+    for key, value in tables.to_torch(llama.table(None), leaves).items():
         assert value.tobytes() == tensors[key].tobytes(), key
 
 
@@ -410,7 +411,7 @@ def test_round_trip_keeps_bfloat16():
 def test_every_leaf_of_every_variant_has_a_row(variant):
     cfg = config_lib.model(variant)
     shapes = {path: leaf.shape for path, leaf in Geometry.of(cfg).shapes.items()}
-    entries, problems = tables.expand(tables.calm(cfg), shapes)
+    entries, problems = tables.expand(whole.table(cfg), shapes)
     assert not problems
     assert len({entry.key for entry in entries}) == len(entries)
     count = {path: 0 for path in shapes}
@@ -420,14 +421,14 @@ def test_every_leaf_of_every_variant_has_a_row(variant):
 
 
 def test_every_wrong_tensor_is_named_in_one_error():
-    tensors = weights(torch_llama(MODEL.llama))
+    tensors = weights(torch_llama(MODEL.decoder))
     del tensors["model.layers.1.mlp.up_proj.weight"]
     tensors["model.layers.3.mlp.up_proj.weight"] = np.zeros((72, 48), np.float32)
     tensors["lm_head.weight"] = tensors["lm_head.weight"][:60]
-    shapes = shapes_of(lambda: Llama(MODEL.llama, nnx.Rngs(0))) | {"blocks/q/lora/a": (3, 48, 2)}
+    shapes = shapes_of(lambda: Llama(MODEL.decoder, nnx.Rngs(0))) | {"blocks/q/lora/a": (3, 48, 2)}
     del shapes["norm/scale"]
     with pytest.raises(tables.WeightError) as error:
-        tables.to_jax(tables.llama(), tensors, shapes)
+        tables.to_jax(llama.table(None), tensors, shapes)
     message = str(error.value)
     assert "missing: model.layers.1.mlp.up_proj.weight (72, 48)" in message
     assert "unexpected: model.layers.3.mlp.up_proj.weight (72, 48)" in message
@@ -435,12 +436,12 @@ def test_every_wrong_tensor_is_named_in_one_error():
     assert "blocks/q/lora/a" in message
     assert "no leaf norm/scale" in message
     with pytest.raises(tables.WeightError, match=re.escape("blocks/q/lora/a")):
-        tables.to_torch(tables.llama(), {path: np.zeros(shape) for path, shape in shapes.items()})
+        tables.to_torch(llama.table(None), {path: np.zeros(shape) for path, shape in shapes.items()})
 
 
 def test_clip_keys_with_and_without_their_first_level():
-    table, shapes, tensors = tables.vit(MODEL.vit), shapes_of(lambda: Vit(MODEL.vit, nnx.Rngs(0))), {}
-    tensors = weights(torch_vit(MODEL.vit))
+    table, shapes, tensors = clip.table(MODEL.encoder), shapes_of(lambda: Clip(MODEL.encoder, config_lib.Depths(), nnx.Rngs(0))), {}
+    tensors = weights(torch_vit(MODEL.encoder))
     leaves = tables.to_jax(table, tensors, shapes)
     old = {f"vision_model.{key}": value for key, value in tensors.items()}
     for path, leaf in tables.to_jax(table, old, shapes).items():
@@ -451,7 +452,7 @@ def test_clip_keys_with_and_without_their_first_level():
 
 def test_published_classes_are_read_in_full():
     """The names and shapes of whole CLIP, BLIP-2 and InstructBLIP models: all used, or ignored for a known reason."""
-    vit, cfg = MODEL.vit, MODEL.qformer
+    vit, cfg = MODEL.encoder, MODEL.qformer
     tower = {"hidden_size": vit.width, "intermediate_size": vit.mlp_width, "num_hidden_layers": vit.depth,
              "num_attention_heads": vit.heads, "image_size": vit.image_size, "patch_size": vit.patch}
     queries = {"hidden_size": cfg.width, "intermediate_size": cfg.mlp_width, "num_hidden_layers": cfg.depth,
@@ -466,30 +467,30 @@ def test_published_classes_are_read_in_full():
 
     clip = found("CLIPModel", "CLIPConfig", vision_config=tower,
                  text_config={"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 11})
-    shapes = shapes_of(lambda: Vit(vit, nnx.Rngs(0)))
-    assert {entry.path for entry in tables.match(tables.vit(vit), clip, shapes).values()} == shapes.keys()
+    shapes = shapes_of(lambda: Clip(vit, config_lib.Depths(), nnx.Rngs(0)))
+    assert {entry.path for entry in tables.match(clip.table(vit), clip, shapes).values()} == shapes.keys()
 
     shapes = shapes_of(lambda: QFormer(cfg, vit.width, 48, nnx.Rngs(0)))
     for family in ("Blip2", "InstructBlip"):
         whole = found(f"{family}ForConditionalGeneration", f"{family}Config", vision_config=tower,
                       qformer_config=queries, text_config=words, num_query_tokens=cfg.queries)
-        entries = tables.match(tables.qformer(cfg), whole, shapes)
+        entries = tables.match(mfam.qformer_table(cfg), whole, shapes)
         assert {entry.path for entry in entries.values()} == shapes.keys()
 
     # A part that no file has is left out knowingly, never by accident.
     bare = found("Blip2QFormerModel", "Blip2QFormerConfig", **queries)
     with pytest.raises(tables.WeightError, match=re.escape("missing: query_tokens (1, 3, 24)")):
-        tables.match(tables.qformer(cfg), bare, shapes)
-    table = tables.qformer(cfg).without(r"(context_norm|project)/.*|queries", "trained from scratch")
+        tables.match(mfam.qformer_table(cfg), bare, shapes)
+    table = mfam.qformer_table(cfg).without(r"(context_norm|project)/.*|queries", "trained from scratch")
     assert len(tables.match(table, bare, shapes)) == len(bare)
-    table = tables.qformer(cfg).without(r"groups/blocks/0/cross/[kv]/kernel", "of another width")
+    table = mfam.qformer_table(cfg).without(r"groups/blocks/0/cross/[kv]/kernel", "of another width")
     other = {key: (24, 1408) if re.search(r"crossattention.*(key|value)\.weight", key) else shape
              for key, shape in whole.items()}
     assert len(tables.match(table, other, shapes)) == len(entries) - 2 * cfg.depth // cfg.cross_every
 
 
 def test_lavis_names():
-    table, shapes = tables.qformer(MODEL.qformer), shapes_of(lambda: QFormer(MODEL.qformer, 32, 48, nnx.Rngs(0)))
+    table, shapes = mfam.qformer_table(MODEL.qformer), shapes_of(lambda: QFormer(MODEL.qformer, 32, 48, nnx.Rngs(0)))
     theirs = {}
     for entry in tables.expand(table, shapes)[0]:
         key = entry.key.replace("qformer.layernorm.", "Qformer.bert.embeddings.LayerNorm.")
@@ -540,6 +541,6 @@ def test_lora_targets_of_the_whole_model():
     shapes = shapes_of(lambda: Calm(cfg, nnx.Rngs(0)))
     factors = {path: shape for path, shape in shapes.items() if "/lora/" in path}
     assert len(factors) == 14
-    assert factors["llama/blocks/down/lora/a"] == (3, 72, 2)
+    assert factors["decoder/blocks/down/lora/a"] == (3, 72, 2)
     with pytest.raises(ConfigError, match="matches no linear layer"):
         nnx.eval_shape(lambda: Calm(dataclasses.replace(cfg, lora=config_lib.Lora(rank=2, targets="q")), nnx.Rngs(0)))

@@ -36,14 +36,14 @@ torch = pytest.importorskip("torch", reason="torch is not here; make test has it
 bench_torch = pytest.importorskip("tools.bench_torch")
 
 ALL = {"train": (r".*",), "freeze": ()}
-SELF_SUPERVISED = {"train": (r"mfam/qformers/.*",), "freeze": (r"mfam/thematic/.*", r"vit/.*", r"llama/.*")}
-GENERIC = {"train": (r"mfam/thematic/.*",), "freeze": (r"mfam/qformers/.*", r"vit/.*", r"llama/.*")}
-FINETUNE = {"train": (r"mfam/.*", r"llama/.*"), "freeze": (r"vit/.*",)}
-LORA = {"train": (r"mfam/.*", r"llama/.*/lora/(a|b)"), "freeze": (r"vit/.*", r"llama/(?!.*/lora/).*")}
+SELF_SUPERVISED = {"train": (r"mfam/qformers/.*",), "freeze": (r"mfam/thematic/.*", r"encoder/.*", r"decoder/.*")}
+GENERIC = {"train": (r"mfam/thematic/.*",), "freeze": (r"mfam/qformers/.*", r"encoder/.*", r"decoder/.*")}
+FINETUNE = {"train": (r"mfam/.*", r"decoder/.*"), "freeze": (r"encoder/.*",)}
+LORA = {"train": (r"mfam/.*", r"decoder/.*/lora/(a|b)"), "freeze": (r"encoder/.*", r"decoder/(?!.*/lora/).*")}
 
 
 def config(rank: int = 0, remat: str = "none", **process) -> config_lib.Config:
-    lora = config_lib.Lora(rank=rank, alpha=8.0, targets=r"llama/blocks/(q|v|down)")
+    lora = config_lib.Lora(rank=rank, alpha=8.0, targets=r"decoder/blocks/(q|v|down)")
     process = {"parts": config_lib.PARTS, "row": config_lib.Row(tokens=96, images=2, answers=8), **process}
     return miniature.config(model=dataclasses.replace(miniature.MODEL, lora=lora, remat=remat),
                             processes={"only": miniature.process(**process)})
@@ -66,7 +66,7 @@ def test_the_batch_is_one_of_the_pipeline_and_full(of):
     process = of.processes[of.run[0]]
     of = dataclasses.replace(of, processes={of.run[0]: dataclasses.replace(process, batch=2)})
     batch, row = bench_train.make_batch(of), process.row
-    blank = pipeline.blank(row, of.model.vit.image_size)
+    blank = pipeline.blank(row, of.model.encoder.image_size)
     assert {name: (value.shape[1:], value.dtype) for name, value in batch.items()} == {
         name: (value.shape, value.dtype) for name, value in blank.items()}
     count = batch["segments"].max()
@@ -131,8 +131,8 @@ def test_the_public_geometry_has_as_many_trained_parameters_on_both_sides(file, 
 
 
 @pytest.mark.parametrize(("of", "sentence"), [
-    (config(train=(r"mfam/.*", r"llama/head/.*"), freeze=(r"vit/.*", r"llama/(?!head/).*")),
-     r"of llama/\* the process teaches a part: llama/\S+ is frozen"),
+    (config(train=(r"mfam/.*", r"decoder/head/.*"), freeze=(r"encoder/.*", r"decoder/(?!head/).*")),
+     r"of decoder/\* the process teaches a part: decoder/\S+ is frozen"),
     (dataclasses.replace(config(), model=dataclasses.replace(
         miniature.MODEL, lora=config_lib.Lora(rank=2, targets=r".*/(q|v)"))), "low-rank updates in the blocks of the"),
     (miniature.config(model=dataclasses.replace(miniature.MODEL, score_head=config_lib.ScoreHead(8)),

@@ -48,8 +48,9 @@ def test_what_is_carried_and_assumed_is_all_that_the_benchmarks_load():
     """By the modules that are loaded, and by what the carried packages say of themselves."""
     pytest.importorskip("peft", reason="peft is not here; make test has it")
     known = {*pack.CARRIED, *pack.ASSUMED}
-    code = ("import sys, tools.bench, tools.bench_gpu, tools.export_to_hf, tools.flops, calm_jax.training.setup, "
-            "calm_jax.checkpoints.restore, calm_jax.inference.generate, importlib.metadata as m; "
+    code = ("import sys, tools.bench, tools.bench_gpu, calm_jax.convert.hf_export, tools.flops, "
+            "calm_jax.training.setup, calm_jax.checkpoints.restore, calm_jax.inference.generate; "
+            "import importlib.metadata as m; "
             "owners = m.packages_distributions(); "
             "print(*{owner for name in sys.modules for owner in owners.get(name.split('.')[0], ())})")
     loaded = miniature.run([sys.executable, "-c", code], miniature.environment()).stdout.split()

@@ -36,9 +36,9 @@ def test_a_person_is_an_update_of_a_few_kilobytes(tmp_path):
           f"--config.data.dir={tmp_path / 'data'}", "--config.processes.personal.steps=4",
           "--config.processes.personal.eval_batches=1", "--config.processes.personal.optimizer.peak_lr=0.05")
     held = array_io.shapes(locate.find(tmp_path / "mine"))
-    assert set(held) == {f"llama/blocks/{layer}/lora/{factor}" for layer in "qv" for factor in "ab"}
+    assert set(held) == {f"decoder/blocks/{layer}/lora/{factor}" for layer in "qv" for factor in "ab"}
     base, mine = calm_jax.load(tmp_path / "base"), calm_jax.load(tmp_path / "mine")
     picture = str(tmp_path / "3.png")
     assert abs(base.score(picture).value - mine.score(picture).value) > 1e-3
-    weights = [model.loaded("score").generator.parameters["vit/positions"] for model in (base, mine)]
+    weights = [model.loaded("score").generator.parameters["encoder/positions"] for model in (base, mine)]
     np.testing.assert_array_equal(*weights)

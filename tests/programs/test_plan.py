@@ -149,8 +149,8 @@ def test_a_plan_by_the_tpu_compiler_uses_the_splash_kernel_and_holds_no_scores(t
     length = 512
     found, text = planned(
         tmp_path, "--config", "configs/finetune.py:tiny", "--topology", "v5e-4", "--config.processes.scores.batch=4",
-        f"--config.processes.scores.row.tokens={length}", "--config.model.llama.heads=1",
-        "--config.model.llama.kv_heads=1", "--hlo", str(tmp_path / "hlo.txt"))
+        f"--config.processes.scores.row.tokens={length}", "--config.model.decoder.heads=1",
+        "--config.model.decoder.kv_heads=1", "--hlo", str(tmp_path / "hlo.txt"))
     assert found["fits"] and found["devices"] == 4 and "v5e-4: 4 devices" in text
     hlo = (tmp_path / "hlo.txt").read_text()
     assert "splash" in hlo and f"{length},{length}]" not in hlo

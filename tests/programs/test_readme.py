@@ -95,4 +95,4 @@ def check_field(word: str) -> None:
 def test_the_table_of_fields_prints():
     text = subprocess.run([sys.executable, "-m", "calm_jax.config"], cwd=ROOT, capture_output=True, text=True,
                           check=True).stdout
-    assert "config.model.vit.image_size = 336" in text and "paper" in text and "ours" in text
+    assert "config.model.encoder.image_size = 336" in text and "paper" in text and "ours" in text

@@ -87,7 +87,7 @@ def rows_of(dataset, process=None) -> pipeline.Rows:
 FINETUNE = ("--config", "configs/finetune.py")
 CASES = {  # arguments -> what the sentence says
     (*FINETUNE, "--config.modle.vit.width=1"): "config.modle is not a field; the nearest is 'model'",
-    (*FINETUNE, "--config.model.vit.widht=1"): "config.model.vit.widht is not a field; the nearest is 'width'",
+    (*FINETUNE, "--config.model.encoder.widht=1"): "config.model.encoder.widht is not a field; the nearest is 'width'",
     (*FINETUNE, "--config.seed=abc"): "abc",
     (*FINETUNE, "--config.run=('scoers',)"): "run names the process 'scoers', which `processes` does not define; the "
                                              "nearest is 'scores'",
@@ -185,9 +185,9 @@ def test_a_mistake_in_the_last_process_is_found_before_the_first_begins(tmp_path
 
 
 def test_a_tokenizer_that_does_not_fit_the_vocabulary_is_refused(tmp_path):
-    model = dataclasses.replace(miniature.MODEL, llama=dataclasses.replace(miniature.MODEL.llama, vocab=32_000))
+    model = dataclasses.replace(miniature.MODEL, decoder=dataclasses.replace(miniature.MODEL.decoder, vocab=32_000))
     with pytest.raises(ConfigError, match=r"tokenizer .*tokenizer_small.model has 2048 pieces and "
-                       "model.llama.vocab is 32000; set one to fit the other"):
+                       "model.decoder.vocab is 32000; set one to fit the other"):
         program.train(miniature.config(model=model), tmp_path / "run")
 
 

@@ -86,8 +86,8 @@ def test_what_the_7b_processes_train_is_what_the_paper_trains():
 def test_the_7b_geometry_has_as_many_parameters_as_its_models():
     shapes = Geometry.of(config_lib.model("7b")).shapes
     count = lambda prefix: sum(leaf.size for path, leaf in shapes.items() if path.startswith(prefix))  # noqa: E731
-    assert count("llama/") == 6_738_415_616  # LLaMA-2-7B
-    assert count("vit/") == 303_507_456 - 2 * 1024  # CLIP ViT-L/14-336's encoder without the norm behind it
+    assert count("decoder/") == 6_738_415_616  # LLaMA-2-7B
+    assert count("encoder/") == 303_507_456 - 2 * 1024  # CLIP ViT-L/14-336's encoder without the norm behind it
 
 
 def fields(kind=config_lib.Config) -> typing.Iterator[tuple[type, dataclasses.Field]]:
@@ -137,16 +137,16 @@ def changed(path: str, value):
 
 
 @pytest.mark.parametrize(("path", "value", "said"), [
-    ("model.vit.widht", 64, "config.model.vit.widht is not a field; the nearest is 'width'"),
-    ("model.vit.width", "64", "config.model.vit.width takes a whole number, not '64'"),
-    ("model.vit.width", 100, "model.vit.width=100 is no multiple of heads=16"),
-    ("model.vit.stem", "cnov", "config.model.vit.stem='cnov' is not one of its values; the nearest is 'conv'"),
-    ("model.vit", 3, "config.model.vit is a group of fields, not 3"),
+    ("model.encoder.widht", 64, "config.model.encoder.widht is not a field; the nearest is 'width'"),
+    ("model.encoder.width", "64", "config.model.encoder.width takes a whole number, not '64'"),
+    ("model.encoder.width", 100, "model.encoder.width=100 is no multiple of heads=16"),
+    ("model.encoder.stem", "cnov", "config.model.encoder.stem='cnov' is not one of its values; the nearest is 'conv'"),
+    ("model.encoder", 3, "config.model.encoder is a group of fields, not 3"),
     ("processes.scores.parts", ("low", "hihg"), "parts='hihg' is not one of its values; the nearest is 'high'"),
     ("processes.scores.train", "vit", "takes a tuple"),
     ("processes.scores.accumulate", 3, "batch=128 does not divide into accumulate=3 micro-batches"),
     ("processes.scores.tasks", {}, "a process needs at least one task"),
-    ("processes.scores.row.tokens", 8192, "row.tokens=8192 exceeds model.llama.positions=4096"),
+    ("processes.scores.row.tokens", 8192, "row.tokens=8192 exceeds model.decoder.positions=4096"),
     ("run", ("comment", "scores"), "run names the process 'comment', which `processes` does not define; the nearest "
                                    "is 'comments'"),
     ("seed", True, "config.seed takes a whole number, not True"),
@@ -170,13 +170,13 @@ def test_differences_leave_runtime_fields_out():
     ("processes.scores.optimizer.peak_lr", (float("nan"), float("inf"), 0.0, -1e-3)),
     ("processes.scores.optimizer.warmup", (-0.1, 1.5)), ("processes.scores.optimizer.b2", (1.0, float("nan"))),
     ("processes.scores.optimizer.weight_decay", (-0.1, float("inf"))),
-    ("processes.scores.optimizer.scale", (("vit/.*=nan",), ("vit/.*=-1",))),
+    ("processes.scores.optimizer.scale", (("encoder/.*=nan",), ("encoder/.*=-1",))),
     ("processes.scores.steps", (0, -1)), ("processes.scores.batch", (0, -4)), ("processes.scores.accumulate", (0,)),
     ("processes.scores.eval_batches", (0,)), ("processes.scores.row.images", (0,)),
     ("processes.scores.train_share", (0.0, 1.5)), ("processes.scores.score_spread", (float("nan"), -1.0)),
     ("processes.scores.tasks.score", (0.0, float("inf"), float("nan"))),
-    ("model.vit.heads", (0,)), ("model.vit.patch", (0,)), ("model.qformer.cross_every", (0,)),
-    ("model.llama.kv_heads", (0,)), ("model.llama.eps", (0.0,)), ("model.llama.rope_theta", (float("inf"),)),
+    ("model.encoder.heads", (0,)), ("model.encoder.patch", (0,)), ("model.qformer.cross_every", (0,)),
+    ("model.decoder.kv_heads", (0,)), ("model.decoder.eps", (0.0,)), ("model.decoder.rope_theta", (float("inf"),)),
     ("model.lora.rank", (-1,)), ("model.lora.dropout", (1.0, -0.5)), ("model.depths.low", (0.0, 1.1)),
     ("data.max_bad_share", (float("nan"), 2.0)), ("data.threads", (0,)), ("log_every", (0,)), ("seed", (-1, 2 ** 32)),
     ("checkpoint.every_minutes", (float("nan"), -1.0))], ids=lambda item: item if isinstance(item, str) else "")
@@ -194,8 +194,9 @@ def test_a_number_that_cannot_be_meant_is_refused_by_its_name(path, values):
 
 @pytest.mark.parametrize(("path", "value"), [
     ("processes.scores.optimizer.b2", 1 - 1e-12), ("processes.scores.optimizer.peak_lr", 1e39),
-    ("processes.scores.optimizer.eps", 1e-46), ("model.lora.targets", "llama/("),
-    ("processes.scores.train", ("vit/(",)), ("processes.scores.freeze", ("*",)), ("processes.scores.support", (0, 4))])
+    ("processes.scores.optimizer.eps", 1e-46), ("model.lora.targets", "decoder/("),
+    ("processes.scores.train", ("encoder/(",)), ("processes.scores.freeze", ("*",)),
+    ("processes.scores.support", (0, 4))])
 def test_what_float32_cannot_hold_and_no_regular_expression_is_refused_by_its_name(path, value):
     with pytest.raises(ConfigError, match=path.rpartition(".")[2]):
         config_lib.from_config_dict(changed(path, value))

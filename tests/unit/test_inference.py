@@ -20,9 +20,10 @@ from calm_jax.models import layers
 from calm_jax.models.parameters import Geometry, initial
 
 MODEL = config_lib.Model(
-    vit=config_lib.Vit(image_size=32, patch=8, width=32, depth=4, heads=2, mlp_width=64, stem="conv"),
+    encoder=config_lib.encoder("clip", image_size=32, patch=8, width=32, depth=4, heads=2, mlp_width=64, stem="conv"),
     qformer=config_lib.QFormer(width=32, depth=2, heads=2, mlp_width=64, queries=2),
-    llama=config_lib.Llama(vocab=2048, width=48, depth=2, heads=4, kv_heads=2, mlp_width=96, positions=512),
+    decoder=config_lib.decoder("llama", vocab=2048, width=48, depth=2, heads=4, kv_heads=2, mlp_width=96,
+                               positions=512),
     remat="none")
 
 
@@ -121,8 +122,8 @@ SAMPLINGS = {"greedy": Sampling(), "drawn": Sampling(temperature=1.0, seed=5), "
 @pytest.fixture(scope="module")
 def talkative(parameters):
     """A model whose answers differ and end: its head likes the end of the text now and then."""
-    head = parameters["llama/head/kernel"]
-    return parameters | {"llama/head/kernel": 3 * head.at[:, Tokenizer().eos].multiply(1.7)}
+    head = parameters["decoder/head/kernel"]
+    return parameters | {"decoder/head/kernel": 3 * head.at[:, Tokenizer().eos].multiply(1.7)}
 
 
 def test_kernels_may_lie_either_way(talkative, demo, monkeypatch):
@@ -131,8 +132,8 @@ def test_kernels_may_lie_either_way(talkative, demo, monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr(layers, "platform", lambda: "tpu")
         plain = Generator(MODEL, talkative, Tokenizer())
-    assert [each.parameters["llama/blocks/1/gate/kernel"].shape for each in (turned, plain)] == [(96, 48), (48, 96)]
-    assert [each.parameters["llama/head/kernel"].shape for each in (turned, plain)] == [(2048, 48), (48, 2048)]
+    assert [each.parameters["decoder/blocks/1/gate/kernel"].shape for each in (turned, plain)] == [(96, 48), (48, 96)]
+    assert [each.parameters["decoder/head/kernel"].shape for each in (turned, plain)] == [(2048, 48), (48, 2048)]
     texts, scores = zip(*((list(each.answers(questions(), demo.pixels, limit=6, batch=4)),
                            [score.value for score in each.scores(questions(), demo.pixels, batch=4)])
                           for each in (turned, plain)), strict=True)
@@ -255,7 +256,7 @@ def test_scores_equal_brute_force(parameters, generator, demo, reader):
     @jax.jit
     def logits(batch):
         model = geometry.bind(parameters)
-        return jax.nn.log_softmax(model.llama.logits(model(batch, config_lib.PARTS)))
+        return jax.nn.log_softmax(model.decoder.logits(model(batch, config_lib.PARTS)))
 
     truth = []
     for sample, turn in asked:

@@ -22,9 +22,9 @@ from calm_jax.checkpoints.store import Checkpoints
 from calm_jax.errors import CheckpointError
 from calm_jax.models.parameters import Geometry
 
-OLD = config_lib.Lora(rank=2, alpha=3.0, targets=r"llama/blocks/(q|down)|mfam/qformers/groups/blocks/0/cross/v")
-NEW = config_lib.Lora(rank=3, alpha=6.0, targets=r"llama/blocks/(q|v)", dropout=0.0)
-FACTORS = {f"llama/blocks/{layer}/lora/{factor}" for layer in "qv" for factor in "ab"}
+OLD = config_lib.Lora(rank=2, alpha=3.0, targets=r"decoder/blocks/(q|down)|mfam/qformers/groups/blocks/0/cross/v")
+NEW = config_lib.Lora(rank=3, alpha=6.0, targets=r"decoder/blocks/(q|v)", dropout=0.0)
+FACTORS = {f"decoder/blocks/{layer}/lora/{factor}" for layer in "qv" for factor in "ab"}
 
 
 @pytest.fixture(autouse=True)
@@ -54,7 +54,7 @@ def with_merged(parameters: dict[str, np.ndarray], lora: config_lib.Lora) -> dic
 def personal(base, **changes) -> config_lib.Config:
     """Two steps in which adapters alone learn, from a base."""
     process = miniature.process(steps=2, eval_every=0, train=(r".*/lora/(a|b)",),
-                                freeze=(r"vit/.*", r"mfam/.*", r"llama/(?!.*/lora/).*"))
+                                freeze=(r"encoder/.*", r"mfam/.*", r"decoder/(?!.*/lora/).*"))
     return miniature.config(init=str(base), model=model(NEW), processes={"only": process},
                             checkpoint=config_lib.Checkpoint(every_steps=1), **changes)
 
@@ -80,7 +80,7 @@ def copied(trained, tmp_path):
 
 @pytest.mark.parametrize("lora", [
     config_lib.Lora(rank=0), NEW, dataclasses.replace(OLD, alpha=4.0), dataclasses.replace(OLD, rank=3),
-    dataclasses.replace(OLD, targets=r"llama/blocks/(q|k)")], ids=["none", "all", "alpha", "rank", "targets"])
+    dataclasses.replace(OLD, targets=r"decoder/blocks/(q|k)")], ids=["none", "all", "alpha", "rank", "targets"])
 def test_adapters_that_differ_are_merged_and_the_model_is_the_same(trained, lora):
     config = miniature.config(model=model(lora))
     before = values(trained / "base")
@@ -110,7 +110,7 @@ def test_adapters_that_do_not_differ_go_on(trained, lora):
 
 def test_another_geometry_is_refused(trained):
     config = miniature.config(model=dataclasses.replace(
-        model(NEW), llama=dataclasses.replace(miniature.MODEL.llama, rope_theta=5e5)))
+        model(NEW), decoder=dataclasses.replace(miniature.MODEL.decoder, rope_theta=5e5)))
     with pytest.raises(CheckpointError, match=r"another geometry: model\.llama\.rope_theta"):
         restore.origins(locate.find(trained / "base"), config)
 
@@ -160,7 +160,7 @@ def test_merged_adapters_below_merged_adapters(trained, tmp_path):
     for path, value in expected.items():
         np.testing.assert_allclose(found[path], value, rtol=1e-5, atol=1e-6, err_msg=path)
     # Written down and read again, it is the same.
-    kept = {"llama/norm/scale": np.full(32, 3.0, np.float32)}
+    kept = {"decoder/norm/scale": np.full(32, 3.0, np.float32)}
     store = Checkpoints(tmp_path / "third", config_lib.Checkpoint())
     store.save(1, {"parameters": kept, "optimizer": ()}, {
         "process": "only", "base": dataclasses.asdict(saved.pin), "borrowed": restore.borrowed(where, kept), "seed": 9,
@@ -185,7 +185,7 @@ def test_adapters_on_kernels_that_were_never_saved(tmp_path):
     one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     after = restore.read(where, {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=one) for path, leaf in
                                  Geometry.of(config.model).shapes.items()}, config.model, saved)
-    store, held = Checkpoints(tmp_path / "next", config_lib.Checkpoint()), {"llama/norm/scale": np.ones(32)}
+    store, held = Checkpoints(tmp_path / "next", config_lib.Checkpoint()), {"decoder/norm/scale": np.ones(32)}
     store.save(1, {"parameters": held, "optimizer": ()}, {
         "process": "only", "base": dataclasses.asdict(saved.pin), "borrowed": restore.borrowed(where, held), "seed": 4,
         "trained": sorted(held),
@@ -280,7 +280,7 @@ def test_ancestors_that_hold_nothing_that_is_needed_may_be_gone(tmp_path):
         config = miniature.config(init=base, seed=seed)
         before = locate.find(base) if base else None
         where = restore.origins(before, config)
-        held = {"llama/norm/scale": np.full(32, float(seed), np.float32)}
+        held = {"decoder/norm/scale": np.full(32, float(seed), np.float32)}
         store = Checkpoints(tmp_path / name, config_lib.Checkpoint())
         store.save(1, {"parameters": held, "optimizer": ()}, {
             "process": "only", "base": dataclasses.asdict(before.pin) if before else "", "seed": seed,
@@ -296,7 +296,7 @@ def test_ancestors_that_hold_nothing_that_is_needed_may_be_gone(tmp_path):
     shutil.rmtree(tmp_path / "second")
     for path, value in values(third).items():
         np.testing.assert_array_equal(value, before[path], path)
-    assert (before["llama/norm/scale"] == 7).all()
+    assert (before["decoder/norm/scale"] == 7).all()
 
 
 def test_the_identity_of_a_checkpoint_changes_with_any_weight_that_is_read(trained, tmp_path):
@@ -316,7 +316,7 @@ def test_the_identity_of_a_checkpoint_changes_with_any_weight_that_is_read(train
 
 
 def old_style(folder, base: str) -> str:
-    kept = {"llama/norm/scale": np.full(32, 3.0, np.float32)}
+    kept = {"decoder/norm/scale": np.full(32, 3.0, np.float32)}
     store = Checkpoints(folder, config_lib.Checkpoint())
     store.save(1, {"parameters": kept, "optimizer": ()}, {
         "process": "only", "base": base, "seed": 0, "config": dataclasses.asdict(miniature.config(init=base)),
@@ -329,7 +329,7 @@ def test_a_base_named_by_its_path_alone_is_read_while_only_one_can_be_meant(tmp_
     base = miniature.saved(tmp_path / "base")
     mine = old_style(tmp_path / "mine", base)
     whole, identity = values(mine), lineage.identity(locate.find(mine))
-    np.testing.assert_array_equal(whole["llama/embedding"], values(base)["llama/embedding"])
+    np.testing.assert_array_equal(whole["decoder/embedding"], values(base)["decoder/embedding"])
     again(tmp_path / "base", 4, keep=2)
     with pytest.raises(CheckpointError, match=f"{re.escape(base)}.*leave only the one"):
         restore.model(mine)

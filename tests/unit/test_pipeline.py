@@ -13,7 +13,7 @@ from calm_jax.data.tokenizer import Tokenizer
 from calm_jax.errors import ConfigError
 from tools import bench_data
 
-MODEL = dataclasses.replace(config_lib.model("tiny"), vit=dataclasses.replace(config_lib.model("tiny").vit,
+MODEL = dataclasses.replace(config_lib.model("tiny"), encoder=dataclasses.replace(config_lib.model("tiny").encoder,
                                                                              image_size=32))
 ROW = config_lib.Row(tokens=384, images=3, answers=160, candidates=2)
 PROCESS = config_lib.Process(tasks={"attributes": 2.0, "comment": 1.0}, row=ROW, batch=4)

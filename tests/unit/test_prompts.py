@@ -57,7 +57,7 @@ def test_mentions_put_parts_in_the_papers_order(tokenizer):
     encoded = prompts.encode(sample, tokenizer, LAYOUT)
     seen = encoded.visual[encoded.visual >= 0]
     size = LAYOUT.size
-    queries, patches = MODEL.qformer.queries, MODEL.vit.patches
+    queries, patches = MODEL.qformer.queries, MODEL.encoder.patches
     assert size == 3 * queries + patches
     expected = np.concatenate([size + np.arange(queries), size + 3 * queries + np.arange(patches), np.arange(size)])
     np.testing.assert_array_equal(seen, expected)

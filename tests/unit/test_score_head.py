@@ -18,6 +18,7 @@ from flax import nnx
 from calm_jax import config as config_lib
 from calm_jax import sharding
 from calm_jax.checkpoints import array_io, locate, restore
+from calm_jax.convert import hf_export, parity
 from calm_jax.data import builders, pipeline
 from calm_jax.data.tokenizer import Tokenizer
 from calm_jax.errors import ConfigError
@@ -25,19 +26,18 @@ from calm_jax.models.parameters import Geometry, initial
 from calm_jax.models.score_head import ScoreHead
 from calm_jax.training import filters, optimizer
 from calm_jax.training.step import Step
-from tools import check_parity, export_to_hf
 
 HEAD = config_lib.ScoreHead(8)
-PLAIN = dataclasses.replace(miniature.MODEL, llama=dataclasses.replace(miniature.MODEL.llama, vocab=128))
+PLAIN = dataclasses.replace(miniature.MODEL, decoder=dataclasses.replace(miniature.MODEL.decoder, vocab=128))
 MODEL = dataclasses.replace(PLAIN, score_head=HEAD)
 PROCESS = miniature.process(batch=4, row=config_lib.Row(tokens=64, images=2, answers=12, candidates=3),
-                            train=("score_head/.*", "llama/.*"), freeze=("vit/.*", "mfam/.*"), score_head=0.5)
+                            train=("score_head/.*", "decoder/.*"), freeze=("encoder/.*", "mfam/.*"), score_head=0.5)
 
 
 def gradients(process: config_lib.Process, values, batch):
     geometry = Geometry.of(MODEL)
     learns = filters.trainable(geometry.shapes, process)
-    step = Step(geometry, process, *optimizer.make(process.optimizer, process.steps), jnp.float32, freeze_vit=True,
+    step = Step(geometry, process, *optimizer.make(process.optimizer, process.steps), jnp.float32, freeze_encoder=True,
                 dropout=False)
     trained, frozen = ({p: v for p, v in values.items() if learns[p] == now} for now in (True, False))
     return jax.jit(step.gradients)(trained, frozen, batch, None)
@@ -151,21 +151,21 @@ def test_a_head_is_taught_from_a_checkpoint_without_one_and_read(tmp_path):
           "--config.processes.scores.steps=2")
     rows = train("head", f"--config.init={tmp_path / 'plain'}", "--config.processes.scores.steps=5",
                  "--config.processes.scores.train=('score_head/.*',)",
-                 "--config.processes.scores.freeze=('vit/.*', 'mfam/.*', 'llama/.*')")
+                 "--config.processes.scores.freeze=('encoder/.*', 'mfam/.*', 'decoder/.*')")
     assert all(np.isfinite(row["score_error"]) for row in rows) and {row["kind"] for row in rows} == {
         "train", "validation"}
     held = array_io.shapes(locate.find(tmp_path / "head"))
     assert all(path.startswith("score_head/") for path in held)  # the rest is read from where it was trained
     whole, before = restore.model(tmp_path / "head").parameters, restore.model(tmp_path / "plain").parameters
-    np.testing.assert_array_equal(whole["llama/embedding"], before["llama/embedding"])
+    np.testing.assert_array_equal(whole["decoder/embedding"], before["decoder/embedding"])
 
 
 def test_an_exported_head_scores_alike(tmp_path):
     pytest.importorskip("torch", reason="torch is not here; make test has it")
     source = miniature.saved(tmp_path / "run", config_lib.PARTS, score_head=HEAD)
-    out = export_to_hf.export(source, str(tmp_path / "hf"), say=lambda _: None)
-    result = check_parity.check(source, str(out), new_tokens=4)
-    assert result.holds() and result.scores < 1e-4, check_parity.show(result)
+    out = hf_export.export(source, str(tmp_path / "hf"), say=lambda _: None)
+    result = parity.check(source, str(out), new_tokens=4)
+    assert result.holds() and result.scores < 1e-4, parity.show(result)
     assert json.loads((out / "config.json").read_text())["score_head"] == {"width": 8}
 
 

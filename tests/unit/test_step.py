@@ -21,10 +21,10 @@ from calm_jax.training import filters, optimizer
 from calm_jax.training.setup import Setup
 from calm_jax.training.step import State, Step, compile_train
 
-MODEL = dataclasses.replace(miniature.MODEL, llama=dataclasses.replace(miniature.MODEL.llama, vocab=128))
+MODEL = dataclasses.replace(miniature.MODEL, decoder=dataclasses.replace(miniature.MODEL.decoder, vocab=128))
 ROW = config_lib.Row(tokens=64, images=2, answers=12, candidates=3)
 # A prefix of the frozen parts comes first in no pattern, so that patterns and not order decide.
-PROCESS = miniature.process(batch=4, row=ROW, train=(r"mfam/.*",), freeze=(r"llama/.*", r"vit/.*"), steps=10)
+PROCESS = miniature.process(batch=4, row=ROW, train=(r"mfam/.*",), freeze=(r"decoder/.*", r"encoder/.*"), steps=10)
 GEOMETRY = Geometry.of(MODEL)
 
 
@@ -47,7 +47,7 @@ def values() -> dict[str, jax.Array]:
 
 def make(process: config_lib.Process, mesh=None) -> Step:
     tx, schedule = optimizer.make(process.optimizer, process.steps)
-    return Step(GEOMETRY, process, tx, schedule, jnp.float32, freeze_vit=True, dropout=False, mesh=mesh)
+    return Step(GEOMETRY, process, tx, schedule, jnp.float32, freeze_encoder=True, dropout=False, mesh=mesh)
 
 
 def split(values, process=PROCESS):
@@ -64,13 +64,13 @@ def gradients():
 @jax.jit
 def full_logits(values, batch):
     model = GEOMETRY.bind(values)
-    return jax.nn.log_softmax(model.llama.logits(model(batch, PROCESS.parts)), -1)
+    return jax.nn.log_softmax(model.decoder.logits(model(batch, PROCESS.parts)), -1)
 
 
 def naive(values, batch) -> tuple[float, float, float]:
     """(mean loss, right, answers) from full [B, T, V] logits and a loop over the supervised positions."""
     probabilities = np.asarray(full_logits(values, batch), np.float64)
-    assert probabilities.shape == (4, ROW.tokens, MODEL.llama.vocab)
+    assert probabilities.shape == (4, ROW.tokens, MODEL.decoder.vocab)
     total = weight = right = answers = 0.0
     for row, place in np.argwhere(batch["weights"].sum(-1) > 0):
         predicted = probabilities[row, batch["places"][row, place]]
@@ -175,8 +175,9 @@ def test_gradients_and_moments_exist_for_what_learns_alone_and_the_rest_stays_bi
     assert bytes_of(state.optimizer) == 2 * 4 * count + bytes_of(counters)
 
 
-@pytest.mark.parametrize(("train", "freeze"), [((r"mfam/qformers/.*",), (r"mfam/thematic/.*", "vit/.*", "llama/.*")),
-                                               ((r"vit/.*",), (r"mfam/.*", "llama/.*")), ((".*",), ())])
+@pytest.mark.parametrize(("train", "freeze"), [((r"mfam/qformers/.*",),
+                                                (r"mfam/thematic/.*", "encoder/.*", "decoder/.*")),
+                                               ((r"encoder/.*",), (r"mfam/.*", "decoder/.*")), ((".*",), ())])
 def test_moments_take_twice_the_trained_parameters_whatever_learns(train, freeze):
     process = dataclasses.replace(PROCESS, train=train, freeze=freeze)
     learns = filters.trainable(GEOMETRY.shapes, process)
@@ -239,13 +240,13 @@ def test_the_optimizer_is_adam_with_clipping_and_decay_of_matrices():
 def test_weight_decay_pulls_on_what_is_a_matrix_without_its_axes_of_stacking(stem):
     """Against the shapes of one block and one level; every parameter of a model that has all parts is decided about."""
     model = dataclasses.replace(
-        miniature.MODEL, vit=dataclasses.replace(miniature.MODEL.vit, stem=stem),
+        miniature.MODEL, encoder=dataclasses.replace(miniature.MODEL.encoder, stem=stem),
         lora=config_lib.Lora(rank=2), score_head=config_lib.ScoreHead(width=4))
     for path, leaf in Geometry.of(model).shapes.items():
         stacked = ("/qformers/" in path) + ("/blocks/" in path)  # levels, and blocks of a group or of a tower
         assert optimizer.decays(path) == (leaf.ndim - stacked > 1), path
-    with pytest.raises(ConfigError, match="vit/shift"):
-        optimizer.decays("vit/shift")
+    with pytest.raises(ConfigError, match="encoder/shift"):
+        optimizer.decays("encoder/shift")
 
 
 def test_no_norm_and_no_bias_is_pulled():
@@ -260,18 +261,18 @@ def test_no_norm_and_no_bias_is_pulled():
 
 
 def test_parameters_matched_by_neither_or_both_lists_are_named():
-    with pytest.raises(ConfigError, match="vit/cls matches none of train, freeze"):
-        filters.trainable(GEOMETRY.shapes, dataclasses.replace(PROCESS, freeze=(r"llama/.*", r"vit/(?!cls).*")))
+    with pytest.raises(ConfigError, match="encoder/cls matches none of train, freeze"):
+        filters.trainable(GEOMETRY.shapes, dataclasses.replace(PROCESS, freeze=(r"decoder/.*", r"encoder/(?!cls).*")))
     with pytest.raises(ConfigError, match="mfam/thematic/bias matches train and freeze"):
         filters.trainable(GEOMETRY.shapes, dataclasses.replace(
-            PROCESS, freeze=(r"llama/.*", r"vit/.*", "mfam/thematic/bias")))
+            PROCESS, freeze=(r"decoder/.*", r"encoder/.*", "mfam/thematic/bias")))
 
 
 def test_patterns_that_match_nothing_are_named():
     with pytest.raises(ConfigError, match=r"the pattern 'mfan/\.\*' of train matches no parameter"):
         filters.trainable(GEOMETRY.shapes, dataclasses.replace(PROCESS, train=("mfam/.*", "mfan/.*")))
     with pytest.raises(ConfigError, match="the pattern 'cls' of freeze matches no parameter"):
-        filters.trainable(GEOMETRY.shapes, dataclasses.replace(PROCESS, freeze=("llama/.*", "vit/.*", "cls")))
+        filters.trainable(GEOMETRY.shapes, dataclasses.replace(PROCESS, freeze=("decoder/.*", "encoder/.*", "cls")))
 
 
 def test_a_pattern_that_is_no_regular_expression_is_named():
@@ -298,14 +299,14 @@ def test_the_parameter_table_and_the_model_agree(values):
     drawn = jax.eval_shape(lambda key: parameters_lib.initial(MODEL, key), jax.random.key(0))
     assert {p: v.shape for p, v in drawn.items()} == {p: v.shape for p, v in GEOMETRY.shapes.items()}
     model = GEOMETRY.bind(values)
-    assert np.array_equal(model.llama.embedding[...], values["llama/embedding"])
+    assert np.array_equal(model.decoder.embedding[...], values["decoder/embedding"])
 
 
 @pytest.mark.parametrize("remat", ["none", "full"])
 def test_memory_of_a_step_is_linear_in_the_length_of_a_row(remat):
     """What the compiled step needs beside its arguments, from 1,024 to 8,192 tokens."""
     def temporaries(length):
-        model = dataclasses.replace(MODEL, remat=remat, llama=dataclasses.replace(MODEL.llama, positions=length))
+        model = dataclasses.replace(MODEL, remat=remat, decoder=dataclasses.replace(MODEL.decoder, positions=length))
         only = miniature.process(batch=1, row=config_lib.Row(tokens=length, images=1, answers=64), parts=("thematic",))
         config = miniature.config(model=model, processes={"only": only})
         setup = Setup.of(config, "only", Geometry.of(model), sharding.make_mesh(config.mesh, jax.devices()[:1]))

@@ -23,6 +23,9 @@ LEVELS = ("low", "middle", "high")
 DECIMALS = [f"{tenth / 10:.1f}" for tenth in range(10, 101)]
 SAID = {"expectation": {text: float(text) for text in DECIMALS},
         "levels": {"Bad": 1.0, "Poor": 3.25, "Fair": 5.5, "Good": 7.75, "Excellent": 10.0}}
+# The name under which `generate` hands a cache from step to step; transformers 5.24 has another one than 4.46. With the
+# wrong one it would compute everything anew at each step, and say nothing.
+CACHE = "cache" if hasattr(CausalLMOutputWithPast(), "cache") else "past_key_values"
 
 
 class LayerNorm(nn.LayerNorm):
@@ -428,7 +431,7 @@ class CalmForCausalLM(PreTrainedModel, GenerationMixin):
 
     def forward(self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None,
                 inputs_embeds=None, visual=None, pixel_values=None, labels=None, use_cache=None,
-                output_hidden_states=False, return_dict=True, logits_to_keep=0, **ignored):
+                output_hidden_states=False, return_dict=True, logits_to_keep=0, cache=None, **ignored):
         """Args:
             input_ids, visual: [B, T] as the processor gives them.
             attention_mask: [B, S] over the cached and the new positions; or [B, 1, T, S], True where a query may look.
@@ -437,9 +440,10 @@ class CalmForCausalLM(PreTrainedModel, GenerationMixin):
             logits_to_keep: logits of only so many last positions; 0 is all.
         """
         x = self.embed(input_ids, visual, pixel_values) if inputs_embeds is None else inputs_embeds
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache()
-        past = 0 if past_key_values is None else past_key_values.get_seq_length()
+        cache = past_key_values if cache is None else cache
+        if use_cache and cache is None:
+            cache = DynamicCache()
+        past = 0 if cache is None else cache.get_seq_length()
         batch, length = x.shape[:2]
         if attention_mask is None:
             attention_mask = torch.ones(batch, past + length, dtype=torch.bool, device=x.device)
@@ -449,19 +453,20 @@ class CalmForCausalLM(PreTrainedModel, GenerationMixin):
             attention_mask = _causal(attention_mask.bool(), length)[:, None]
         elif position_ids is None:
             position_ids = torch.arange(past, past + length, device=x.device).expand(batch, -1)
-        hidden, states = self.language_model.model(x, position_ids, attention_mask, past_key_values)
+        hidden, states = self.language_model.model(x, position_ids, attention_mask, cache)
         logits = self.language_model.lm_head(hidden[:, -logits_to_keep:] if logits_to_keep else hidden).float()
         loss = None
         if labels is not None:
             loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
-        out = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values,
+        out = CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE: cache},
                                      hidden_states=(*states[:-1], hidden) if output_hidden_states else None)
         return out if return_dict or return_dict is None else out.to_tuple()
 
     def prepare_inputs_for_generation(self, input_ids, past_key_values=None, attention_mask=None, visual=None,
-                                      pixel_values=None, inputs_embeds=None, use_cache=None, **kwargs):
-        past = 0 if past_key_values is None else past_key_values.get_seq_length()
-        inputs = {"attention_mask": attention_mask, "past_key_values": past_key_values, "use_cache": use_cache,
+                                      pixel_values=None, inputs_embeds=None, use_cache=None, cache=None, **kwargs):
+        cache = past_key_values if cache is None else cache
+        past = 0 if cache is None else cache.get_seq_length()
+        inputs = {"attention_mask": attention_mask, CACHE: cache, "use_cache": use_cache,
                   "logits_to_keep": 1}
         if past == 0 and inputs_embeds is not None:
             return {"inputs_embeds": inputs_embeds, **inputs}

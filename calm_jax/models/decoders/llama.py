@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -12,18 +13,40 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from calm_jax import config as config_lib
+from calm_jax.config import field
 from calm_jax.models import layers
 from calm_jax.models.attention import attend, attend_cached
+from calm_jax.models.decoders import Before, Cache
 from calm_jax.models.lora import linears
 
-Cache = list[tuple[Array, Array]]  # a layer's keys and values, each [B, K, S, H]: S slots
+
+@dataclasses.dataclass(frozen=True)
+class LlamaConfig(config_lib.Decoder):
+    """LLaMA and Vicuna."""
+
+    family: str = field("llama", "name of the language model's family", "ours")
+    vocab: int = field(32_000, "tokens of the vocabulary", "Vicuna-7B v1.5", least=1)
+    width: int = field(4096, "channels of a token", "Vicuna-7B v1.5", least=1)
+    depth: int = field(32, "blocks", "Vicuna-7B v1.5", least=1)
+    heads: int = field(32, "query heads", "Vicuna-7B v1.5", least=1)
+    kv_heads: int = field(32, "key and value heads; fewer than `heads` is grouped-query attention", "Vicuna-7B v1.5",
+                          least=1)
+    mlp_width: int = field(11_008, "hidden channels of the gated MLP", "Vicuna-7B v1.5", least=1)
+    eps: float = field(1e-5, "RMSNorm epsilon", "Vicuna-7B v1.5", above=0)
+    rope_theta: float = field(1e4, "rotary base", "Vicuna-7B v1.5", above=0)
+    positions: int = field(4096, "longest conversation, tokens", "Vicuna-7B v1.5", least=1)
+
+    def wrong(self) -> list[str]:
+        checks = (
+            (self.width % self.heads == 0, f"width={self.width} is no multiple of heads={self.heads}"),
+            (self.heads % self.kv_heads == 0, f"heads={self.heads} is no multiple of kv_heads={self.kv_heads}"))
+        return [message for holds, message in checks if not holds]
+
+    def build(self, rngs: nnx.Rngs) -> Llama:
+        return Llama(self, rngs)
 
 
-class Before(NamedTuple):
-    """A beginning that prompts have in common: its cache, of one row and P slots, of which `length` are in use."""
-
-    cache: Cache
-    length: Int[Array, ""]
+CONFIG = LlamaConfig
 
 
 class Rotary(NamedTuple):
@@ -33,7 +56,7 @@ class Rotary(NamedTuple):
     sin: Float[Array, "B T 1 E"]
 
 
-def rotary(positions: Int[Array, "B T"], cfg: config_lib.Llama) -> Rotary:
+def rotary(positions: Int[Array, "B T"], cfg: LlamaConfig) -> Rotary:
     """The angles of tokens at `positions` below `cfg.positions`; E = H / 2.
 
     Looked up in tables: XLA would compute a cosine anew in every block, head and pass that reads it (a prompt's
@@ -55,7 +78,7 @@ def rotate(x: Float[Array, "B T N H"], by: Rotary) -> Float[Array, "B T N H"]:
 class Block(nnx.Module):
     """Pre-norm block: rotary (grouped-query) attention and a SiLU-gated MLP, no biases."""
 
-    def __init__(self, cfg: config_lib.Llama, rngs: nnx.Rngs):
+    def __init__(self, cfg: LlamaConfig, rngs: nnx.Rngs):
         self.heads, self.kv_heads = cfg.heads, cfg.kv_heads
         kv_width = cfg.width // cfg.heads * cfg.kv_heads
         gain = (2 * cfg.depth) ** -0.5
@@ -96,7 +119,7 @@ class Block(nnx.Module):
 class Llama(nnx.Module):
     """Embedding table `[V, D]`, blocks, final norm, untied head `[D, V]`."""
 
-    def __init__(self, cfg: config_lib.Llama, rngs: nnx.Rngs):
+    def __init__(self, cfg: LlamaConfig, rngs: nnx.Rngs):
         self.cfg = cfg
         # Unit variance (ours), as the other layers' outputs: a word must not drown in what attention adds to it.
         self.embedding = nnx.Param(nnx.initializers.normal(1.0)(rngs.params(), (cfg.vocab, cfg.width)))

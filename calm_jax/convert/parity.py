@@ -1,8 +1,5 @@
 """A checkpoint and its export in; whether both compute the same, stage by stage, out.
 
-    python -m tools.check_parity --checkpoint runs/finetune --hf calm-hf [--images a.jpg,b.jpg] [--dtype float32]
-    python -m tools.check_parity --checkpoint runs/finetune --hf calm-hf --python OTHER_ENVIRONMENT/bin/python
-
 Conversations about none, one and three pictures, alone and in one batch of four, go through JAX here and through torch
 in a process of its own, whose interpreter may have another version of transformers. Compared are the ids, the output
 of every block, the logits (difference, KL divergence), answers (greedy and by beam search), and the scores of the
@@ -25,14 +22,13 @@ from collections.abc import Iterator
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import flags
 from einops import rearrange
 from flax import nnx
 from PIL import Image
 
-from calm_jax import command
 from calm_jax import config as config_lib
 from calm_jax.checkpoints import restore
+from calm_jax.convert import huggingface
 from calm_jax.data import pictures
 from calm_jax.data.prompts import Layout
 from calm_jax.data.samples import Answer, ImageRef, Mention, Sample, Turn
@@ -42,8 +38,9 @@ from calm_jax.inference.decoding import Sampling
 from calm_jax.inference.generate import Generator, bucket
 from calm_jax.models import layers
 from calm_jax.models.calm import Calm
-from calm_jax.models.llama import rotary
-from calm_jax.models.vit import normalise
+from calm_jax.models.decoders.llama import rotary
+from calm_jax.models.encoders import Feature
+from calm_jax.models.encoders.clip import normalise
 
 QUESTIONS = ("What is wrong with the light here, and what would you do about it?", "Describe the picture.",
              "Which of them is the best, and why?", "Please comment on sharpness and noise.")
@@ -110,7 +107,7 @@ def check(source: str, hf: str, *, images: tuple[str, ...] = (), python: str = s
       CheckpointError: as `restore.model`.
     """
     if not (pathlib.Path(hf) / "processor_config.json").is_file():
-        raise ConfigError(f"{hf} is no folder that tools.export_to_hf wrote: it has no "
+        raise ConfigError(f"{hf} is no folder that calm export wrote: it has no "
                           "processor_config.json")
     with tempfile.TemporaryDirectory() as scratch:
         folder = pathlib.Path(scratch)
@@ -151,12 +148,12 @@ def _cases(model: config_lib.Model, files: list[str]) -> list[tuple[list[list[in
     Where three whole pictures do not fit the positions, their Q-Former tokens must do."""
     three = [n % len(files) for n in range(3)]
     whole = sum(model.visual_tokens(part) for part in config_lib.PARTS)
-    parts = config_lib.PARTS if 3 * whole + 256 <= model.llama.positions else config_lib.LEVELS
+    parts = config_lib.PARTS if 3 * whole + 256 <= model.decoder.positions else config_lib.LEVELS
     return [([[]], parts), ([[0]], parts), ([three], parts), ([[], [three[1]], three, [0]], parts)]
 
 
 def _torch(python: str, hf: str, folder: pathlib.Path) -> None:
-    script = pathlib.Path(__file__).with_name("parity_torch.py")
+    script = pathlib.Path(huggingface.__file__).with_name("parity_torch.py")
     # Modules of an exported folder are cached by its name: a cache of its own cannot hold another export's.
     environment = {**os.environ, "HF_MODULES_CACHE": str(folder / "modules"), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run([python, str(script), str(pathlib.Path(hf).absolute()), str(folder / "request.json"),
@@ -224,17 +221,19 @@ class _Stages:
 
     def __init__(self, model: Calm, dtype):
         self.cfg = model.cfg
-        self.taps = {part: self.cfg.depths.block(part, self.cfg.vit.depth) for part in config_lib.PARTS}
-        self._begin = _jit(model.vit, lambda vit, images: vit(normalise(images, dtype), (0,))[0])
-        self._see = _jit(model.vit.blocks, lambda blocks, n, x: layers.unstack(blocks, n)(x))
-        self._align = _jit(model.mfam, lambda mfam, features: mfam(features))
+        self.taps = {part: self.cfg.depths.block(part, self.cfg.encoder.depth) for part in config_lib.PARTS}
+        self._begin = _jit(model.encoder, lambda encoder, images: encoder.hidden_states(
+            normalise(images, dtype), (0,))[0])
+        self._see = _jit(model.encoder.blocks, lambda blocks, n, x: layers.unstack(blocks, n)(x))
+        self._align = _jit(model.mfam, lambda mfam, states: mfam({
+            part: Feature(x, self.cfg.encoder.part(part).prefix) for part, x in states.items()}))
         self._embed = _jit(model, lambda model, *arguments: model.embed(*arguments))
-        self._turn = jax.jit(lambda positions: rotary(positions, self.cfg.llama))
-        split = [nnx.split(block) for block in model.llama.blocks]
+        self._turn = jax.jit(lambda positions: rotary(positions, self.cfg.decoder))
+        split = [nnx.split(block) for block in model.decoder.blocks]
         say = jax.jit(lambda state, *arguments: nnx.merge(split[0][0], state)(*arguments))  # one program for all
         self._say = [functools.partial(say, state) for _, state in split]
-        self._norm = _jit(model.llama.norm, lambda norm, x: norm(x))
-        self._logits = _jit(model.llama, lambda llama, x: llama.logits(x))
+        self._norm = _jit(model.decoder.norm, lambda norm, x: norm(x))
+        self._logits = _jit(model.decoder, lambda llama, x: llama.logits(x))
 
     def __call__(self, batch: dict[str, np.ndarray]) -> Iterator[tuple[str, np.ndarray]]:
         """Every stage by name, in order: of pictures `[B, I, ...]`, of words `[B, T, ...]`, float32."""
@@ -255,7 +254,7 @@ class _Stages:
         x = self._embed(batch["tokens"], batch["visual"], rearrange(tokens, "(b i) n d -> b (i n) d", b=rows))
         positions = np.broadcast_to(np.arange(x.shape[1], dtype=np.int32), x.shape[:2])
         segments, angles = (positions < batch["lengths"][:, None]).astype(np.int32), self._turn(positions)
-        for n in range(self.cfg.llama.depth):
+        for n in range(self.cfg.decoder.depth):
             x = self._say[n](x, angles, segments)
             yield f"LLM {n + 1}", np.asarray(x, np.float32)
         x = self._norm(x)
@@ -297,22 +296,3 @@ def show(result: Result) -> str:
               f"first differing layer: {result.differs or 'none'}",
               "the export computes what the checkpoint computes" if result.holds() else "THE TWO DO NOT AGREE"]
     return "\n".join(lines)
-
-
-def main() -> int:
-    given = command.require("checkpoint", "hf")
-    result = check(given.checkpoint, given.hf, images=tuple(given.images), python=given.python, dtype=given.dtype,
-                   tolerance=given.tolerance, new_tokens=given.new_tokens)
-    print(show(result))
-    return 0 if result.holds() else 1
-
-
-if __name__ == "__main__":
-    flags.DEFINE_string("checkpoint", None, "a workdir, a process's folder or a checkpoint")
-    flags.DEFINE_string("hf", None, "the folder that tools.export_to_hf wrote")
-    flags.DEFINE_list("images", [], "picture files; default: three made on the spot")
-    flags.DEFINE_string("python", sys.executable, "interpreter of the torch side")
-    flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "of both computations")
-    flags.DEFINE_float("tolerance", 1e-4, "largest difference of logits", lower_bound=0.0)
-    flags.DEFINE_integer("new_tokens", 64, "length of the greedy answers", lower_bound=1)
-    command.run(main)

@@ -1,8 +1,5 @@
 """A checkpoint in; a Hugging Face folder that transformers loads without this package, out.
 
-    python -m tools.export_to_hf --checkpoint runs/finetune --out calm-hf
-    python -m tools.export_to_hf --checkpoint DIR --out DIR [--parts] [--merge-lora] [--dtype bfloat16]
-
     model = AutoModelForCausalLM.from_pretrained("calm-hf", trust_remote_code=True)
     model.score(["a.jpg", "b.jpg"]); model.comment(["a.jpg"])
 
@@ -25,19 +22,16 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import tqdm
-from absl import flags
 
-from calm_jax import command, files
 from calm_jax import config as config_lib
+from calm_jax import files
 from calm_jax.checkpoints import locate, restore
 from calm_jax.checkpoints.meta import Saved
-from calm_jax.convert import huggingface, tables, torch_files
+from calm_jax.convert import families, huggingface, mfam, model_card, tables, torch_files, whole
 from calm_jax.data import pictures, prompts
 from calm_jax.data.tasks import instructions, skills
 from calm_jax.data.tokenizer import Tokenizer
 from calm_jax.errors import CheckpointError, ConfigError
-from calm_jax.models import vit as vit_lib
-from tools import model_card
 
 DTYPES = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 CLASSES = {"AutoConfig": "configuration_calm.CalmConfig", "AutoModelForCausalLM": "modeling_calm.CalmForCausalLM",
@@ -78,7 +72,7 @@ def export(source: str, out: str, *, merge_lora: bool = False, parts: bool = Fal
         model = dataclasses.replace(model, lora=dataclasses.replace(model.lora, rank=0))
     if dtype != "stored":
         leaves = {name: cast(leaf, DTYPES[dtype]) for name, leaf in leaves.items()}
-    folders = [*(_parts(model, leaves, tokenizer, say) if parts else ()), whole(saved, model, leaves, tokenizer)]
+    folders = [*(_parts(model, leaves, tokenizer, say) if parts else ()), everything(saved, model, leaves, tokenizer)]
     try:
         with files.whole_folder(path) as partial, tqdm.tqdm(
                 total=sum(tensor.nbytes for folder in folders for tensor in folder.tensors), unit="B",
@@ -152,25 +146,26 @@ def _tensor(entry: tables.Entry, leaf: restore.Lazy) -> torch_files.Tensor:
 # ---- the whole ------------------------------------------------------------------------------------------------------
 
 
-def whole(saved: Saved, model: config_lib.Model, leaves: Leaves, tokenizer: Tokenizer) -> Folder:
+def everything(saved: Saved, model: config_lib.Model, leaves: Leaves, tokenizer: Tokenizer) -> Folder:
     """The model under its own class, with the files that compute it."""
-    table = tables.calm(model)
+    table = whole.table(model)
     updates = tables.lora(table, leaves)
     table = dataclasses.replace(table, rows=table.rows + updates)
     content = tensors(table, leaves)
     targets = sorted(tensor.name.removesuffix(".lora_A.weight") for tensor in content
                      if tensor.name.endswith(".lora_A.weight"))
-    vit, llama = dataclasses.asdict(model.vit), dataclasses.asdict(model.llama)
+    vit, llama = dataclasses.asdict(model.encoder), dataclasses.asdict(model.decoder)
     config = {
         "architectures": [CLASSES["AutoModelForCausalLM"].split(".")[1]], "model_type": "calm", "auto_map": CLASSES,
         "vit": vit, "qformer": dataclasses.asdict(model.qformer), "llama": llama,
-        "taps": {part: model.depths.block(part, model.vit.depth) for part in config_lib.PARTS},
+        "taps": {part: model.depths.block(part, model.encoder.depth) for part in config_lib.PARTS},
         "lora": {"rank": model.lora.rank, "alpha": model.lora.alpha, "targets": targets},
         "score_head": dataclasses.asdict(model.score_head), "taught": taught(saved),
         **_special(tokenizer), **_dtype(content)}
     processor = {
         "auto_map": {"AutoProcessor": CLASSES["AutoProcessor"]}, "processor_class": "CalmProcessor",
-        "image_size": model.vit.image_size, "mean": vit_lib.MEAN, "std": vit_lib.STD, "system": prompts.SYSTEM,
+        "image_size": model.encoder.image_size, "mean": model.encoder.mean, "std": model.encoder.std,
+        "system": prompts.SYSTEM,
         "tokens": {part: model.visual_tokens(part) for part in config_lib.PARTS},
         "instructions": {"score": instructions.SCORE[0], "level": instructions.LEVEL[0],
                          "comment": instructions.COMMENT[0]}}
@@ -210,7 +205,7 @@ def _tokenizer_config(model: config_lib.Model, *, processor: bool) -> dict[str, 
     stretch of text is encoded by itself, which the processor does."""
     found = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "add_eos_token": False, "legacy": True,
              "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<unk>",
-             "clean_up_tokenization_spaces": False, "model_max_length": model.llama.positions, "padding_side": "left"}
+             "clean_up_tokenization_spaces": False, "model_max_length": model.decoder.positions, "padding_side": "left"}
     return found | ({"auto_map": {"AutoProcessor": CLASSES["AutoProcessor"]}} if processor else {})
 
 
@@ -220,19 +215,18 @@ def _tokenizer_config(model: config_lib.Model, *, processor: bool) -> dict[str, 
 def _parts(model: config_lib.Model, leaves: Leaves, tokenizer: Tokenizer, say: Callable[[str], None]) -> list[Folder]:
     """Each part under its published class, and its low-rank updates, if any, as a PEFT adapter beside it."""
     folders: list[Folder] = []
-    whole_table = tables.calm(model)
-    tables.lora(whole_table, leaves)  # says now what no adapter can hold
-    if model.vit.stem == "patch":
-        table = tables.vit(model.vit)
-        # Under `vision_model.` old and new transformers find them.
-        content = [dataclasses.replace(tensor, name=f"vision_model.{tensor.name}")
-                   for tensor in tensors(table, _plain(leaves), "vit/")]
-        folders += [Folder("parts/vision_tower", content, {"config.json": _clip(model.vit, content)}),
-                    *_adapter(table, leaves, "vit/", "vision_tower", model.lora)]
+    tables.lora(whole.table(model), leaves)  # says now what no adapter can hold
+    family = families.of(model.encoder)
+    published, table = family.published(model.encoder, {}), family.table(model.encoder)
+    if published is None:
+        say(f"not written alone: the encoder, of whose form the published class of {model.encoder.family} is none")
     else:
-        say("not written alone: the encoder, whose convolutional stem CLIPVisionModel does not have")
+        content = [dataclasses.replace(tensor, name=family.prefix + tensor.name)
+                   for tensor in tensors(table, _plain(leaves), "encoder/")]
+        folders += [Folder("parts/vision_tower", content, {"config.json": published | _dtype(content)}),
+                    *_adapter(table, leaves, "encoder/", "vision_tower", model.lora)]
     for number, level in enumerate(config_lib.LEVELS):
-        table = tables.qformer(model.qformer)
+        table = mfam.qformer_table(model.qformer)
         own = {path: _at(leaf, number) for path, leaf in leaves.items() if path.startswith("mfam/qformers/")}
         content = tensors(table, _plain(own), "mfam/qformers/")
         inside = [dataclasses.replace(tensor, name=tensor.name.removeprefix("qformer.")) for tensor in content
@@ -240,16 +234,19 @@ def _parts(model: config_lib.Model, leaves: Leaves, tokenizer: Tokenizer, say: C
         beside = [tensor for tensor in content if not tensor.name.startswith("qformer.")]
         place = f"parts/qformer_{level}"
         folders += [Folder(place, beside, {}, weights="queries_and_projection.safetensors"),
-                    Folder(place, inside, {"config.json": _blip2(model, inside),
+                    Folder(place, inside, {"config.json": mfam.published(model, level) | _dtype(inside),
                                            "README.md": model_card.qformer(level, model)}),
                     *_adapter(table, own, "mfam/qformers/", f"qformer_{level}", model.lora, "qformer.")]
-    table = tables.Table(rows=tuple(row for row in tables.mfam(model.qformer).rows if row.key.startswith("thematic")))
+    table = tables.Table(rows=tuple(row for row in mfam.table(model.qformer).rows if row.key.startswith("thematic")))
     folders.append(Folder("parts/thematic", tensors(table, _plain(_under(leaves, "mfam/thematic")), "mfam/"), {}))
-    content = tensors(tables.llama(), _plain(leaves), "llama/")
+    family = families.of(model.decoder)
+    table = family.table(model.decoder)
+    content = tensors(table, _plain(leaves), "decoder/")
     folders += [Folder("parts/language_model", content, {
-        "config.json": _llama(model.llama, tokenizer, content), "generation_config.json": _generation(tokenizer),
+        "config.json": family.published(model.decoder, _special(tokenizer)) | _dtype(content),
+        "generation_config.json": _generation(tokenizer),
         "tokenizer_config.json": _tokenizer_config(model, processor=False)}, {"tokenizer.model": tokenizer.path}),
-        *_adapter(tables.llama(), leaves, "llama/", "language_model", model.lora)]
+        *_adapter(table, leaves, "decoder/", "language_model", model.lora)]
     return folders
 
 
@@ -286,50 +283,3 @@ def _adapter(table: tables.Table, leaves: Leaves, prefix: str, base: str, lora: 
     return [Folder(f"parts/{base}_lora", [dataclasses.replace(tensor, name=f"base_model.model.{tensor.name}")
                                           for tensor in named], {"adapter_config.json": config},
                    weights="adapter_model.safetensors")]
-
-
-def _clip(cfg: config_lib.Vit, content: Sequence[torch_files.Tensor]) -> dict[str, Any]:
-    return {"architectures": ["CLIPVisionModel"], "model_type": "clip_vision_model", "hidden_act": "quick_gelu",
-            "image_size": cfg.image_size, "patch_size": cfg.patch, "hidden_size": cfg.width,
-            "num_hidden_layers": cfg.depth, "num_attention_heads": cfg.heads, "intermediate_size": cfg.mlp_width,
-            "layer_norm_eps": cfg.eps, **_dtype(content)}
-
-
-def _blip2(model: config_lib.Model, content: Sequence[torch_files.Tensor]) -> dict[str, Any]:
-    cfg = model.qformer
-    return {"architectures": ["Blip2QFormerModel"], "model_type": "blip_2_qformer", "hidden_act": "gelu",
-            "hidden_size": cfg.width, "num_hidden_layers": cfg.depth, "num_attention_heads": cfg.heads,
-            "intermediate_size": cfg.mlp_width, "cross_attention_frequency": cfg.cross_every,
-            "layer_norm_eps": cfg.eps, "encoder_hidden_size": model.vit.width, "num_query_tokens": cfg.queries,
-            "use_qformer_text_input": False, **_dtype(content)}
-
-
-def _llama(cfg: config_lib.Llama, tokenizer: Tokenizer, content: Sequence[torch_files.Tensor]) -> dict[str, Any]:
-    return {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "vocab_size": cfg.vocab,
-            "hidden_size": cfg.width, "num_hidden_layers": cfg.depth, "num_attention_heads": cfg.heads,
-            "num_key_value_heads": cfg.kv_heads, "intermediate_size": cfg.mlp_width, "rms_norm_eps": cfg.eps,
-            "max_position_embeddings": cfg.positions, "attention_bias": False, "mlp_bias": False,
-            "tie_word_embeddings": False,
-            # Older transformers read the first, newer ones write the second and read either.
-            "rope_theta": cfg.rope_theta, "rope_parameters": {"rope_type": "default", "rope_theta": cfg.rope_theta},
-            **_special(tokenizer), **_dtype(content)}
-
-
-def main() -> None:
-    given = command.require("checkpoint", "out")
-    path = export(given.checkpoint, given.out, merge_lora=given["merge-lora"].value, parts=given.parts,
-                  dtype=given.dtype)
-    known = json.loads((path / "config.json").read_text())["taught"]
-    print(f"this model is of the process {known['process'] or '(none: it was converted)'}, which taught it "
-          f"{', '.join(known['tasks']) or 'nothing'}; to export another process, give its folder")
-    print(f"written to {path}; load it with AutoModelForCausalLM.from_pretrained({str(path)!r}, "
-          "trust_remote_code=True)")
-
-
-if __name__ == "__main__":
-    flags.DEFINE_string("checkpoint", None, "a workdir, a process's folder or a checkpoint")
-    flags.DEFINE_string("out", None, "folder to write; must not exist")
-    flags.DEFINE_bool("merge-lora", False, "add low-rank updates to the weights they update")
-    flags.DEFINE_bool("parts", False, "also write each part alone")
-    flags.DEFINE_enum("dtype", "stored", ["stored", "float32", "bfloat16", "float16"], "of the weights")
-    command.run(main)

@@ -70,9 +70,9 @@ def card(saved: Saved, model: config_lib.Model, content: Sequence[torch_files.Te
                  for entry in history] or [("none", "", "", "", "")]), "",
         f"Checkpoint at step {saved.step} of {saved.meta['process'] or 'a conversion'}, seed {saved.meta['seed']}, "
         f"calm_jax {saved.meta.get('version', '')} {saved.meta.get('commit', '')[:12]}".rstrip() + ".",
-        f"Encoder {model.vit.width} x {model.vit.depth} at {model.vit.image_size} px, Q-Formers "
+        f"Encoder {model.encoder.width} x {model.encoder.depth} at {model.encoder.image_size} px, Q-Formers "
         f"{model.qformer.width} x {model.qformer.depth} with {model.qformer.queries} queries each, language model "
-        f"{model.llama.width} x {model.llama.depth}:",
+        f"{model.decoder.width} x {model.decoder.depth}:",
         f"{count / 1e6:,.1f} million parameters in {', '.join(dtypes)}.", "",
         "## Parts and licences", "",
         *_table(("part", "from", "licence"),
@@ -114,16 +114,16 @@ def ancestry(saved: Saved) -> tuple[list[dict[str, Any]], list[tuple[str, dict[s
 
 def qformer(level: str, model: config_lib.Model) -> str:
     """The README.md of a Q-Former's folder: what lies where, and how to run it."""
-    tap = model.depths.block(level, model.vit.depth)
+    tap = model.depths.block(level, model.encoder.depth)
     return "\n".join([
         f"# The {level}-level Q-Former of a CALM", "",
         "`Blip2QFormerModel.from_pretrained` reads `model.safetensors`. That class holds neither queries nor",
         "projection: they are in `queries_and_projection.safetensors`, as", "",
         *_table(("tensor", "shape", "use"), [
-            ("ln_vision.weight, ln_vision.bias", f"[{model.vit.width}]",
+            ("ln_vision.weight, ln_vision.bias", f"[{model.encoder.width}]",
              f"LayerNorm (eps 1e-5) of the encoder's hidden states after block {tap}, class token included"),
             ("query_tokens", f"[1, {model.qformer.queries}, {model.qformer.width}]", "`query_embeds`"),
-            ("language_projection.weight, .bias", f"[{model.llama.width}, {model.qformer.width}]",
+            ("language_projection.weight, .bias", f"[{model.decoder.width}, {model.qformer.width}]",
              "linear layer behind the last hidden state, to the language model's width")]), "",
         "Older transformers (4.46) want the config given: `Blip2QFormerModel.from_pretrained(FOLDER, "
         "config=Blip2QFormerConfig.from_pretrained(FOLDER))`.", ""])

@@ -1,8 +1,5 @@
 """Hugging Face checkpoints of the parts in; one CALM checkpoint to train from, out.
 
-    python -m tools.convert_from_hf --vit openai/clip-vit-large-patch14-336 --llm lmsys/vicuna-7b-v1.5 --out calm-7b
-    python -m tools.convert_from_hf --vit DIR --llm DIR --qformer DIR[,DIR,DIR] --out DIR
-
 Each part is a folder, a weight file or a hub id. One Q-Former serves all three levels, three are low, middle and high;
 without any, the Q-Formers start from random numbers, as the fully connected layer does in any case. A Q-Former may be
 a file of LAVIS, such as blip2_pretrained.pth: without a config.json beside it, its tensors tell the geometry. Every
@@ -18,12 +15,10 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 import tqdm
-from absl import flags
 
-from calm_jax import command
 from calm_jax import config as config_lib
 from calm_jax.checkpoints import streaming
-from calm_jax.convert import geometry, tables, torch_files
+from calm_jax.convert import families, hf_config, mfam, tables, torch_files
 from calm_jax.data.tokenizer import Tokenizer
 from calm_jax.errors import ConfigError
 from calm_jax.models.parameters import Geometry
@@ -55,12 +50,13 @@ def convert(vit: str, llm: str, qformers: list[str], out: str, seed: int = 0,
     model = _model(places["vit"], places["llm"], [_qformer(path, tensors) for path, tensors in
                                                   zip(sources, found, strict=True)])
     config = config_lib.Config(seed=seed, model=model)
-    tokenizer = _tokenizer(places["llm"], model.llama)
+    tokenizer = _tokenizer(places["llm"], model.decoder)
     shapes = {path: leaf.shape for path, leaf in Geometry.of(model).shapes.items()}
     pieces: Pieces = {}
-    _add(pieces, "vit/", tables.vit(model.vit), places["vit"], torch_files.tensors(places["vit"]), shapes)
-    _add(pieces, "llama/", tables.llama(), places["llm"], _untied(torch_files.tensors(places["llm"]), places["llm"]),
-         shapes)
+    for prefix, cfg, place, found_there in (
+            ("encoder/", model.encoder, places["vit"], torch_files.tensors(places["vit"])),
+            ("decoder/", model.decoder, places["llm"], _untied(torch_files.tensors(places["llm"]), places["llm"]))):
+        _add(pieces, prefix, families.of(cfg).table(cfg), place, found_there, shapes)
     if found:
         every = 3 // len(found)
         _add_qformers(pieces, model, sources * every, found * every, shapes, say)
@@ -85,8 +81,8 @@ def _source(name: str, place: pathlib.Path) -> dict[str, str]:
 
 def _model(vit: pathlib.Path, llm: pathlib.Path, qformers: list[config_lib.QFormer]) -> config_lib.Model:
     """The geometry of the parts; what no part decides is that of `7b`."""
-    model = dataclasses.replace(config_lib.model("7b"), vit=geometry.vit(geometry.read(vit)),
-                                llama=geometry.llama(geometry.read(llm)))
+    model = dataclasses.replace(config_lib.model("7b"), encoder=families.read(hf_config.read(vit), "encoder"),
+                                decoder=families.read(hf_config.read(llm), "language model"))
     if qformers:
         if any(kind != qformers[0] for kind in qformers):
             raise ConfigError("the Q-Formers of the three levels differ in geometry; CALM's are alike")
@@ -97,14 +93,14 @@ def _model(vit: pathlib.Path, llm: pathlib.Path, qformers: list[config_lib.QForm
 def _qformer(path: pathlib.Path, found: Tensors) -> config_lib.QFormer:
     """By its config.json, or by the tensors of a file that has none beside it."""
     if path.is_dir() or (path.parent / "config.json").exists():
-        return geometry.qformer(geometry.read(path))
+        return mfam.qformer(hf_config.read(path))
     try:
-        return geometry.qformer_of({name: tensor.shape for name, tensor in found.items()})
+        return mfam.qformer_of({name: tensor.shape for name, tensor in found.items()})
     except ConfigError as error:
-        raise geometry.GeometryError(f"{path}: {error}") from None
+        raise hf_config.GeometryError(f"{path}: {error}") from None
 
 
-def _tokenizer(llm: pathlib.Path, cfg: config_lib.Llama) -> Tokenizer:
+def _tokenizer(llm: pathlib.Path, cfg: config_lib.Decoder) -> Tokenizer:
     path = (llm if llm.is_dir() else llm.parent) / "tokenizer.model"
     tokenizer = Tokenizer(str(path), remedy="it is the SentencePiece model that belongs to the language model beside it"
                           ": fetch it into that folder (a tokenizer.json is not read)")
@@ -116,7 +112,7 @@ def _tokenizer(llm: pathlib.Path, cfg: config_lib.Llama) -> Tokenizer:
 
 def _untied(found: Tensors, llm: pathlib.Path) -> Tensors:
     """A language model whose head is its embedding keeps one tensor for both; CALM's head is a leaf of its own."""
-    tied = geometry.read(llm).flag("tie_word_embeddings", False) and "lm_head.weight" not in found
+    tied = hf_config.read(llm).flag("tie_word_embeddings", False) and "lm_head.weight" not in found
     both = found.get("model.embed_tokens.weight") if tied else None
     return {**found, "lm_head.weight": both} if both else found
 
@@ -140,7 +136,7 @@ def _add_qformers(pieces: Pieces, model: config_lib.Model, sources: list[pathlib
                   shapes: tables.Shapes, say: Callable[[str], None]) -> None:
     """All levels. What belongs to a Q-Former's former neighbours, and is absent or of other widths, stays random; in
     all levels, as they share their leaves."""
-    prefix, table = "mfam/qformers/", tables.qformer(model.qformer)
+    prefix, table = "mfam/qformers/", mfam.qformer_table(model.qformer)
     own = {path.removeprefix(prefix): shape[1:] for path, shape in shapes.items() if path.startswith(prefix)}
     for what, pattern in FITTED.items():
         if not all(tables.fits(table, {name: tensor.shape for name, tensor in level.items()}, own, pattern)
@@ -153,18 +149,3 @@ def _add_qformers(pieces: Pieces, model: config_lib.Model, sources: list[pathlib
 
 def _reader(tensor: torch_files.Tensor, transform: tables.Rearrange) -> Callable[[], np.ndarray]:
     return lambda: transform.to_jax(tensor.read())
-
-
-def main() -> None:
-    given = command.require("vit", "llm", "out")
-    path = convert(given.vit, given.llm, given.qformer, given.out, given.seed)
-    print(f"written to {path}; train from it with --config.init={path} --config.tokenizer={path}/tokenizer.model")
-
-
-if __name__ == "__main__":
-    flags.DEFINE_string("vit", None, "the encoder: a CLIPVisionModel or CLIPModel")
-    flags.DEFINE_string("llm", None, "the language model: a LlamaForCausalLM, such as Vicuna")
-    flags.DEFINE_list("qformer", [], "the Q-Formers: one for all levels, or low,middle,high")
-    flags.DEFINE_string("out", None, "folder of the checkpoint; must not exist")
-    flags.DEFINE_integer("seed", 0, "of what is left to random numbers", lower_bound=0, upper_bound=2**32 - 1)
-    command.run(main)

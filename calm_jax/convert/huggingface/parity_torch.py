@@ -1,6 +1,6 @@
-"""An exported folder and a request in; what torch computes of it, as arrays, out. The torch half of check_parity.
+"""An exported folder and a request in; what torch computes of it, as arrays, out. The torch half of `convert.parity`.
 
-    PYTHON tools/parity_torch.py FOLDER REQUEST.json OUT     one .npz for each conversation, and OUT/rest.npz
+    PYTHON parity_torch.py FOLDER REQUEST.json OUT     one .npz for each conversation, and OUT/rest.npz
 
 It needs torch, transformers, sentencepiece and pillow, and nothing of this package, so that any interpreter with any
 version of transformers can run it.

@@ -1,0 +1,48 @@
+"""The config.json of a Hugging Face model: read, and refused in one sentence where CALM cannot compute it.
+
+What this project does not compute (another activation, scaled rotary frequencies, biases) is refused, never ignored.
+"""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Mapping
+
+from calm_jax import json_files
+from calm_jax.errors import ConfigError
+
+# No model comes near these; what is beyond them is damaged, and would take for ever.
+CHANNELS, BLOCKS, PIXELS, TOKENS = 1 << 18, 1 << 10, 1 << 14, 1 << 26
+
+
+class GeometryError(ConfigError):
+    """A model that CALM cannot be assembled from; one sentence with every reason."""
+
+
+def read(folder: pathlib.Path) -> json_files.Table:
+    """The config.json of a folder, or of the folder of a weight file.
+
+    Raises:
+      GeometryError: it is missing or damaged, or is of weights that were quantised.
+    """
+    path = (folder if folder.is_dir() else folder.parent) / "config.json"
+    found = json_files.table(path, error=GeometryError, remedy="it says what the weights beside it are: fetch it again")
+    if "model_type" not in found:
+        raise GeometryError(f"{path} names no model_type; it is no config of a transformers model")
+    found.text("model_type")
+    if "quantization_config" in found:
+        raise GeometryError(f"{path} has a quantization_config: these weights were rounded to few bits; give the model "
+                            "as it was before that, in float32, float16 or bfloat16")
+    return found
+
+
+def heads(cfg: Mapping[str, int]) -> tuple[bool, str]:
+    return (cfg["width"] % cfg["heads"] == 0,
+            f"hidden_size {cfg['width']} is no multiple of num_attention_heads {cfg['heads']}")
+
+
+def require(found: json_files.Table, what: str, checks: list[tuple[bool, str]]) -> None:
+    wrong = [reason for holds, reason in checks if not holds]
+    if wrong:
+        raise GeometryError(f"{found.name}: this {what} is not of a kind that CALM computes: {'; '.join(wrong)}; give "
+                            "another model")
