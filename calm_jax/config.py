@@ -294,7 +294,7 @@ class Process(Checked):
                               "beside that of the words; 0 = it learns nothing", "ours", least=0)
     compose: bool = field(False, "captions and comments are composed of what is known and measured where nobody wrote "
                           "any", "ours")
-    cues: str = field("", "file of further phrases about attributes, from tools.make_cues; '' = only the written",
+    cues: str = field("", "file of further phrases about attributes, from calm cues; '' = only the written",
                       "paper: GPT-3.5 wrote them; ours: most are written by hand", form="path")
     phrasings: int = field(0, "of each written question and answer about attributes and measurements only so many "
                            "are used; 0 = all", "ours", least=0)
@@ -358,7 +358,7 @@ class Checkpoint(Checked):
 
 @dataclasses.dataclass(frozen=True)
 class Data(Checked):
-    dir: str = field("", "folder of datasets that tools.prepare_data stored; only `demo` needs none", "ours",
+    dir: str = field("", "folder of datasets that calm prepare stored; only `demo` needs none", "ours",
                      runtime=True, form="path")
     workers: int = field(0, "data processes; 0 = threads of the training process", "ours", runtime=True, least=0)
     threads: int = field(4, "rows prepared at the same time", "ours", runtime=True, least=1)

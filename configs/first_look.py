@@ -1,6 +1,6 @@
 """Does text-guided self-supervision help a model that learns to score? One small model and a budget of steps (ours).
 
-    python -m tools.first_look --data_dir DATA              # all arms, their evaluation and the page
+    python -m tools.studies.first_look --data_dir DATA              # all arms, their evaluation and the page
 
 The variants are what an arm is made of: `self_supervised` and `then_scores` spend half of the budget each, one after
 the other; `scores` spends all of it. `all_tasks` goes on from `self_supervised` to scores, attributes and suggestions,

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Measures on a GPU machine that reaches no package index. It is `run.sh` in a pack of tools.pack, beside the code, the
+# Measures on a GPU machine that reaches no package index. It is `run.sh` in a pack of tools.bench.pack, beside the code, the
 # wheels and needs.txt; what the machine lacks or has too old is installed into env/, and nothing else is touched.
-#     ./run.sh [ARGUMENTS OF tools.bench_gpu]          PYTHON=python3.12 ./run.sh --size tiny
+#     ./run.sh [ARGUMENTS OF tools.bench.gpu]          PYTHON=python3.12 ./run.sh --size tiny
 set -euo pipefail
 cd "$(dirname "$0")"
 
@@ -18,4 +18,4 @@ END
 fi
 PIP_NO_INDEX=1 PIP_FIND_LINKS=wheels "$python" -m pip --python env/bin/python install --quiet \
     --disable-pip-version-check --no-deps --requirement needs.txt
-exec env/bin/python -m tools.bench_gpu "$@"
+exec env/bin/python -m tools.bench.gpu "$@"

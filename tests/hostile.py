@@ -37,6 +37,7 @@ from PIL import Image
 
 from calm_jax import config as config_lib
 from calm_jax.checkpoints import locate, on_disk, restore
+from calm_jax.commands.predict.ratings import read_ratings
 from calm_jax.convert import hf_import, mfam, tables, torch_files
 from calm_jax.convert.families import clip, llama
 from calm_jax.data import builders, cues, pictures
@@ -46,11 +47,10 @@ from calm_jax.data.samples import BadRecord
 from calm_jax.data.tokenizer import SHIPPED, Tokenizer
 from calm_jax.errors import CheckpointError, ConfigError
 from calm_jax.models.parameters import Geometry
-from calm_jax.predict.ratings import read_ratings
 
 PATIENCE = 20  # seconds for one item
 LONGEST = 8_000  # characters of a message
-# An error of the system is made a sentence where programs end (calm_jax.command).
+# An error of the system is made a sentence where programs end (calm_jax.guard).
 SENTENCES = (ConfigError, BadRecord, CheckpointError, OSError)
 Rng = random.Random
 

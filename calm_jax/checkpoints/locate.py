@@ -48,7 +48,7 @@ def choose(path: pathlib.Path) -> pathlib.Path:
     for place in reversed(_places(path)):
         if found := _best(place):
             return found
-    raise CheckpointError(f"there is no complete checkpoint in {path}; give a workdir of calm_jax.train, or a folder "
+    raise CheckpointError(f"there is no complete checkpoint in {path}; give a workdir of calm train, or a folder "
                           f"that holds {MARKER}")
 
 

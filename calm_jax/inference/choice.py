@@ -110,7 +110,7 @@ def _refusal(given: pathlib.Path, skill: str, found: Mapping[str, _Candidate]) -
     has = ", ".join(f"the process {name} learned {_tasks(candidate)}" for name, candidate in found.items())
     where = next((f"the process {name} of {place} did: give {folder}" for place, name, folder in _elsewhere(
         given, skill, found)), None)
-    remedies = [where, f"`python -m calm_jax.train {wanted.recipe}` teaches it",
+    remedies = [where, f"`calm train {wanted.recipe}` teaches it",
                 f"--process {next(reversed(found))} asks all the same"]
     return f"{given} never learned {wanted.what}: {has}; {'; '.join(filter(None, remedies))}"
 

@@ -116,7 +116,7 @@ class Generator:
         if not any(path.startswith("score_head/") for path in self.parameters):
             raise ConfigError(
                 "the reader head needs a regression head, which this model does not have; train one "
-                "(configs/finetune.py:SIZE+head), or take another reader: "
+                "(finetune:SIZE+head), or take another reader: "
                 f"{', '.join(reader for reader in scale.READERS if reader != name)}")
         return self._program(scorer.regression)
 

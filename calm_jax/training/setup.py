@@ -1,6 +1,6 @@
 """One process of a config and a mesh in; its step, and where every array of it lives, out. Nothing is allocated.
 
-The devices of the mesh need not exist: `tools.plan` compiles the same step for slices that nobody owns.
+The devices of the mesh need not exist: `calm plan` compiles the same step for slices that nobody owns.
 """
 
 from __future__ import annotations

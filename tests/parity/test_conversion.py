@@ -27,7 +27,7 @@ from calm_jax.convert.families import llama as llama_family
 from calm_jax.data.tokenizer import SHIPPED
 from calm_jax.errors import CheckpointError, ConfigError
 from calm_jax.models.parameters import Geometry
-from tools import bench_conversion
+from tools.bench import conversion as bench_conversion
 
 torch = pytest.importorskip("torch", reason="torch is not here; make test has it")
 safetensors_torch = pytest.importorskip("safetensors.torch")

@@ -170,8 +170,12 @@ def call(function, graphdef, state, *arrays):
     return function(nnx.merge(graphdef, state), *arrays)
 
 
+def fresh_clip(cfg: config_lib.Encoder) -> Clip:
+    return Clip(cfg, config_lib.Depths(), nnx.Rngs(0))
+
+
 def our_vit(model: torch.nn.Module) -> Clip:
-    return build(lambda: Clip(MODEL.encoder, config_lib.Depths(), nnx.Rngs(0)), clip.table(MODEL.encoder), weights(model))
+    return build(lambda: fresh_clip(MODEL.encoder), clip.table(MODEL.encoder), weights(model))
 
 
 def our_llama(cfg: config_lib.Decoder, model: torch.nn.Module) -> Llama:
@@ -374,7 +378,7 @@ def test_cached_greedy_decoding(cfg):
 # ---- (f) the tables themselves ----------------------------------------------------------------------------------
 
 ROUND_TRIPS = {
-    "vit": (lambda: torch_vit(MODEL.encoder), lambda: Clip(MODEL.encoder, config_lib.Depths(), nnx.Rngs(0)), clip.table(MODEL.encoder)),
+    "vit": (lambda: torch_vit(MODEL.encoder), lambda: fresh_clip(MODEL.encoder), clip.table(MODEL.encoder)),
     "qformer": (lambda: TorchQFormer(MODEL.qformer, 32, 48), lambda: QFormer(MODEL.qformer, 32, 48, nnx.Rngs(0)),
                 mfam.qformer_table(MODEL.qformer)),
     "mfam": (lambda: TorchMfam(MODEL), lambda: Mfam(MODEL, nnx.Rngs(0)), mfam.table(MODEL.qformer)),
@@ -440,7 +444,7 @@ def test_every_wrong_tensor_is_named_in_one_error():
 
 
 def test_clip_keys_with_and_without_their_first_level():
-    table, shapes, tensors = clip.table(MODEL.encoder), shapes_of(lambda: Clip(MODEL.encoder, config_lib.Depths(), nnx.Rngs(0))), {}
+    table, shapes, tensors = clip.table(MODEL.encoder), shapes_of(lambda: fresh_clip(MODEL.encoder)), {}
     tensors = weights(torch_vit(MODEL.encoder))
     leaves = tables.to_jax(table, tensors, shapes)
     old = {f"vision_model.{key}": value for key, value in tensors.items()}
@@ -467,7 +471,7 @@ def test_published_classes_are_read_in_full():
 
     clip = found("CLIPModel", "CLIPConfig", vision_config=tower,
                  text_config={"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 11})
-    shapes = shapes_of(lambda: Clip(vit, config_lib.Depths(), nnx.Rngs(0)))
+    shapes = shapes_of(lambda: fresh_clip(vit))
     assert {entry.path for entry in tables.match(clip.table(vit), clip, shapes).values()} == shapes.keys()
 
     shapes = shapes_of(lambda: QFormer(cfg, vit.width, 48, nnx.Rngs(0)))

@@ -4,7 +4,9 @@ import miniature
 import pytest
 
 from calm_jax import config as config_lib
-from tools import bench_inference, contenders, flops
+from calm_jax.models import flops
+from tools.bench import contenders
+from tools.bench import inference as bench_inference
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""tools.bench train and tools.bench_gpu: both sides teach the same, frozen parts cost nothing, MFU is what it says."""
+"""tools.bench train and tools.bench.gpu: both sides teach the same, frozen parts cost nothing, MFU is what it says."""
 
 from __future__ import annotations
 
@@ -16,24 +16,22 @@ import pytest
 
 from calm_jax import config as config_lib
 from calm_jax import sharding
+from calm_jax.commands import plan
 from calm_jax.data import pipeline
 from calm_jax.errors import ConfigError
+from calm_jax.models import flops
 from calm_jax.models.parameters import Geometry
 from calm_jax.training.setup import Setup
-from tools import (
-    bench_conversion,
-    bench_data,
-    bench_gpu,
-    bench_inference,
-    bench_page,
-    bench_train,
-    contenders,
-    flops,
-    plan,
-)
+from tools.bench import contenders
+from tools.bench import conversion as bench_conversion
+from tools.bench import data as bench_data
+from tools.bench import gpu as bench_gpu
+from tools.bench import inference as bench_inference
+from tools.bench import page as bench_page
+from tools.bench import train as bench_train
 
 torch = pytest.importorskip("torch", reason="torch is not here; make test has it")
-bench_torch = pytest.importorskip("tools.bench_torch")
+bench_torch = pytest.importorskip("tools.bench.torch_side")
 
 ALL = {"train": (r".*",), "freeze": ()}
 SELF_SUPERVISED = {"train": (r"mfam/qformers/.*",), "freeze": (r"mfam/thematic/.*", r"encoder/.*", r"decoder/.*")}

@@ -8,13 +8,14 @@ import miniature
 import pytest
 
 PROGRAM = """
-from absl import flags
-from calm_jax import command
-flags.DEFINE_float("threshold", 1.0, "a number", lower_bound=0.0)
-flags.DEFINE_string("out", None, "a path")
-flags.DEFINE_list("workdir", [], "paths")
-flags.DEFINE_string("base_url", None, "an address")
-command.run(lambda words: print("ran", *words), words=True)
+from typing import Annotated
+import typer
+from calm_jax import cli
+def main(paths: Annotated[list[str] | None, typer.Argument()] = None,
+         threshold: Annotated[float, typer.Option(min=0.0)] = 1.0, out: str = "", workdir: str = "",
+         base_url: str = "") -> None:
+    print("ran", *paths)
+cli.single(main)
 """
 
 

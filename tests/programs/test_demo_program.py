@@ -9,7 +9,8 @@ import time
 
 import pytest
 
-from tools import commands, demo
+from calm_jax.commands import demo
+from calm_jax.commands import steps as commands
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 

@@ -117,7 +117,7 @@ def cases(sources: pathlib.Path) -> dict[str, Case]:
     python = [sys.executable, "-m"]
     return {
         "train": Case(lambda to: miniature.command(to / "work"), whole_checkpoints, lambda to: arrays(to / "work")),
-        "score": Case(lambda to: [*python, "calm_jax.predict", "score", str(sources / "photos"), "--format", "csv",
+        "score": Case(lambda to: [*python, "calm_jax", "score", str(sources / "photos"), "--format", "csv",
                                   "--checkpoint", str(sources / "run"), "--batch", "4", "--out", str(to / "out.csv")],
                       whole_scores, lambda to: {"csv": (to / "out.csv").read_bytes()}),
         "prepare": Case(lambda to: [*python, "tools.prepare_data", "--dataset", "folder", "--source",

@@ -1,4 +1,4 @@
-"""tools.first_look: arms of equal size, commands in the order of what they need, and a page of figures."""
+"""tools.studies.first_look: arms of equal size, commands in the order of what they need, and a page of figures."""
 
 import json
 import pathlib
@@ -14,8 +14,9 @@ import psutil
 import pytest
 
 from calm_jax import config as config_lib
+from calm_jax.commands import steps as commands
 from calm_jax.errors import ConfigError
-from tools import commands, first_look
+from tools.studies import first_look
 
 
 def variant(name):
@@ -64,7 +65,8 @@ def test_commands_wait_for_what_they_need_and_a_failure_stops_them(tmp_path):
 def test_what_it_started_does_not_outlive_it(tmp_path, sent, code):
     program = f"""
 import pathlib, sys
-from tools import commands, first_look
+from calm_jax.commands import steps as commands
+from tools.studies import first_look
 folder = pathlib.Path({str(tmp_path)!r})
 server = commands.Step("server", ("http.server", "0", "--bind", "127.0.0.1"), folder / "x", (), folder / "server.log")
 sys.exit(first_look.run({{"server": (server, ())}}, folder, 1))

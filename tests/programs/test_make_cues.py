@@ -18,10 +18,10 @@ import openai_server
 import pytest
 from openai_server import Raw, Server, error
 
+from calm_jax.commands import cues as make_cues
 from calm_jax.data import cues
 from calm_jax.data.cues import stored
 from calm_jax.errors import ConfigError
-from tools import make_cues
 
 MODEL = "gpt-3.5-turbo"
 NOISE = 13  # requests about noise: ten places, three verifications

@@ -19,12 +19,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from calm_jax import command, files, terminal
 from calm_jax import config as config_lib
+from calm_jax import files, terminal
+from calm_jax.commands.predict.gather import gather
+from calm_jax.commands.predict.journal import Journal
 from calm_jax.errors import ConfigError
 from calm_jax.inference.once import once
-from calm_jax.predict.gather import gather
-from calm_jax.predict.journal import Journal
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ def photos(tmp_path):
 
 
 def calm(*words, env=None, **options) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-m", "calm_jax.predict", *map(os.fspath, words)], cwd=miniature.ROOT,
+    return subprocess.run([sys.executable, "-m", "calm_jax", *map(os.fspath, words)], cwd=miniature.ROOT,
                           timeout=600, env={**miniature.environment(), **(env or {})},
                           **{"capture_output": True, **options})
 
@@ -101,8 +101,8 @@ def test_what_this_program_wrote_may_be_written_again_and_nothing_else(tmp_path)
             ("tools.show_samples", ("--config", "configs/pretrain.py:tiny", "--out"), "page.html"),
             ("tools.plan", ("--config", "configs/pretrain.py:tiny", "--topology", "cpu:1", "--out"), "mine.json"),
             ("tools.bench", ("train", "--config", "configs/pretrain.py:tiny", "--out"), "mine.json"),
-            ("tools.pack", ("--out",), "mine.json"), ("tools.demo", ("--workdir",), "mine.json"),
-            ("tools.train_tokenizer", ("--out",), "mine.json")):
+            ("tools.bench.pack", ("--out",), "mine.json"), ("tools.demo", ("--workdir",), "mine.json"),
+            ("tools.tokenizer", ("--out",), "mine.json")):
         refused(subprocess.run([sys.executable, "-m", module, *words, str(tmp_path / name)], cwd=miniature.ROOT,
                                capture_output=True, env=miniature.environment()), name)
     assert (tmp_path / "page.html").read_bytes() == b"mine" and (tmp_path / "mine.json").read_text() == "[]"
@@ -140,7 +140,7 @@ def test_pictures_that_the_program_made_are_not_looked_at(tmp_path):
 
 
 def test_a_closed_standard_output_is_said_before_the_work(photos, tmp_path):
-    command = [sys.executable, "-m", "calm_jax.predict", "score", str(photos), "--checkpoint", str(tmp_path / "none")]
+    command = [sys.executable, "-m", "calm_jax", "score", str(photos), "--checkpoint", str(tmp_path / "none")]
     refused(subprocess.run(["sh", "-c", 'exec "$@" >&-', "sh", *command], cwd=miniature.ROOT, capture_output=True,
                            env=miniature.environment()), "standard output", "--out")
 
@@ -336,7 +336,7 @@ def test_writers_at_the_same_time_leave_one_whole_file_and_nothing_else(tmp_path
 # ---- while it is written ----------------------------------------------------------------------------------------
 
 
-PROGRAM = "from calm_jax import command; command.run(lambda: {})"
+PROGRAM = "from calm_jax import guard; guard.run(lambda: {})"
 
 
 @pytest.mark.parametrize(("body", "code", "named"), [
@@ -359,4 +359,4 @@ def test_standard_output_that_is_full_or_closed(photos, checkpoint):
         done = calm("score", photos, "--checkpoint", checkpoint, capture_output=False, stdout=full,
                     stderr=subprocess.PIPE)
     assert done.returncode == 1 and b"Traceback" not in done.stderr and b"No space" in done.stderr
-    assert command.REMEDIES
+    assert guard.REMEDIES

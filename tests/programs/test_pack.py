@@ -1,4 +1,4 @@
-"""tools.pack: a pack has what the benchmarks need and what fits, and its script installs it without an index."""
+"""tools.bench.pack: a pack has what the benchmarks need and what fits, and its script installs it without an index."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import pytest
 from packaging.requirements import Requirement
 
 from calm_jax.errors import ConfigError
-from tools import pack
+from tools.bench import pack
 
 
 @pytest.fixture
@@ -48,7 +48,7 @@ def test_what_is_carried_and_assumed_is_all_that_the_benchmarks_load():
     """By the modules that are loaded, and by what the carried packages say of themselves."""
     pytest.importorskip("peft", reason="peft is not here; make test has it")
     known = {*pack.CARRIED, *pack.ASSUMED}
-    code = ("import sys, tools.bench, tools.bench_gpu, calm_jax.convert.hf_export, tools.flops, "
+    code = ("import sys, tools.bench, tools.bench.gpu, calm_jax.convert.hf_export, calm_jax.models.flops, "
             "calm_jax.training.setup, calm_jax.checkpoints.restore, calm_jax.inference.generate; "
             "import importlib.metadata as m; "
             "owners = m.packages_distributions(); "

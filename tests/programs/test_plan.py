@@ -12,10 +12,11 @@ import miniature
 import pytest
 
 from calm_jax import config as config_lib
+from calm_jax.commands import plan
 from calm_jax.errors import ConfigError
+from calm_jax.models import flops
 from calm_jax.models.parameters import Geometry
 from calm_jax.training import filters
-from tools import flops, plan
 
 LIBTPU = (pathlib.Path(sys.prefix) / "libtpu").is_dir()
 

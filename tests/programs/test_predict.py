@@ -18,14 +18,14 @@ from PIL import Image
 
 import calm_jax
 from calm_jax import config as config_lib
+from calm_jax.commands.predict import output
+from calm_jax.commands.predict.gather import gather
+from calm_jax.commands.predict.journal import Journal
+from calm_jax.commands.predict.ratings import read_ratings
 from calm_jax.data import pictures
 from calm_jax.data.samples import BadRecord
 from calm_jax.errors import ConfigError
 from calm_jax.inference.decoding import Sampling
-from calm_jax.predict import output
-from calm_jax.predict.gather import gather
-from calm_jax.predict.journal import Journal
-from calm_jax.predict.ratings import read_ratings
 
 CHROMIUM = next((path for path in ("/usr/bin/chromium", "/usr/bin/chromium-browser", "/usr/bin/google-chrome")
                  if os.path.exists(path)), None)
@@ -71,7 +71,7 @@ BAD = {"half.png": "truncated or damaged", "<script><b>&'.jpg": "not a picture i
 
 
 def calm(*words, **options) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-m", "calm_jax.predict", *map(str, words)], cwd=miniature.ROOT, text=True,
+    return subprocess.run([sys.executable, "-m", "calm_jax", *map(str, words)], cwd=miniature.ROOT, text=True,
                           capture_output=True, timeout=600, env=miniature.environment(), **options)
 
 
@@ -398,7 +398,7 @@ def test_a_stopped_run_goes_on_without_loss_or_repetition(checkpoint, tmp_path, 
         os.symlink(made[number % 5], folder / f"{number:05d}.jpg")
     (folder / "00007.jpg").unlink()
     (folder / "00007.jpg").write_bytes(b"no picture")
-    command = [sys.executable, "-m", "calm_jax.predict", "score", str(folder), "--checkpoint", checkpoint,
+    command = [sys.executable, "-m", "calm_jax", "score", str(folder), "--checkpoint", checkpoint,
                "--out", str(out), "--format", "jsonl", "--batch", "8"]
     journal, memory = tmp_path / "scores.jsonl.journal", []
     started = {"cwd": miniature.ROOT, "env": miniature.environment(), "stderr": subprocess.PIPE, "text": True}

@@ -10,16 +10,16 @@ import sys
 import typing
 
 import pytest
+from calm_jax.commands.predict.program import VERBS
 
 from calm_jax import config as config_lib
-from calm_jax.predict.program import VERBS
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", ROOT / "launch/README.md", *sorted((ROOT / "docs").glob("*.md"))]
 MODULES = ("calm_jax.train", "calm_jax.evaluate", "calm_jax.config", "tools.demo", "tools.bench", "tools.prepare_data",
            "tools.convert_from_hf", "tools.export_to_hf", "tools.check_parity", "tools.show_samples",
-           "tools.train_tokenizer", "tools.make_cues", "tools.first_look", "tools.plan", "tools.bench_gpu",
-           "tools.pack", "calm_jax.supervise")
+           "tools.tokenizer", "tools.make_cues", "tools.studies.first_look", "tools.plan", "tools.bench.gpu",
+           "tools.bench.pack", "calm_jax.supervise")
 
 
 def commands() -> list[tuple[str, str]]:

@@ -8,9 +8,9 @@ import miniature
 import pytest
 
 from calm_jax import config as config_lib
+from calm_jax.commands import samples as show_samples
 from calm_jax.data import attributes, images
 from calm_jax.errors import ConfigError
-from tools import show_samples
 
 
 def config(**changes):

@@ -9,7 +9,7 @@ import miniature
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-from calm_jax import train as program
+from calm_jax.commands import train as program
 from calm_jax.training import startup
 
 CACHE = {"jax_persistent_cache_min_compile_time_secs": 0, "jax_persistent_cache_min_entry_size_bytes": -1}

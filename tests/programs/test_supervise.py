@@ -200,8 +200,8 @@ def test_training_under_a_supervisor(tmp_path):
 
 
 def test_training_that_cannot_go_on_has_an_exit_code_of_its_own():
-    child = ("from calm_jax import command; from calm_jax.training.loop import TrainingError\n"
-             "def main(): raise TrainingError('the loss is nan')\ncommand.run(main)")
+    child = ("from calm_jax import guard; from calm_jax.errors import TrainingError\n"
+             "def main(): raise TrainingError('the loss is nan')\nguard.run(main)")
     done = supervise("--", "-c", child, env=miniature.environment())
     assert done.returncode == 3 and done.stderr == "error: the loss is nan\n"
 

@@ -19,9 +19,9 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 from calm_jax import config as config_lib
-from calm_jax import train as program
 from calm_jax.checkpoints import locate, on_disk
 from calm_jax.checkpoints.meta import BEST
+from calm_jax.commands import train as program
 from calm_jax.data import builders, pipeline
 from calm_jax.data.samples import BadRecord, ImageRef, Record
 from calm_jax.data.tokenizer import Tokenizer

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from calm_jax import config as config_lib
-from calm_jax import evaluate
+from calm_jax.commands import evaluate
 from calm_jax.data import attributes, builders
 from calm_jax.data.cues import CUES
 from calm_jax.data.samples import Edit, ImageRef, Record

@@ -123,7 +123,7 @@ def test_nothing_is_a_grab_bag_and_every_module_says_what_goes_in_and_out():
 
 def test_training_loads_no_foreign_framework():
     """Not by a dependency either: tensorboardX imports torch wherever it finds it."""
-    code = ("import sys, tempfile; import calm_jax.train; from calm_jax.training import logging; "
+    code = ("import sys, tempfile; import calm_jax.commands.train; from calm_jax.training import logging; "
             "log = logging.Log(tempfile.mkdtemp(), 'p', start=0, steps=1, title='t'); "
             "log.write(1, 'train', {'loss': 1.0}); log.close(); "
             f"print(sorted({FOREIGN!r} & set(sys.modules)))")

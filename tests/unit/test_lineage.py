@@ -15,10 +15,10 @@ import pytest
 
 from calm_jax import config as config_lib
 from calm_jax import sharding
-from calm_jax import train as program
 from calm_jax.checkpoints import array_io, lineage, locate, on_disk, restore
 from calm_jax.checkpoints.meta import BEST, NEEDED, Pin
 from calm_jax.checkpoints.store import Checkpoints
+from calm_jax.commands import train as program
 from calm_jax.errors import CheckpointError
 from calm_jax.models.parameters import Geometry
 

@@ -11,7 +11,7 @@ from calm_jax.data import builders, pipeline
 from calm_jax.data.samples import BadRecord
 from calm_jax.data.tokenizer import Tokenizer
 from calm_jax.errors import ConfigError
-from tools import bench_data
+from tools.bench import data as bench_data
 
 MODEL = dataclasses.replace(config_lib.model("tiny"), encoder=dataclasses.replace(config_lib.model("tiny").encoder,
                                                                              image_size=32))

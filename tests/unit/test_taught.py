@@ -186,7 +186,7 @@ def test_the_interface_answers_with_who_learned_it(paper, photo):
 
 def test_the_program_says_who_answers_and_refuses_what_nobody_learned(paper, photo, tmp_path):
     def calm(*words):
-        return miniature.run([sys.executable, "-m", "calm_jax.predict", *map(str, words)], miniature.environment())
+        return miniature.run([sys.executable, "-m", "calm_jax", *map(str, words)], miniature.environment())
 
     done = calm("comment", photo, "--checkpoint", paper, "--tokens", "2", "--format", "jsonl")
     assert done.returncode == 0 and "comment" in json.loads(done.stdout)

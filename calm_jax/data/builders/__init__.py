@@ -12,7 +12,7 @@ from calm_jax.errors import ConfigError
 if TYPE_CHECKING:
     from calm_jax.data.builders.labels import Source
 
-# Datasets that tools.prepare_data stores: name, which is also the module's -> its Source in that module.
+# Datasets that calm prepare stores: name, which is also the module's -> its Source in that module.
 _SOURCES = {"para": "Para", "oasis": "Oasis", "ava": "Ava", "folder": "Folder", "csv": "Csv", "qa": "Qa"}
 
 
@@ -33,7 +33,7 @@ def source(name: str) -> type[Source]:
 
 
 def load(name: str, data_dir: str = "") -> Dataset:
-    """The dataset of that name: `demo`, or one that tools.prepare_data stored in `data_dir`; pixels are read later.
+    """The dataset of that name: `demo`, or one that calm prepare stored in `data_dir`; pixels are read later.
 
     Raises:
       ConfigError: there is no such dataset (the nearest name is given), it was not prepared (the command is given), or
@@ -48,6 +48,6 @@ def load(name: str, data_dir: str = "") -> Dataset:
     if not data_dir:
         raise ConfigError(
             f"the dataset {name!r} is read from a folder of prepared datasets, and none is named: give "
-            "--config.data.dir=DIR to train, --data_dir DIR to evaluate; to prepare it: python -m tools.prepare_data "
+            "--config.data.dir=DIR to train, --data_dir DIR to evaluate; to prepare it: calm prepare "
             f"--dataset {name} --source DIR --data_dir DIR")
     return stored.Stored(name, data_dir)

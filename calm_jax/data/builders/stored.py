@@ -50,7 +50,7 @@ class Stored:
 
     def __init__(self, name: str, data_dir: Path | str):
         self.name, self.folder = name, Path(data_dir) / name / VERSION
-        remedy = f"python -m tools.prepare_data --dataset {name} --source DIR --data_dir {data_dir}"
+        remedy = f"calm prepare --dataset {name} --source DIR --data_dir {data_dir}"
         try:
             if not (self.folder / "manifest.json").exists():
                 raise FileNotFoundError

@@ -1,7 +1,7 @@
 """The name of an attribute in, everything that is ever said about it out: questions, answers, comparisons, advice.
 
 The paper has the textual cues of its pseudo-labels written by GPT-3.5; these are written by hand, so that training
-needs no language-model service. `tools.make_cues` asks one for more, into a file that `bank` reads. An answer stands
+needs no language-model service. `calm cues` asks one for more, into a file that `bank` reads. An answer stands
 alone, because comments are composed of them too. Its key word comes early in some phrasings and late in others, so
 that a model cannot live on one position.
 """
@@ -26,7 +26,7 @@ def bank(path: str = "", phrasings: int = 0) -> Mapping[str, Cues]:
     """The written phrases and those of a file.
 
     Args:
-      path: a file of `tools.make_cues`, "" = none.
+      path: a file of `calm cues`, "" = none.
       phrasings: of each question, answer and advice so many of the written ones, the first; 0 = all.
     Raises:
       ConfigError: the file cannot be used.
@@ -50,7 +50,7 @@ def bank(path: str = "", phrasings: int = 0) -> Mapping[str, Cues]:
 
 
 def fingerprint(path: str) -> str:
-    """Of the phrases in a file of `tools.make_cues`; empty for none. Raises as `bank`."""
+    """Of the phrases in a file of `calm cues`; empty for none. Raises as `bank`."""
     return stored.fingerprint(path, CUES) if path else ""
 
 

@@ -1,4 +1,4 @@
-"""A file of phrases that `tools.make_cues` wrote in, the phrases by attribute, kind and grade out.
+"""A file of phrases that `calm cues` wrote in, the phrases by attribute, kind and grade out.
 
 The file is JSON: `phrases` is a list of {attribute, kind, grade, text, request}, where `grade` belongs to the kinds
 `answer` and `advice` and `request` names an entry of `requests`, the provenance. Only `phrases` is read here.
@@ -43,16 +43,16 @@ def read(path: str, bank: Mapping[str, Cues]) -> dict[Place, tuple[str, ...]]:
     """The phrases of a file.
 
     Args:
-      path: as `tools.make_cues` writes it.
+      path: as `calm cues` writes it.
       bank: the written phrases, which say what there is, and which none of the file repeats.
     Raises:
       ConfigError: the file cannot be read, or a phrase has no place in the bank, or occurs twice.
     """
-    content = json_files.load(path, remedy="it is the file of cues, which tools.make_cues writes; an empty cues= does "
+    content = json_files.load(path, remedy="it is the file of cues, which calm cues writes; an empty cues= does "
                               "without one")
     phrases = content.get("phrases") if isinstance(content, dict) and content.get("format") == FORMAT else None
     if not isinstance(phrases, list):
-        raise ConfigError(f"{path} is no file of tools.make_cues: its format is not {FORMAT!r}")
+        raise ConfigError(f"{path} is no file of calm cues: its format is not {FORMAT!r}")
     known = dict(places(bank))
     seen = {normal(text) for texts in known.values() for text in texts}
     found: dict[Place, list[str]] = {}

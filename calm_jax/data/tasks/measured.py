@@ -113,6 +113,6 @@ def _question(statistic: statistics.Statistic, decile: int, place: int, rng: np.
 
 def _deciles(record: Record) -> Mapping[str, int]:
     if not record.deciles:
-        raise BadRecord(f"record {record.key} has no deciles, which the task measured needs; run tools.prepare_data "
+        raise BadRecord(f"record {record.key} has no deciles, which the task measured needs; run calm prepare "
                         "on the data set: it measures")
     return record.deciles

@@ -24,7 +24,7 @@ class Skill:
     Attributes:
       what: a plural, to stand behind "learned".
       tasks: each of these in a process's mixture teaches it.
-      recipe: what teaches it, as arguments of `calm_jax.train`.
+      recipe: what teaches it, as arguments of `calm train`.
       zero_shot: a process that learned one of these may be asked for it unlearned, as long as that is said.
       head: the regression head must have learned, too.
     """
@@ -37,15 +37,15 @@ class Skill:
 
 
 SKILLS: Mapping[str, Skill] = types.MappingProxyType({
-    "score": Skill("scores", ("score",), "--config configs/finetune.py"),
-    "levels": Skill("rating words", ("level",), "--config configs/finetune.py "
+    "score": Skill("scores", ("score",), "--config finetune"),
+    "levels": Skill("rating words", ("level",), "--config finetune "
                     "--config.processes.scores.tasks='{\"score\": 0.5, \"level\": 0.5}'"),
-    "head": Skill("scores by a regression head", ("score",), "--config configs/finetune.py:tiny+head", head=True),
-    "comment": Skill("comments", ("comment",), "--config configs/finetune.py"),
-    "suggest": Skill("suggestions", ("suggestion",), "--config configs/finetune.py", zero_shot=WORDS),
-    "attributes": Skill("attributes", ("attributes",), "--config configs/pretrain.py"),
-    "personalise": Skill("personal scores", ("personal",), "--config configs/first_look.py:all_tasks"),
-    "ask": Skill("answers to free questions", ("question",), "--config configs/finetune.py "
+    "head": Skill("scores by a regression head", ("score",), "--config finetune:tiny+head", head=True),
+    "comment": Skill("comments", ("comment",), "--config finetune"),
+    "suggest": Skill("suggestions", ("suggestion",), "--config finetune", zero_shot=WORDS),
+    "attributes": Skill("attributes", ("attributes",), "--config pretrain"),
+    "personalise": Skill("personal scores", ("personal",), "--config first_look:all_tasks"),
+    "ask": Skill("answers to free questions", ("question",), "--config finetune "
                  "--config.processes.comments.tasks='{\"comment\": 0.5, \"qa:question\": 0.5}'", zero_shot=WORDS),
 })
 

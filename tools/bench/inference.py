@@ -26,7 +26,7 @@ from calm_jax import config as config_lib
 from calm_jax.data.samples import Answer, ImageRef, Mention, Sample, Turn
 from calm_jax.data.tasks import instructions
 from calm_jax.errors import ConfigError
-from tools import contenders
+from tools.bench import contenders
 
 SCORED, TOKENS = 8, 64  # pictures of a batch, tokens of an answer
 BATCHES = (1, 8)  # of decoding
@@ -49,7 +49,7 @@ def measure(config: config_lib.Config, folder: pathlib.Path, *, against: bool, r
         sources["torch"] = ("torch", str(folder / "hf"))
     jobs = [("score", SCORED, 0), *((job, batch, tokens) for batch in BATCHES
                                     for job, tokens in (("first", 1), ("answer", TOKENS)))]
-    played = contenders.compete({name: [sys.executable, "-m", "tools.bench_inference", *source]
+    played = contenders.compete({name: [sys.executable, "-m", "tools.bench.inference", *source]
                                  for name, source in sources.items()}, jobs, rounds + 1)
     names = [f"{job} {batch}" for job, batch, _ in jobs]
     difference = None
@@ -57,7 +57,7 @@ def measure(config: config_lib.Config, folder: pathlib.Path, *, against: bool, r
         last = {name: dict(zip(names, (reply["value"] for reply in one.rounds[-1]), strict=True))
                 for name, one in played.items()}
         difference = _agree(last, precise)
-    from tools import flops  # which needs JAX, as this process else does not
+    from calm_jax.models import flops  # which needs JAX, as this process else does not
     prompt = _prompt(config.model)
     device = played["calm_jax"].device
     return {"what": "inference", "results": {name: _row(one, names) for name, one in played.items()},

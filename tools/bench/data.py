@@ -55,7 +55,7 @@ def measure(config: config_lib.Config, process: config_lib.Process, scratch: pat
         for number in range(rounds):
             for side in sides:
                 text = json.dumps({"model": dataclasses.asdict(config.model), "process": dataclasses.asdict(process)})
-                done = subprocess.run([sys.executable, "-m", "tools.bench_data", side, str(scratch), str(seconds),
+                done = subprocess.run([sys.executable, "-m", "tools.bench.data", side, str(scratch), str(seconds),
                                        text], capture_output=True, text=True)
                 if done.returncode:
                     raise ConfigError(f"{side} failed: {done.stderr[-2000:]}")
@@ -94,9 +94,9 @@ def cells(result: dict) -> list[list[str]]:
 
 def needs(model: config_lib.Model, process: config_lib.Process) -> dict[str, float]:
     """Pictures a second that a machine would consume at MFU of its peak: full rows, see `flops.a_row`."""
+    from calm_jax.models import flops
     from calm_jax.models.parameters import Geometry
     from calm_jax.training import filters
-    from tools import flops
     learns = filters.trainable(Geometry.of(model).shapes, process)
     row = sum(flops.a_row(model, process, learns).values())
     return {name: MFU * peak / row * process.row.images for name, peak in PEAK.items()}

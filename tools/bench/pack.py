@@ -1,6 +1,6 @@
 """This working tree in; one file that brings it and what a GPU machine lacks to where no package index is, out.
 
-    python -m tools.pack --out pack.tar [--python 3.12] [--arch x86_64] [--glibc 35] [--limit 60]
+    python -m tools.bench.pack --out pack.tar [--python 3.12] [--arch x86_64] [--glibc 35] [--limit 60]
     tar xf pack.tar && calm_jax-pack/run.sh --size 7b              # there; run.sh is launch/gpu_bench.sh
 
 The pack holds the files that git knows or would add, as they are now, and wheels in the versions of the lock file. A
@@ -18,11 +18,12 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+from typing import Annotated
 
-from absl import flags
+import typer
 from packaging.requirements import Requirement
 
-from calm_jax import command, files
+from calm_jax import cli, files
 from calm_jax.errors import ConfigError
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -135,23 +136,22 @@ def ours(path: pathlib.Path) -> bool:
         return False
 
 
-def main() -> None:
-    given = command.require("out")
-    out = files.output(given.out, ours=ours)
+def main(
+        out: Annotated[str, typer.Option(help="The file to write.")],
+        python: Annotated[str, typer.Option(help="Version of the machine's Python.")] = "3.12",
+        arch: Annotated[str, typer.Option(help="The machine's processor, as in the names of wheels.")] = "x86_64",
+        glibc: Annotated[int, typer.Option(min=5, help="The machine's C library is 2.N, at least.")] = 35,
+        limit: Annotated[float, typer.Option(min=0.0, help="Megabytes that the pack may take.")] = 60.0) -> None:
+    place = files.output(out, ours=ours)
     with tempfile.TemporaryDirectory() as folder:
         wheels = pathlib.Path(folder) / "wheels"
         wheels.mkdir()
-        download(wheels, given.python, given.arch, given.glibc)
+        download(wheels, python, arch, glibc)
         count = len(list(wheels.iterdir()))
-        size = pack(out, wheels, given.limit * 1e6)
-    print(f"{out}: {size / 1e6:.1f} MB, {count} wheels for Python {given.python}; there: tar xf {out.name} && "
+        size = pack(place, wheels, limit * 1e6)
+    print(f"{place}: {size / 1e6:.1f} MB, {count} wheels for Python {python}; there: tar xf {place.name} && "
           f"{NAME}/run.sh --size 7b")
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("out", None, "the file to write")
-    flags.DEFINE_string("python", "3.12", "version of the machine's Python")
-    flags.DEFINE_string("arch", "x86_64", "the machine's processor, as in the names of wheels")
-    flags.DEFINE_integer("glibc", 35, "the machine's C library is 2.N, at least", lower_bound=5)
-    flags.DEFINE_float("limit", 60.0, "megabytes that the pack may take", lower_bound=0.0)
-    command.run(main)
+    cli.single(main)

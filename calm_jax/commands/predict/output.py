@@ -17,7 +17,7 @@ from typing import Any, TextIO
 from PIL import Image
 
 from calm_jax import files
-from calm_jax.predict.journal import Row
+from calm_jax.commands.predict.journal import Row
 from calm_jax.terminal import shown
 
 THUMBNAIL = 320  # longest side, pixels

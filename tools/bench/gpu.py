@@ -1,6 +1,6 @@
 """A size of model in; every benchmark that one accelerator can say something about, beside torch, as files out.
 
-    python -m tools.bench_gpu --size 7b [--out runs/bench_gpu] [--rows 4] [--rounds 5] [--only train,lora]
+    python -m tools.bench.gpu --size 7b [--out runs/bench_gpu] [--rows 4] [--rounds 5] [--only train,lora]
 
 Fine-tuning of everything, low-rank fine-tuning, a pre-training process with encoder and language model frozen, and
 inference, one after the other, each by the command that it prints. What fails is said in a line, and the rest goes on.
@@ -21,13 +21,15 @@ import runpy
 import shlex
 import subprocess
 import sys
+from typing import Annotated, Literal
 
-from absl import flags
+import typer
 
-from calm_jax import command
+from calm_jax import cli
 from calm_jax import config as config_lib
 from calm_jax.errors import ConfigError
-from tools import bench_train, contenders
+from tools.bench import contenders
+from tools.bench import train as bench_train
 
 SCRATCH = ("tiny", "small")  # sizes whose config freezes nothing
 FREEZE = ('--config.processes.self_supervised.train=("mfam/qformers/.*",)',
@@ -144,9 +146,15 @@ def run(words: list[str], folder: pathlib.Path, name: str) -> dict:
     return json.loads(out.read_text())
 
 
-def main() -> int:
-    given = flags.FLAGS
-    names = given.only or list(NAMES)
+def main(
+        size: Annotated[Literal["tiny", "small", "7b", "13b"], typer.Option(help="The model.")] = "7b",
+        out: Annotated[str, typer.Option(help="Folder of the results.")] = "runs/bench_gpu",
+        rows: Annotated[int, typer.Option(min=1, help="Rows of a training step.")] = 4,
+        rounds: Annotated[int, typer.Option(min=1, help="Measured rounds of each contender, after one to warm "
+                                            "up.")] = 5,
+        only: Annotated[str, typer.Option(metavar="NAME[,NAME...]", help=f"Some of {', '.join(NAMES)}.",
+                                          show_default=False)] = "") -> int:
+    names = [name for name in only.split(",") if name] or list(NAMES)
     for name in names:
         if name not in NAMES:
             raise ConfigError(f"--only {name}: there is no such benchmark{config_lib.nearest(name, NAMES)}")
@@ -154,16 +162,10 @@ def main() -> int:
     contenders.stay_on_cpu()
     known = "" if device["memory"] is None else f", {device['memory'] / 2**30:.1f} GiB"
     print(f"on {contenders.machine(device)}{known}", flush=True)
-    wrong = measure(names, given.size, pathlib.Path(given.out), rows=given.rows, rounds=given.rounds,
-                    memory=device["memory"])
-    print(f"\n{len(names) - len(wrong)} of {len(names)} measured; files in {given.out}", flush=True)
+    wrong = measure(names, size, pathlib.Path(out), rows=rows, rounds=rounds, memory=device["memory"])
+    print(f"\n{len(names) - len(wrong)} of {len(names)} measured; files in {out}", flush=True)
     return 1 if wrong else 0
 
 
 if __name__ == "__main__":
-    flags.DEFINE_enum("size", "7b", list(config_lib.VARIANTS), "the model")
-    flags.DEFINE_string("out", "runs/bench_gpu", "folder of the results")
-    flags.DEFINE_integer("rows", 4, "rows of a training step", lower_bound=1)
-    flags.DEFINE_integer("rounds", 5, "measured rounds of each contender, after one to warm up", lower_bound=1)
-    flags.DEFINE_list("only", [], f"some of {', '.join(NAMES)}")
-    command.run(main)
+    cli.single(main)

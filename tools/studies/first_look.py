@@ -1,7 +1,7 @@
 """A prepared PARA in; four ways to spend one budget of training, compared on pictures no model has seen, out.
 
     python -m tools.prepare_data --dataset para --longest_side 256 --source PARA --data_dir DATA
-    python -m tools.first_look --data_dir DATA [--workdir runs/first-look] [--steps N]
+    python -m tools.studies.first_look --data_dir DATA [--workdir runs/first-look] [--steps N]
 
 Does text-guided self-supervision help a model that learns to score? Every arm takes the same number of steps of the
 same size, in the geometry of configs/first_look.py, from random numbers (all of this is ours):
@@ -26,16 +26,17 @@ import signal
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from typing import Annotated
 
 import numpy as np
 import tqdm
-from absl import flags
+import typer
 
-from calm_jax import command, evaluate, files
+from calm_jax import cli, evaluate, files
 from calm_jax import config as config_lib
+from calm_jax.commands import steps as commands
 from calm_jax.errors import ConfigError
 from calm_jax.training import logging
-from tools import commands
 
 CONFIG = "configs/first_look.py"
 FROZEN = ('train=("mfam/.*","decoder/.*")', 'freeze=("encoder/.*",)')
@@ -285,28 +286,27 @@ def draw(workdir: pathlib.Path, results: Mapping[str, dict], path: pathlib.Path)
     files.write(path, picture.getvalue())
 
 
-def main() -> int:
-    given = command.require("data_dir")
-    workdir = pathlib.Path(given.workdir)
-    files.folder(workdir, "--workdir")
-    if not pathlib.Path(CONFIG).is_file():
-        raise ConfigError("run it in the root of the repository, where configs/ lies")
-    more = [f"--config.{override}" for override in given.override]
-    steps = plan(workdir, given.data_dir, given.steps, more)
-    if code := run(steps, workdir, given.beside):
+def main(
+        data_dir: Annotated[str, typer.Option(help="Folder of the data set that calm prepare stored.")],
+        workdir: Annotated[str, typer.Option(help="Folder of everything.")] = "runs/first-look",
+        steps: Annotated[int, typer.Option(min=0, help="Of every arm; 0 = as the configuration says.")] = 0,
+        beside: Annotated[int, typer.Option(min=1, help="Commands at a time; one of this size keeps one core "
+                                            "busy.")] = 2,
+        override: Annotated[list[str] | None, typer.Option(help="A field of the config for all trainings, as in "
+                                                           "model.encoder.depth=2.", show_default=False)] = None
+        ) -> int:
+    place = pathlib.Path(workdir)
+    files.folder(place, "--workdir")
+    planned = plan(place, data_dir, steps, [f"--config.{field}" for field in override or ()])
+    if code := run(planned, place, beside):
         return code
-    results = {name: json.loads(step.result.read_text()) for name, (step, _) in steps.items() if step.sources}
-    text = table(results, json.loads((workdir / "seconds.json").read_text()), trees(given.data_dir))
-    files.write(workdir / "first_look.md", text)
-    draw(workdir, results, workdir / "first_look.png")
-    print(f"{text}\nwritten to {workdir / 'first_look.md'} and {workdir / 'first_look.png'}")
+    results = {name: json.loads(step.result.read_text()) for name, (step, _) in planned.items() if step.sources}
+    text = table(results, json.loads((place / "seconds.json").read_text()), trees(data_dir))
+    files.write(place / "first_look.md", text)
+    draw(place, results, place / "first_look.png")
+    print(f"{text}\nwritten to {place / 'first_look.md'} and {place / 'first_look.png'}")
     return 0
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("data_dir", None, "folder of the dataset that tools.prepare_data stored")
-    flags.DEFINE_string("workdir", "runs/first-look", "folder of everything")
-    flags.DEFINE_integer("steps", 0, "of every arm; 0 = as the configuration says", lower_bound=0)
-    flags.DEFINE_integer("beside", 2, "commands at a time; one of this size keeps one core busy", lower_bound=1)
-    flags.DEFINE_multi_string("override", [], "a field of the config for all trainings, as in model.encoder.depth=2")
-    command.run(main)
+    cli.single(main)

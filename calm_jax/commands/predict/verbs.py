@@ -1,11 +1,7 @@
-"""Pictures and a checkpoint in; scores, comments, suggestions, attributes or a personal verdict, a row a picture, out.
+"""Photos and a checkpoint in; scores, comments, suggestions, attributes or a personal verdict, a row a photo, out.
 
-    calm score|comment|suggest|attributes PATH... --checkpoint DIR [--format table|csv|jsonl|html] [--out FILE]
-    calm personalise PATH... --checkpoint DIR --ratings ratings.csv [--user NAME] [--scale 1,5] ...
-
-PATH is a file, a folder, a glob, or - for a list on standard input. Pictures that cannot be read are reported and
-harm nothing. With --out, what is known is kept beside it in FILE.journal at once: the same command goes on where it
-was stopped, and looks only at new pictures later.
+Photos that cannot be read are reported and harm nothing. With an output file, what is known is kept beside it in
+FILE.journal at once: the same command goes on where it was stopped, and looks only at new photos later.
 """
 
 from __future__ import annotations
@@ -23,15 +19,14 @@ from typing import Any
 
 import numpy as np
 import tqdm
-from absl import flags
 
-from calm_jax import command, files, terminal
+from calm_jax import files, terminal
+from calm_jax.commands.predict import output
+from calm_jax.commands.predict.gather import gather
+from calm_jax.commands.predict.journal import Journal, Row, stamp
+from calm_jax.commands.predict.ratings import read_ratings
 from calm_jax.data.scale import READERS, checked
 from calm_jax.errors import ConfigError
-from calm_jax.predict import output
-from calm_jax.predict.gather import gather
-from calm_jax.predict.journal import Journal, Row, stamp
-from calm_jax.predict.ratings import read_ratings
 from calm_jax.terminal import shown
 
 NOTHING = np.zeros((1, 1, 3), np.uint8)  # looked at in place of a picture that could not be read
@@ -43,8 +38,8 @@ class Verb:
 
     Attributes:
       columns: of the results, in order; None = whatever the rows hold.
-      options: the flags that change its answers.
-      ask: (model, count, pixels, the flags' values) -> what is known of each picture.
+      options: those that change its answers.
+      ask: (model, count, pixels, the options' values) -> what is known of each picture.
     """
 
     columns: tuple[str, ...] | None
@@ -98,46 +93,30 @@ VERBS = {
 }
 
 
-def cli() -> None:
-    """The program. Flags are defined here, so that importing this module beside another program is harmless."""
-    flags.DEFINE_string("checkpoint", None, "workdir, process folder or checkpoint of the model; of a workdir the "
-                        "process answers that learned what is asked")
-    flags.DEFINE_string("process", "", "of the workdir, which then answers whatever it learned")
-    flags.DEFINE_enum("format", "table", [*output.FORMATS, "html"], "of the results; html is a contact sheet")
-    flags.DEFINE_string("out", None, "file of the results; default: standard output")
-    flags.DEFINE_integer("batch", 16, "pictures at a time", lower_bound=1)
-    flags.DEFINE_enum("reader", READERS[0], READERS, "score: how it is read; text is the paper's")
-    flags.DEFINE_list("scale", ["1", "10"], "score: lowest and highest of the results; personalise: and of the ratings")
-    flags.DEFINE_string("ratings", None, "personalise: a table image,score[,user]; paths are relative to its folder")
-    flags.DEFINE_string("user", "", "personalise: whose ratings, where the table has several people's")
-    flags.DEFINE_integer("shots", 0, "personalise: rated pictures in a context; 0 = as many as fit", lower_bound=0)
-    flags.DEFINE_string("aspect", "", "comment: what about; default: everything")
-    flags.DEFINE_integer("tokens", 128, "comment, suggest: most tokens of an answer", lower_bound=1)
-    flags.DEFINE_float("temperature", 0.0, "comment, suggest: 0 = the most probable words, else they are drawn")
-    flags.DEFINE_float("top-p", 1.0, "comment, suggest: drawn from this share of the probability")
-    flags.DEFINE_integer("beams", 1, "comment, suggest: of a beam search; 1 = none")
-    flags.DEFINE_integer("seed", 0, "comment, suggest: of what is drawn")
-    flags.DEFINE_integer("top-k", 0, "score: only so many, the best; 0 = all", lower_bound=0)
-    flags.DEFINE_float("min-score", None, "score: only pictures with this score or a higher one")
-    flags.DEFINE_enum("sort", None, ["path", "score"], "score: default path, or score where --top-k is given")
-    flags.DEFINE_string("copy-to", None, "score: folder into which the pictures of the results are copied; those "
-                        "that lie there already are not looked at, unless it is named")
-    command.run(main, words=True)
+# Of the options that a verb does not have.
+ABSENT = {"reader": READERS[0], "scale": ["1", "10"], "ratings": "", "user": "", "shots": 0, "aspect": "",
+          "tokens": 128, "temperature": 0.0, "top_p": 1.0, "beams": 1, "seed": 0, "top_k": 0, "min_score": None,
+          "sort": None, "copy_to": ""}
 
 
-def main(words: Sequence[str]) -> int:
-    if not words or words[0] not in VERBS:
-        raise ConfigError(f"say what to do: calm {'|'.join(VERBS)} PATH... --checkpoint DIR"
-                          + (f"; {words[0]!r} is none of it" if words else ""))
-    name = words[0]
-    values = {key: flags.FLAGS[key].value for key in flags.FLAGS}
-    _check(name, values)
+def run(name: str, places: Sequence[str], **options: Any) -> int:
+    """Asks a model about photos, shows or writes the results, and returns an exit code.
+
+    Args:
+      name: of a verb, one of VERBS.
+      places: files, folders, globs, or `-`.
+      options: as `calm_jax.cli` declares them for this verb.
+
+    Raises:
+      ConfigError, CheckpointError: what was asked for is wrong, or there is no such model.
+    """
+    values = {**ABSENT, **options}
+    _check(values)
     small = [str(output.thumbnails(pathlib.Path(values["out"])))] if values["out"] else []
-    paths = gather(words[1:], sys.stdin, [*small, *([values["copy-to"]] if values["copy-to"] else [])])
-    command.require("checkpoint")
+    paths = gather(places, sys.stdin, [*small, *([values["copy_to"]] if values["copy_to"] else [])])
     out = _place(values["out"], values["format"] == "html")
-    if values["copy-to"]:
-        files.folder(values["copy-to"], "--copy-to")
+    if values["copy_to"]:
+        files.folder(values["copy_to"], "--copy-to")
 
     from calm_jax.api import Model  # JAX starts here: wrong use is answered before
     from calm_jax.data.tasks import skills
@@ -147,7 +126,7 @@ def main(words: Sequence[str]) -> int:
     verb = VERBS[name]
     rated = read_ratings(values["ratings"], values["user"], values["scale"]) if values["ratings"] else []
     given = values | {"scale": tuple(map(float, values["scale"])), "sampling": Sampling(
-        values["temperature"], values["top-p"], values["beams"], seed=values["seed"]), "rated": rated}
+        values["temperature"], values["top_p"], values["beams"], seed=values["seed"]), "rated": rated}
     model = Model(values["checkpoint"], batch=values["batch"], process=values["process"],
                   say=lambda line: print(line, file=sys.stderr, flush=True))
     skill = skills.for_reader(given["reader"]) if name == "score" else name
@@ -178,8 +157,8 @@ def main(words: Sequence[str]) -> int:
         columns = ("score", "said")
     title = f"{name}: {len(chosen):,} of {len(rows):,} pictures"
     _write(chosen, columns, values["format"], out, title, given["scale"])
-    if values["copy-to"]:
-        copied = output.copy([row for row in chosen if "error" not in row], pathlib.Path(values["copy-to"]))
+    if values["copy_to"]:
+        copied = output.copy([row for row in chosen if "error" not in row], pathlib.Path(values["copy_to"]))
         print(f"copied {copied:,} pictures to {values['copy-to']}", file=sys.stderr)
     if bad:
         print(f"{len(bad):,} of {len(rows):,} pictures could not be read:", file=sys.stderr)
@@ -190,19 +169,11 @@ def main(words: Sequence[str]) -> int:
     return 1 if len(bad) == len(rows) else 0
 
 
-def _check(name: str, values: dict[str, Any]) -> None:
-    """Raises ConfigError for flags that do not go together."""
+def _check(values: dict[str, Any]) -> None:
+    """Raises ConfigError for options that cannot be, or do not go together."""
     checked(values["scale"], "--scale")
     if values["format"] == "html" and not values["out"]:
-        raise ConfigError("a contact sheet is a file with small pictures beside it; name it: --out "
-                          "pictures.html")
-    if (name == "personalise") != bool(values["ratings"]):
-        raise ConfigError("calm personalise needs --ratings, a table image,score of pictures that somebody "
-                          "has rated; the other verbs need none")
-    if "score" not in (VERBS[name].columns or ()):
-        for flag in ("top-k", "min-score", "sort", "copy-to"):
-            if values[flag]:
-                raise ConfigError(f"--{flag} chooses by score, but calm {name} gives none")
+        raise ConfigError("a contact sheet is a file with small pictures beside it; name it: --out pictures.html")
 
 
 def _place(out: str | None, page: bool) -> pathlib.Path | None:
@@ -269,12 +240,12 @@ def _look(model, verb: Verb, given: dict[str, Any], journal: Journal, paths: lis
 
 def _chosen(rows: list[Row], values: dict[str, Any]) -> list[Row]:
     """Filtered, sorted, and no more than wanted."""
-    if values["min-score"] is not None or values["top-k"]:
+    if values["min_score"] is not None or values["top_k"]:
         rows = [row for row in rows if row.get("score") is not None
-                and (values["min-score"] is None or row["score"] >= values["min-score"])]
-    if values["top-k"] or values["sort"] == "score":
+                and (values["min_score"] is None or row["score"] >= values["min_score"])]
+    if values["top_k"] or values["sort"] == "score":
         rows = sorted(rows, key=lambda row: (row.get("score") is None, -(row.get("score") or 0.0), row["path"]))
-    return rows[:values["top-k"]] if values["top-k"] else rows
+    return rows[:values["top_k"]] if values["top_k"] else rows
 
 
 def _write(rows, columns, form: str, out: pathlib.Path | None, title: str, scale: tuple[float, float]) -> None:

@@ -12,7 +12,7 @@ The batch is made of random pixels and words: every row is full, with as many co
 length, so that neither datasets nor photographs are needed. Real rows take the same time, having the same shapes, and
 hold fewer tokens: training logs their `fill`.
 
-Model FLOPs are those of `tools.flops`: what the process needs, whatever is computed again to save memory.
+Model FLOPs are those of `calm_jax.models.flops`: what the process needs, whatever is computed again to save memory.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ import numpy as np
 
 from calm_jax import config as config_lib
 from calm_jax.errors import ConfigError
-from tools import contenders
+from tools.bench import contenders
 
 SECTION = "Training step"  # of docs/benchmarks.md, and the columns of its table
 COLUMNS = ("calm_jax", "torch", "time ratio", "memory ratio")
@@ -51,7 +51,7 @@ def measure(config: config_lib.Config, *, against: bool, rounds: int, depth: int
       ConfigError: torch's side cannot do what the process does, or a contender died.
     """
     contenders.stay_on_cpu()
-    from tools import flops
+    from calm_jax.models import flops
     blocks = config.model.decoder.depth
     if depth:
         if not 0 < depth <= blocks:
@@ -65,7 +65,7 @@ def measure(config: config_lib.Config, *, against: bool, rounds: int, depth: int
     taught = json.dumps(taught_parts(learns))
 
     def compete(of: config_lib.Config, sides: Mapping[str, str]) -> dict[str, contenders.Played]:
-        return contenders.compete({name: [sys.executable, "-m", "tools.bench_train", side,
+        return contenders.compete({name: [sys.executable, "-m", "tools.bench.train", side,
                                           json.dumps(dataclasses.asdict(of)), taught]
                                    for name, side in sides.items()}, [[]], rounds + 1)
 
@@ -108,7 +108,7 @@ def row(played: contenders.Played, size: Mapping[str, int], work: float, peak: f
 
 def peak_flops(device: Mapping[str, Any]) -> float | None:
     """bfloat16 FLOP/s of all devices together by their maker; None where that is not known."""
-    from tools import plan
+    from calm_jax.commands import plan
     kind = next((chip for part, chip in KINDS.items() if part in device["kind"].lower()), None)
     return plan.CHIPS[kind].peak * device["count"] if kind else None
 
@@ -237,7 +237,7 @@ def main(side: str, values: str, taught: str) -> None:
     """A contender's process, see `contenders.serve`."""
     config = config_lib.from_config_dict(json.loads(values))
     if side == "torch":
-        from tools import bench_torch
+        from tools.bench import torch_side as bench_torch
         contenders.serve(side, lambda: bench_torch.torch_step(config, json.loads(taught), make_batch(config)))
     else:
         contenders.serve(side, lambda: jax_step(config))

@@ -1,0 +1,1 @@
+"""Studies of the method at a small scale, each one resumable command."""

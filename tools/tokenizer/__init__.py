@@ -1,0 +1,1 @@
+"""The small tokenizer that ships, trained: `python -m tools.tokenizer`."""
