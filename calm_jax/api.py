@@ -284,12 +284,11 @@ def _load(chosen: choice.Choice) -> Loaded:
     process, identity = restored.config.processes[chosen.process], lineage.identity(restored.saved)
     if process.cues:
         identity["cues"] = fingerprint(process.cues)
-    model, parameters, tokenizer, dtype = (restored.config.model, restored.parameters, restored.tokenizer,
-                                           restored.dtype)
+    model, parameters, chat, dtype = restored.config.model, restored.parameters, restored.chat, restored.dtype
     path = restored.saved.path
     del restored  # the generator holds the weights in arrays of its own
     return Loaded(chosen.process, path, identity, process.parts, bank(process.cues, process.phrasings),
-                  Generator(model, parameters, tokenizer, process.parts, dtype))
+                  Generator(model, parameters, chat, process.parts, dtype))
 
 
 def _about(one: Loaded, count: int, question: str) -> Iterator[tuple[Sample, int]]:

@@ -346,10 +346,12 @@ def convert(
         qformer: Annotated[str, typer.Option(metavar="X[,X,X]", help="The Q-Formers: one for all levels, or "
                                              "low,middle,high; default: initialised at random.",
                                              show_default=False)] = "",
+        chat: Annotated[str, typer.Option(help="Chat template of the language model; default: what its tokenizer "
+                                          "tells.", show_default=False)] = "",
         seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of what is initialised at random.")] = 0) -> None:
     """Turn public Hugging Face weights into a checkpoint to train from."""
     from calm_jax.commands import convert as work
-    work.run(vit, llm, _names(qformer), out, seed)
+    work.run(vit, llm, _names(qformer), out, seed, chat)
 
 
 @command("export", WEIGHTS, example="calm export --checkpoint runs/finetune --out runs/calm-hf")

@@ -375,8 +375,10 @@ class Config(Checked):
     init: str = field("", "where parameters come from: a workdir or checkpoint folder; empty = random", "ours",
                       form="path")
     model: Model = field(Model, "geometry and numerics", "paper and ours")
-    tokenizer: str = field("", "path of a SentencePiece model; empty = the small one that ships", "ours",
-                           form="path")
+    tokenizer: str = field("", "path of a tokenizer.model or tokenizer.json, or the name of a registered one; empty = "
+                           "the small one that ships", "ours", form="path")
+    chat: str = field("vicuna", "name of the chat template: what stands between the turns of a conversation", "paper: "
+                      "models like Vicuna-7B")
     mesh: Mesh = field(Mesh(), "how devices share the work", "ours", runtime=True)
     run: tuple[str, ...] = field((), "processes to run, in this order", "paper: two stages of two processes")
     processes: dict[str, Process] = field({}, "name -> training process", "paper")

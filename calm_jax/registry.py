@@ -84,5 +84,9 @@ class Registry:
 ENCODERS = Registry("encoder", "calm_jax.models.encoders", "CONFIG", "calm_jax.encoders")
 # name -> subclass of `config.Decoder`
 DECODERS = Registry("decoder", "calm_jax.models.decoders", "CONFIG", "calm_jax.decoders")
+# name -> class with what `text.tokenizers.Tokenizer` has
+TOKENIZERS = Registry("tokenizer", "calm_jax.text.tokenizers", "TOKENIZER", "calm_jax.tokenizers")
+# name -> `text.templates.ChatTemplate`
+TEMPLATES = Registry("chat template", "calm_jax.text.templates", "TEMPLATE", "calm_jax.templates")
 # name of a family -> `convert.families.Family`
 WEIGHTS = Registry("weight table", "calm_jax.convert.families", "FAMILY", "calm_jax.weights")

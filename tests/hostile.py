@@ -44,9 +44,10 @@ from calm_jax.data import builders, cues, pictures
 from calm_jax.data.builders import store, stored
 from calm_jax.data.cues import stored as stored_cues
 from calm_jax.data.samples import BadRecord
-from calm_jax.data.tokenizer import SHIPPED, Tokenizer
 from calm_jax.errors import CheckpointError, ConfigError
 from calm_jax.models.parameters import Geometry
+from calm_jax.text import tokenizers
+from calm_jax.text.tokenizers import SHIPPED
 
 PATIENCE = 20  # seconds for one item
 LONGEST = 8_000  # characters of a message
@@ -355,7 +356,7 @@ def convert_file(folder: pathlib.Path) -> None:
 def read_checkpoint(folder: pathlib.Path) -> None:
     found = locate.find(folder)
     config_lib.from_config_dict(found.meta["config"])
-    restore.tokenizer(found)
+    restore.chat(found)
     for leaf in restore.lazily(found).values():
         if leaf.shape:
             leaf.read((0,))
@@ -483,7 +484,7 @@ def tokenizer_items() -> tuple[dict[str, Callable], Callable]:
 
 
 def read_tokenizer(folder: pathlib.Path) -> None:
-    found = Tokenizer(str(folder / "tokenizer.model"))
+    found = tokenizers.load(str(folder / "tokenizer.model"))
     found.decode(found.encode("A picture of 7.25 points"))
 
 

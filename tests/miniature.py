@@ -81,8 +81,8 @@ def saved(folder: pathlib.Path, parts: tuple[str, ...] = PROCESS.parts, tasks: t
     named, all; `changes` are fields of MODEL."""
     from calm_jax.checkpoints.store import Checkpoints
     from calm_jax.data.tasks import TASKS
-    from calm_jax.data.tokenizer import Tokenizer  # here: what only starts programs needs no JAX
     from calm_jax.models.parameters import initial
+    from calm_jax.text import chat as chat_lib  # here: what only starts programs needs no JAX
     model = dataclasses.replace(MODEL, **changes)
     parameters = jax.jit(lambda key: initial(model, key))(jax.random.key(1))
     parameters = {path: leaf + 0.1 if path.endswith("lora/b") else leaf for path, leaf in parameters.items()}
@@ -91,7 +91,7 @@ def saved(folder: pathlib.Path, parts: tuple[str, ...] = PROCESS.parts, tasks: t
             "config": dataclasses.asdict(config(model=model, processes={"only": process(
                 parts=parts, tasks=dict.fromkeys(tasks or TASKS, 1.0), support=(1, 1),
                 score_head=float(model.score_head.width > 0))})),
-            "tokenizer": Tokenizer().fingerprint}
+            "tokenizer": chat_lib.load().tokenizer.fingerprint}
     checkpoints.save(3, {"parameters": parameters, "optimizer": ()}, meta)
     checkpoints.close()
     return str(folder)

@@ -24,10 +24,12 @@ from calm_jax import config as config_lib
 from calm_jax import sharding
 from calm_jax.checkpoints import array_io, lineage, locate, on_disk
 from calm_jax.checkpoints.meta import META, Pin, Saved, unpinned
-from calm_jax.data.tokenizer import Tokenizer
 from calm_jax.errors import CheckpointError
 from calm_jax.models import lora
 from calm_jax.models.parameters import Geometry, Parameters, initial, numerics
+from calm_jax.text import chat as chat_lib
+from calm_jax.text import tokenizers
+from calm_jax.text.chat import Chat
 
 
 @dataclasses.dataclass(frozen=True)
@@ -334,12 +336,12 @@ def merged(kernel: Lazy, a: Lazy, b: Lazy, scale: float, dtype: np.dtype) -> Laz
 
 @dataclasses.dataclass(frozen=True)
 class Restored:
-    """A trained model, ready to use: its config, its parameters (path -> array), its tokenizer and compute dtype."""
+    """A trained model, ready to use: its config, its parameters (path -> array), its chat and compute dtype."""
 
     saved: Saved
     config: config_lib.Config
     parameters: Parameters
-    tokenizer: Tokenizer
+    chat: Chat
     dtype: Any
 
 
@@ -368,20 +370,20 @@ def whole(saved: Saved) -> Restored:
     dtype, storage, _ = numerics(config.model)
     kept = {name: jax.ShapeDtypeStruct(leaf.shape, storage, sharding=layout[name])
             for name, leaf in geometry.shapes.items()}
-    found = tokenizer(saved)
+    found = chat(saved)
     return Restored(saved, config, load(saved, geometry, config, kept), found, dtype)
 
 
-def tokenizer(saved: Saved) -> Tokenizer:
-    """The one a checkpoint was made with: the file inside it, or the one its config names.
+def chat(saved: Saved) -> Chat:
+    """How a checkpoint's conversations are written: with the tokenizer inside it, or the one that its config names.
 
     Raises:
       CheckpointError: neither has the content it had then.
     """
-    inside = saved.path / "tokenizer.model"
+    config = saved.config
     with on_disk.reading(saved):
-        found = Tokenizer(str(inside) if inside.is_file() else saved.meta["config"].get("tokenizer", ""))
-    if found.fingerprint != saved.meta["tokenizer"]:
+        found = chat_lib.load(str(saved.path) if tokenizers.inside(saved.path) else config.tokenizer, config.chat)
+    if found.tokenizer.fingerprint != saved.meta["tokenizer"]:
         raise CheckpointError(f"the checkpoint {saved.path} was trained with another tokenizer than "
-                              f"{found.path}; give that file back its content")
+                              f"{found.tokenizer.name}; give that file back its content")
     return found

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from calm_jax.checkpoints import locate
 from calm_jax.convert import hf_import
 
 
-def run(vit: str, llm: str, qformers: Sequence[str], out: str, seed: int) -> None:
+def run(vit: str, llm: str, qformers: Sequence[str], out: str, seed: int, chat: str) -> None:
     """Converts, and says how to train from the result.
 
     Raises:
       ConfigError, CheckpointError: see `hf_import.convert`.
     """
-    path = hf_import.convert(vit, llm, list(qformers), out, seed)
-    print(f"written to {path}; train from it with --config.init={path} --config.tokenizer={path}/tokenizer.model")
+    path = hf_import.convert(vit, llm, list(qformers), out, seed, template=chat)
+    config = locate.find(path).config
+    told = "" if config.chat == "vicuna" else f" --config.chat={config.chat}"
+    print(f"written to {path}; train from it with --config.init={path} --config.tokenizer={path}{told}")

@@ -133,7 +133,7 @@ def _answers(saved: Saved, options: Options, dataset: Dataset, indices: Sequence
     model = restore.whole(saved)
     trained = model.config.processes[model.saved.meta["process"]]
     parts = trained.parts if options.task != "attributes" else config_lib.LEVELS
-    generator = Replies(Generator(model.config.model, model.parameters, model.tokenizer, parts, model.dtype), replies,
+    generator = Replies(Generator(model.config.model, model.parameters, model.chat, parts, model.dtype), replies,
                         {**asked, "replies": lineage.identity(saved)})
     del model  # the generator holds its weights in arrays of its own
     if options.task == "attributes":

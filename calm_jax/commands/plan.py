@@ -283,17 +283,17 @@ def _scorer(config: config_lib.Config, setup: Any, rows: int) -> tuple[Any, dict
     import jax.numpy as jnp
 
     from calm_jax import sharding
-    from calm_jax.data.prompts import Layout, encode
     from calm_jax.data.samples import Answer, ImageRef, Mention, Sample, Turn
     from calm_jax.data.tasks import instructions
-    from calm_jax.data.tokenizer import Tokenizer
     from calm_jax.inference import generate, scorer
     from calm_jax.models import flops
     from calm_jax.models.parameters import BLOCKS, Geometry
-    model, mesh, tokenizer = config.model, setup.mesh, Tokenizer(config.tokenizer)
+    from calm_jax.text import chat as chat_lib
+    from calm_jax.text.prompts import Layout, encode
+    model, mesh, chat = config.model, setup.mesh, chat_lib.load(config.tokenizer, config.chat)
     parts = setup.process.parts
     sample = Sample((ImageRef(0),), (Turn((Mention(0, parts), f" {instructions.SCORE[0]}"), Answer("")),))
-    length = len(encode(sample, tokenizer, Layout.of(model, parts), ask=0).tokens)
+    length = len(encode(sample, chat, Layout.of(model, parts), ask=0).tokens)
     width = generate.bucket(length)
     geometry = Geometry.of(model, unrolled=True)
     stacked = {path: leaf.sharding for path, leaf in setup.kept.items()}
@@ -312,7 +312,7 @@ def _scorer(config: config_lib.Config, setup: Any, rows: int) -> tuple[Any, dict
     batch = {name: jax.ShapeDtypeStruct((count, *shape), dtype, sharding=row) for name, (shape, dtype) in {
         "images": ((1, size, size, 3), jnp.uint8), "tokens": ((width,), jnp.int32), "visual": ((width,), jnp.int32),
         "lengths": ((), jnp.int32), "digests": ((), jnp.uint32)}.items()}
-    tree = scorer.Tree.of(tokenizer, scorer.SAID["expectation"])
+    tree = scorer.Tree.of(chat.tokenizer, scorer.SAID["expectation"])
     program = jax.jit(functools.partial(generate.placed, mesh, functools.partial(
         scorer.expectation, geometry, parts=parts, dtype=setup.step.dtype, tree=tree)))
     work = flops.a_score(model, width, parts, len(tree.tokens))

@@ -20,8 +20,8 @@ from calm_jax import config as config_lib
 from calm_jax import files, recipes
 from calm_jax.data import attributes, builders, pipeline
 from calm_jax.data.samples import ImageRef
-from calm_jax.data.tokenizer import Tokenizer
 from calm_jax.errors import ConfigError
+from calm_jax.text import chat as chat_lib
 
 LEARN, MASKED, CHIP, PLAIN = "learn", "masked", "chip", ""
 
@@ -39,7 +39,8 @@ def page(config: config_lib.Config, name: str, *, split: str, shown: int, title:
         raise ConfigError(f"the config has no process {name!r}{config_lib.nearest(name, config.processes)}")
     process = config.processes[name]
     datasets = {dataset: builders.load(dataset, config.data.dir) for dataset in process.datasets}
-    rows = pipeline.Rows(process, datasets, Tokenizer(config.tokenizer), config.model, seed=config.seed, split=split)
+    rows = pipeline.Rows(process, datasets, chat_lib.load(config.tokenizer, config.chat), config.model,
+                         seed=config.seed, split=split)
     planned = [rows.plan(number) for number in range(pipeline.BLOCK)]
     texts = [(example, encoded) for row in planned
              for example, (_, encoded) in zip(row.examples, row.texts, strict=True)]
@@ -97,9 +98,9 @@ def _pieces(rows: pipeline.Rows, arrays: dict[str, np.ndarray], segment: int, im
         if before in asked and arrays["segments"][max(before, 0)] == segment:
             kind = LEARN if weights[before].any() else MASKED
             if kind == LEARN and (weights[before] > 0).sum() > 1:
-                title = "  ".join(f"{rows.tokenizer.pieces([token])[0]} {weight:.2f}" for token, weight
+                title = "  ".join(f"{rows.chat.tokenizer.pieces([token])[0]} {weight:.2f}" for token, weight
                                   in zip(labels[before], weights[before], strict=True) if weight > 0)
-        text = _spelled(rows.tokenizer.pieces([arrays["tokens"][place]])[0])
+        text = _spelled(rows.chat.tokenizer.pieces([arrays["tokens"][place]])[0])
         if found and found[-1]["kind"] == kind and not title and not found[-1]["title"] and kind != CHIP:
             found[-1]["text"] += text
         else:

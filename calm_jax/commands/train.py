@@ -19,9 +19,9 @@ import jax
 from calm_jax import config as config_lib
 from calm_jax import recipes, sharding
 from calm_jax.data import builders
-from calm_jax.data.tokenizer import Tokenizer
 from calm_jax.errors import ConfigError
 from calm_jax.models.parameters import Geometry
+from calm_jax.text import chat as chat_lib
 from calm_jax.training import filters, loop, processes
 from calm_jax.training.startup import Startup, keep_programs
 from calm_jax.training.workdir import check, claim, held
@@ -42,9 +42,9 @@ def train(config: config_lib.Config, workdir: pathlib.Path, *, startup: Startup 
     """
     with held(workdir):
         check(workdir, config)
-        tokenizer = Tokenizer(config.tokenizer)
-        if tokenizer.vocab != config.model.decoder.vocab:
-            raise ConfigError(f"the tokenizer {tokenizer.path} has {tokenizer.vocab} pieces and "
+        chat = chat_lib.load(config.tokenizer, config.chat)
+        if not chat.fits(config.model.decoder.vocab):
+            raise ConfigError(f"the tokenizer {chat.tokenizer.name} has {chat.tokenizer.vocab} pieces and "
                               f"model.decoder.vocab is {config.model.decoder.vocab}; set one to fit the other")
         mesh = sharding.make_mesh(config.mesh)
         geometry = Geometry.of(config.model)
@@ -57,7 +57,7 @@ def train(config: config_lib.Config, workdir: pathlib.Path, *, startup: Startup 
         loop.say(f"devices: {mesh.devices.size} x {mesh.devices.flat[0].device_kind} of {jax.process_count()} "
                  f"process(es), mesh {dict(mesh.shape)}")
         loop.say(sharding.table(geometry.shapes, mesh))
-        run = loop.Run(config, workdir, mesh, geometry, tokenizer, startup=startup, profile=profile,
+        run = loop.Run(config, workdir, mesh, geometry, chat, startup=startup, profile=profile,
                        begun=lambda: claim(workdir, config))
         for name in config.run:
             loop.run_process(run, name, datasets[name])

@@ -28,10 +28,12 @@ from calm_jax import files
 from calm_jax.checkpoints import locate, restore
 from calm_jax.checkpoints.meta import Saved
 from calm_jax.convert import families, huggingface, mfam, model_card, tables, torch_files, whole
-from calm_jax.data import pictures, prompts
+from calm_jax.data import pictures
 from calm_jax.data.tasks import instructions, skills
-from calm_jax.data.tokenizer import Tokenizer
 from calm_jax.errors import CheckpointError, ConfigError
+from calm_jax.text.chat import Chat
+from calm_jax.text.templates import vicuna
+from calm_jax.text.tokenizers.sentence_piece import SentencePieceTokenizer
 
 DTYPES = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 CLASSES = {"AutoConfig": "configuration_calm.CalmConfig", "AutoModelForCausalLM": "modeling_calm.CalmForCausalLM",
@@ -63,7 +65,11 @@ def export(source: str, out: str, *, merge_lora: bool = False, parts: bool = Fal
         raise CheckpointError(f"{path} exists already; choose another folder, or remove it first")
     saved = locate.find(source)
     model = saved.config.model
-    tokenizer = restore.tokenizer(saved)
+    chat = restore.chat(saved)
+    if chat.template != "vicuna" or not isinstance(chat.tokenizer, SentencePieceTokenizer):
+        raise ConfigError(f"{saved.path} writes conversations by the chat template {chat.template} in a tokenizer of "
+                          "another kind than SentencePiece, or in one of its own; the processor of exports knows "
+                          "Vicuna's in SentencePiece alone")
     leaves = restore.lazily(saved)
     if merge_lora:
         if not model.lora.rank:
@@ -72,7 +78,7 @@ def export(source: str, out: str, *, merge_lora: bool = False, parts: bool = Fal
         model = dataclasses.replace(model, lora=dataclasses.replace(model.lora, rank=0))
     if dtype != "stored":
         leaves = {name: cast(leaf, DTYPES[dtype]) for name, leaf in leaves.items()}
-    folders = [*(_parts(model, leaves, tokenizer, say) if parts else ()), everything(saved, model, leaves, tokenizer)]
+    folders = [*(_parts(model, leaves, chat, say) if parts else ()), everything(saved, model, leaves, chat)]
     try:
         with files.whole_folder(path) as partial, tqdm.tqdm(
                 total=sum(tensor.nbytes for folder in folders for tensor in folder.tensors), unit="B",
@@ -146,7 +152,7 @@ def _tensor(entry: tables.Entry, leaf: restore.Lazy) -> torch_files.Tensor:
 # ---- the whole ------------------------------------------------------------------------------------------------------
 
 
-def everything(saved: Saved, model: config_lib.Model, leaves: Leaves, tokenizer: Tokenizer) -> Folder:
+def everything(saved: Saved, model: config_lib.Model, leaves: Leaves, chat: Chat) -> Folder:
     """The model under its own class, with the files that compute it."""
     table = whole.table(model)
     updates = tables.lora(table, leaves)
@@ -161,20 +167,20 @@ def everything(saved: Saved, model: config_lib.Model, leaves: Leaves, tokenizer:
         "taps": {part: model.depths.block(part, model.encoder.depth) for part in config_lib.PARTS},
         "lora": {"rank": model.lora.rank, "alpha": model.lora.alpha, "targets": targets},
         "score_head": dataclasses.asdict(model.score_head), "taught": taught(saved),
-        **_special(tokenizer), **_dtype(content)}
+        **_special(chat), **_dtype(content)}
     processor = {
         "auto_map": {"AutoProcessor": CLASSES["AutoProcessor"]}, "processor_class": "CalmProcessor",
         "image_size": model.encoder.image_size, "mean": model.encoder.mean, "std": model.encoder.std,
-        "system": prompts.SYSTEM,
+        "system": vicuna.SYSTEM,
         "tokens": {part: model.visual_tokens(part) for part in config_lib.PARTS},
         "instructions": {"score": instructions.SCORE[0], "level": instructions.LEVEL[0],
                          "comment": instructions.COMMENT[0]}}
     here = pathlib.Path(huggingface.__file__).parent
     files = {f"{name}_calm.py": here / f"{name}_calm.py" for name in ("configuration", "modeling", "processing")}
-    files |= {"pictures.py": pathlib.Path(pictures.__file__), "tokenizer.model": tokenizer.path}
+    files |= {"pictures.py": pathlib.Path(pictures.__file__), "tokenizer.model": chat.tokenizer.files[0]}
     return Folder("", content, {
         "README.md": model_card.card(saved, model, content, config["taught"]),
-        "generation_config.json": _generation(tokenizer),
+        "generation_config.json": _generation(chat),
         "tokenizer_config.json": _tokenizer_config(model, processor=True), "processor_config.json": processor,
         "config.json": config}, files)
 
@@ -192,12 +198,12 @@ def _dtype(content: Sequence[torch_files.Tensor]) -> dict[str, str]:
     return {"torch_dtype": name, "dtype": name}
 
 
-def _special(tokenizer: Tokenizer) -> dict[str, int]:
-    return {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos, "pad_token_id": tokenizer.pad}
+def _special(chat: Chat) -> dict[str, int]:
+    return {"bos_token_id": chat.tokenizer.bos, "eos_token_id": chat.stop, "pad_token_id": chat.pad}
 
 
-def _generation(tokenizer: Tokenizer) -> dict[str, Any]:
-    return {"do_sample": False, **_special(tokenizer)}
+def _generation(chat: Chat) -> dict[str, Any]:
+    return {"do_sample": False, **_special(chat)}
 
 
 def _tokenizer_config(model: config_lib.Model, *, processor: bool) -> dict[str, Any]:
@@ -212,7 +218,7 @@ def _tokenizer_config(model: config_lib.Model, *, processor: bool) -> dict[str, 
 # ---- each part alone ------------------------------------------------------------------------------------------------
 
 
-def _parts(model: config_lib.Model, leaves: Leaves, tokenizer: Tokenizer, say: Callable[[str], None]) -> list[Folder]:
+def _parts(model: config_lib.Model, leaves: Leaves, chat: Chat, say: Callable[[str], None]) -> list[Folder]:
     """Each part under its published class, and its low-rank updates, if any, as a PEFT adapter beside it."""
     folders: list[Folder] = []
     tables.lora(whole.table(model), leaves)  # says now what no adapter can hold
@@ -243,9 +249,10 @@ def _parts(model: config_lib.Model, leaves: Leaves, tokenizer: Tokenizer, say: C
     table = family.table(model.decoder)
     content = tensors(table, _plain(leaves), "decoder/")
     folders += [Folder("parts/language_model", content, {
-        "config.json": family.published(model.decoder, _special(tokenizer)) | _dtype(content),
-        "generation_config.json": _generation(tokenizer),
-        "tokenizer_config.json": _tokenizer_config(model, processor=False)}, {"tokenizer.model": tokenizer.path}),
+        "config.json": family.published(model.decoder, _special(chat)) | _dtype(content),
+        "generation_config.json": _generation(chat),
+        "tokenizer_config.json": _tokenizer_config(model, processor=False)},
+        {"tokenizer.model": chat.tokenizer.files[0]}),
         *_adapter(table, leaves, "decoder/", "language_model", model.lora)]
     return folders
 

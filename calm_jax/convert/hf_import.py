@@ -19,13 +19,16 @@ import tqdm
 from calm_jax import config as config_lib
 from calm_jax.checkpoints import streaming
 from calm_jax.convert import families, hf_config, mfam, tables, torch_files
-from calm_jax.data.tokenizer import Tokenizer
 from calm_jax.errors import ConfigError
 from calm_jax.models.parameters import Geometry
+from calm_jax.text import tokenizers
+from calm_jax.text.chat import Chat
 
 Tensors = Mapping[str, torch_files.Tensor]
 Pieces = dict[str, list[tuple[tuple[int, ...], torch_files.Tensor, tables.Rearrange]]]
 
+# A special token that tells the chat template -> its name.
+TOLD = {"<|start_header_id|>": "llama3", "<|im_start|>": "chatml"}
 # Leaves of a Q-Former whose shape follows its neighbours: those of another encoder or language model are of no use.
 FITTED = {
     "keys and values of its cross-attention": r"groups/blocks/0/cross/(k|v)/kernel",
@@ -34,9 +37,13 @@ FITTED = {
 }
 
 
-def convert(vit: str, llm: str, qformers: list[str], out: str, seed: int = 0,
+def convert(vit: str, llm: str, qformers: list[str], out: str, seed: int = 0, *, template: str = "",
             say: Callable[[str], None] = print) -> pathlib.Path:
     """Writes the checkpoint `out` and returns its path.
+
+    Args:
+      vit, llm, qformers: folders, weight files or hub ids.
+      template: name of the chat template; empty = what the special tokens of the tokenizer tell, else Vicuna's.
 
     Raises:
       ConfigError: a part cannot be read or is of another kind than CALM computes; or the tokenizer does not fit.
@@ -49,8 +56,8 @@ def convert(vit: str, llm: str, qformers: list[str], out: str, seed: int = 0,
     found = [torch_files.tensors(path) for path in sources]
     model = _model(places["vit"], places["llm"], [_qformer(path, tensors) for path, tensors in
                                                   zip(sources, found, strict=True)])
-    config = config_lib.Config(seed=seed, model=model)
-    tokenizer = _tokenizer(places["llm"], model.decoder)
+    chat = _chat(places["llm"], model.decoder, template)
+    config = config_lib.Config(seed=seed, model=model, chat=chat.template)
     shapes = {path: leaf.shape for path, leaf in Geometry.of(model).shapes.items()}
     pieces: Pieces = {}
     for prefix, cfg, place, found_there in (
@@ -67,12 +74,12 @@ def convert(vit: str, llm: str, qformers: list[str], out: str, seed: int = 0,
     for group in sorted(groups):
         say(f"left to random numbers: {group}")
     meta = {"process": "", "rows": 0, "best": None, "trained": [], "base": "", "seed": seed,
-            "config": dataclasses.asdict(config), "tokenizer": tokenizer.fingerprint,
+            "config": dataclasses.asdict(config), "tokenizer": chat.tokenizer.fingerprint,
             "sources": {"vit": _source(vit, places["vit"]), "llm": _source(llm, places["llm"]),
                         "qformer": [_source(*pair) for pair in zip(qformers, sources, strict=True)]}}
     with tqdm.tqdm(total=sum(leaf.nbytes for leaf in leaves.values()), unit="B", unit_scale=True, desc="converting",
                    mininterval=0.5) as bar:
-        return streaming.save(out, leaves, meta, files=[tokenizer.path], progress=bar.update)
+        return streaming.save(out, leaves, meta, files=chat.tokenizer.files, progress=bar.update)
 
 
 def _source(name: str, place: pathlib.Path) -> dict[str, str]:
@@ -100,14 +107,18 @@ def _qformer(path: pathlib.Path, found: Tensors) -> config_lib.QFormer:
         raise hf_config.GeometryError(f"{path}: {error}") from None
 
 
-def _tokenizer(llm: pathlib.Path, cfg: config_lib.Decoder) -> Tokenizer:
-    path = (llm if llm.is_dir() else llm.parent) / "tokenizer.model"
-    tokenizer = Tokenizer(str(path), remedy="it is the SentencePiece model that belongs to the language model beside it"
-                          ": fetch it into that folder (a tokenizer.json is not read)")
-    if tokenizer.vocab != cfg.vocab:
-        raise ConfigError(f"{path} has {tokenizer.vocab} pieces and the language model beside it "
+def _chat(llm: pathlib.Path, cfg: config_lib.Decoder, template: str) -> Chat:
+    """The tokenizer beside a language model, and the chat template that is named or that its special tokens tell."""
+    folder = llm if llm.is_dir() else llm.parent
+    tokenizer = tokenizers.load(str(folder), remedy="it belongs to the language model beside it, as tokenizer.model or "
+                                "tokenizer.json: fetch it into that folder")
+    if not template:
+        template = next((name for name, token in TOLD.items() if tokenizer.special(token) is not None), "vicuna")
+    chat = Chat.of(tokenizer, template)
+    if not chat.fits(cfg.vocab):
+        raise ConfigError(f"{tokenizer.name} has {tokenizer.vocab} pieces and the language model beside it "
                           f"{cfg.vocab}; they do not belong together: fetch both from one place")
-    return tokenizer
+    return chat
 
 
 def _untied(found: Tensors, llm: pathlib.Path) -> Tensors:

@@ -30,7 +30,6 @@ from calm_jax import config as config_lib
 from calm_jax.checkpoints import restore
 from calm_jax.convert import huggingface
 from calm_jax.data import pictures
-from calm_jax.data.prompts import Layout
 from calm_jax.data.samples import Answer, ImageRef, Mention, Sample, Turn
 from calm_jax.data.tasks import instructions
 from calm_jax.errors import ConfigError
@@ -41,6 +40,7 @@ from calm_jax.models.calm import Calm
 from calm_jax.models.decoders.llama import rotary
 from calm_jax.models.encoders import Feature
 from calm_jax.models.encoders.clip import normalise
+from calm_jax.text.prompts import Layout
 
 QUESTIONS = ("What is wrong with the light here, and what would you do about it?", "Describe the picture.",
              "Which of them is the best, and why?", "Please comment on sharpness and noise.")
@@ -114,7 +114,7 @@ def check(source: str, hf: str, *, images: tuple[str, ...] = (), python: str = s
         files = [str(pathlib.Path(file).absolute()) for file in images] or made(folder)
         model = restore.model(source)
         cfg = model.config.model
-        generator = Generator(cfg, model.parameters, model.tokenizer, dtype=jnp.dtype(dtype))
+        generator = Generator(cfg, model.parameters, model.chat, dtype=jnp.dtype(dtype))
         del model  # the generator holds its weights in arrays of its own
         cases = _cases(cfg, files)
         request = {"dtype": dtype, "new_tokens": new_tokens, "beams": BEAMS, "score": files,
@@ -192,7 +192,7 @@ def _compare(generator: Generator, cases, files, readers, folder, tolerance, new
                     kl = max(kl, _kl(value[row, :length], case[name][row, -length:]))
         for name, beams in (("said", 1), ("searched", BEAMS)):
             mine = generator.ids(batch, new_tokens, Sampling(beams=beams))
-            agree[name] += sum(_agree(*both, generator.tokenizer) for both in zip(mine, case[name], strict=True))
+            agree[name] += sum(_agree(*both, generator.chat.stop) for both in zip(mine, case[name], strict=True))
         answers += len(mine)
     scores = np.asarray([[(score.value, score.spread) for score in generator.scores(
         [(_sample([n], config_lib.PARTS, instructions.for_reader(reader)), 0) for n in range(len(files))],
@@ -273,11 +273,11 @@ def _kl(ours: np.ndarray, theirs: np.ndarray) -> float:
     return float((np.exp(p) * (p - q)).sum(-1).max())
 
 
-def _agree(ours: np.ndarray, theirs: np.ndarray, tokenizer) -> bool:
+def _agree(ours: np.ndarray, theirs: np.ndarray, stop: int) -> bool:
     """The same tokens; behind the end, one side repeats it and the other pads or stops."""
     def ended(ids):
         ids = ids.tolist()
-        return ids[:ids.index(tokenizer.eos)] if tokenizer.eos in ids else ids
+        return ids[:ids.index(stop)] if stop in ids else ids
     return ended(ours) == ended(theirs)
 
 

@@ -41,11 +41,12 @@ from jaxtyping import Int, UInt8
 
 from calm_jax import config as config_lib
 from calm_jax.data import cues, images, tasks
-from calm_jax.data.prompts import Encoded, Layout, encode
 from calm_jax.data.samples import BadRecord, Dataset, Sample
 from calm_jax.data.tasks.context import Context
-from calm_jax.data.tokenizer import Tokenizer
 from calm_jax.errors import ConfigError
+from calm_jax.text import chat as chat_lib
+from calm_jax.text.chat import Chat
+from calm_jax.text.prompts import Encoded, Layout, encode
 
 NAMED = 20  # bad records that are named in the log
 OPEN_ROWS = 16  # rows the planner fills at the same time: more packs tighter and mixes neighbours further apart
@@ -121,9 +122,9 @@ class Rows:
       bad: names and reasons of the records that could not be used so far, by this copy.
     """
 
-    def __init__(self, process: config_lib.Process, datasets: Mapping[str, Dataset], tokenizer: Tokenizer,
+    def __init__(self, process: config_lib.Process, datasets: Mapping[str, Dataset], chat: Chat,
                  model: config_lib.Model, *, seed: int, split: str, cache_mb: int = 0):
-        self.process, self.tokenizer, self.seed, self.split = process, tokenizer, seed, split
+        self.process, self.chat, self.seed, self.split = process, chat, seed, split
         self.layout = Layout.of(model, process.parts)
         self.size, self.padding = model.encoder.image_size, model.encoder.padding
         self.bad: dict[str, str] = {}
@@ -160,11 +161,11 @@ class Rows:
 
     def __getstate__(self):
         state = {name: value for name, value in self.__dict__.items() if name not in ("_lock", "_blocks", "_orders")}
-        return {**state, "tokenizer": str(self.tokenizer.path)}
+        return {**state, "chat": (self.chat.tokenizer.name, self.chat.template)}
 
     def __setstate__(self, state):
         self.__dict__.update(state)
-        self.tokenizer, self._lock = Tokenizer(state["tokenizer"]), threading.Lock()
+        self.chat, self._lock = chat_lib.load(*state["chat"]), threading.Lock()
         self._blocks, self._orders = {}, {}
 
     def plan(self, row: int) -> Planned:
@@ -272,7 +273,7 @@ class Rows:
 
     def encode(self, sample: Sample) -> Encoded:
         """The sample as ids and labels, in this process's layout."""
-        return encode(sample, self.tokenizer, self.layout, candidates=self.process.row.candidates)
+        return encode(sample, self.chat, self.layout, candidates=self.process.row.candidates)
 
     def row(self, number: int) -> dict[str, np.ndarray]:
         """The arrays of one row, without the leading axis."""
@@ -286,7 +287,7 @@ class Rows:
     def pack(self, planned: Planned) -> dict[str, np.ndarray]:
         """Reads and edits the pictures of a planned row and lays its conversations out one after the other."""
         row, size = self.process.row, self.size
-        out = blank(row, size, self.tokenizer.pad)
+        out = blank(row, size, self.chat.pad)
         token, image, place = 0, 0, 0
         fitters: dict[tuple[int, int], images.Fitter] = {}
         for number, (example, (sample, encoded)) in enumerate(zip(planned.examples, planned.texts, strict=True), 1):
@@ -305,7 +306,7 @@ class Rows:
                     if (example.source, ref.index) not in fitters:
                         fitters[example.source, ref.index] = images.Fitter(self._pictures.read(dataset, ref.index))
                     out["images"][slot], names = images.render_noting(
-                        fitters[example.source, ref.index], ref, size)
+                        fitters[example.source, ref.index], ref, size, self.padding)
                     doubtful |= names
                 # An edit that changed nothing visible would make its label false: those turns are not learned from.
                 asked = np.asarray([turn.subject not in doubtful for turn in sample.turns])

@@ -97,12 +97,13 @@ def own_prompt(batch: dict[str, Array]) -> tuple[Bool[Array, "B 1 S"], Int[Array
 
 def sample(geometry: Geometry, parameters: Parameters, batch: dict[str, Array], temperature: Float[Array, ""],
            top_p: Float[Array, ""], seed: UInt32[Array, ""], shortest: Int[Array, ""], *, parts: tuple[str, ...],
-           limit: int, eos: int, dtype: Any, drawn: bool) -> Int[Array, "B L"]:
+           limit: int, eos: int, vocab: int, dtype: Any, drawn: bool) -> Int[Array, "B L"]:
     """One token after the other: the most probable, or (`drawn`) one by `choose`.
 
     Args:
       limit: L, the most tokens of an answer.
       eos: the id that ends an answer.
+      vocab: tokens that can be said; a vocabulary may be padded with others.
 
     Returns:
       Ids, `eos` behind the end of an answer.
@@ -112,7 +113,7 @@ def sample(geometry: Geometry, parameters: Parameters, batch: dict[str, Array], 
     rows, _, width = prompt.shape
 
     def following(hidden, count):
-        logits = unended(model.decoder.logits(hidden)[:, 0], count, shortest, eos)
+        logits = possible(model.decoder.logits(hidden)[:, 0], count, shortest, eos, vocab)
         if not drawn:
             return logits.argmax(-1).astype(jnp.int32)
         return choose(logits, batch["digests"], count, temperature, top_p, seed)
@@ -126,8 +127,7 @@ def sample(geometry: Geometry, parameters: Parameters, batch: dict[str, Array], 
         token = jax.lax.dynamic_slice_in_dim(answers, count - 1, 1, axis=1)
         sees = jnp.concatenate([prompt, jnp.broadcast_to(jnp.arange(limit) < count, (rows, 1, limit))], -1)
         hidden, cache = model.decoder.extend(model.decoder.embed(token, dtype), (lengths + count - 1)[:, None], sees,
-                                             cache,
-                                           width + count - 1)
+                                             cache, width + count - 1)
         token = jnp.where(ended, eos, following(hidden, count))
         answers = jax.lax.dynamic_update_slice_in_dim(answers, token[:, None], count, axis=1)
         return count + 1, answers, cache, ended | (token == eos)
@@ -137,9 +137,12 @@ def sample(geometry: Geometry, parameters: Parameters, batch: dict[str, Array], 
     return jax.lax.while_loop(unfinished, extend, (1, answers, cache, first == eos))[1]
 
 
-def unended(logits: Float[Array, "... V"], count: Int[Array, ""] | int, shortest: Int[Array, ""], eos: int
-            ) -> Float[Array, "... V"]:
-    """The logits of token number `count`, or log-probabilities, which cannot be the end before the shortest length."""
+def possible(logits: Float[Array, "... V"], count: Int[Array, ""] | int, shortest: Int[Array, ""], eos: int, vocab: int
+             ) -> Float[Array, "... V"]:
+    """The logits of token number `count`, or log-probabilities, which cannot be the end before the shortest length, nor
+    one of those tokens beyond `vocab` with which a vocabulary is padded."""
+    if logits.shape[-1] > vocab:
+        logits = jnp.where(jnp.arange(logits.shape[-1]) < vocab, logits, -jnp.inf)
     return logits.at[..., eos].set(jnp.where(count < shortest, -jnp.inf, logits[..., eos]))
 
 
@@ -187,7 +190,7 @@ class Beams(NamedTuple):
 
 def search(geometry: Geometry, parameters: Parameters, batch: dict[str, Array], length_penalty: Float[Array, ""],
            shortest: Int[Array, ""], *, parts: tuple[str, ...], limit: int, beams: int, eos: int,
-           dtype: Any) -> Int[Array, "B L"]:
+           vocab: int, dtype: Any) -> Int[Array, "B L"]:
     """The best answer by beam search, as Hugging Face's `generate(num_beams=K, early_stopping=False)` finds it.
 
     Returns:
@@ -208,7 +211,7 @@ def search(geometry: Geometry, parameters: Parameters, batch: dict[str, Array], 
         hidden, cache = model.decoder.extend(model.decoder.embed(newest, dtype), at, sees, cache,
                                            width + (state.count - 1) * beams)
         logits = jax.nn.log_softmax(model.decoder.logits(hidden))
-        return state._replace(owns=owns), unended(logits, state.count, shortest, eos), cache
+        return state._replace(owns=owns), possible(logits, state.count, shortest, eos, vocab), cache
 
     def step(carry):
         state, logits, cache = forward(*carry)
@@ -219,7 +222,7 @@ def search(geometry: Geometry, parameters: Parameters, batch: dict[str, Array], 
         jnp.where(jnp.arange(beams) == 0, 0.0, UNLIKELY) + jnp.zeros((rows, 1)),  # else all beams begin alike
         jnp.zeros((rows, beams, limit * beams), bool), jnp.full((rows, beams, limit), eos, jnp.int32),
         jnp.full((rows, beams), UNLIKELY), jnp.zeros((rows, beams), bool), jnp.ones(rows, bool), jnp.bool_(False))
-    first = unended(jax.nn.log_softmax(model.decoder.logits(last)), 0, shortest, eos)
+    first = possible(jax.nn.log_softmax(model.decoder.logits(last)), 0, shortest, eos, vocab)
     state = advance(start, jnp.broadcast_to(first, (rows, beams, first.shape[-1])), length_penalty, eos)
     state, _ = jax.lax.while_loop(lambda carry: carry[0].improvable.any() & ~carry[0].full, step, (state, cache))
     return state.finished[:, 0]

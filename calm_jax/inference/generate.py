@@ -21,9 +21,7 @@ from jaxtyping import Int, UInt8
 from calm_jax import config as config_lib
 from calm_jax.data import images as images_lib
 from calm_jax.data import scale
-from calm_jax.data.prompts import Encoded, Layout, encode
 from calm_jax.data.samples import ImageRef, Sample
-from calm_jax.data.tokenizer import Tokenizer
 from calm_jax.errors import ConfigError
 from calm_jax.inference import decoding, scorer
 from calm_jax.inference.decoding import GREEDY, Sampling
@@ -31,6 +29,8 @@ from calm_jax.inference.scorer import Score
 from calm_jax.models import layers
 from calm_jax.models.decoders import Before
 from calm_jax.models.parameters import Geometry, Parameters, unroll
+from calm_jax.text.chat import Chat
+from calm_jax.text.prompts import Encoded, Layout, encode
 
 AHEAD = 2  # batches that are prepared while the device computes
 SCORE_TOKENS = 12  # of a score as text: the longest, " 10.0.", with room for a model that says more
@@ -61,17 +61,18 @@ class Generator:
       dtype: of the computation.
     """
 
-    def __init__(self, model: config_lib.Model, parameters: Parameters, tokenizer: Tokenizer,
+    def __init__(self, model: config_lib.Model, parameters: Parameters, chat: Chat,
                  parts: tuple[str, ...] = config_lib.PARTS, dtype: Any = jnp.float32):
         transposed = layers.platform() == "cpu"
-        self.tokenizer, self.parameters, self.dtype = tokenizer, unroll(parameters, transposed=transposed), dtype
+        self.chat, self.tokenizer, self.dtype = chat, chat.tokenizer, dtype
+        self.parameters = unroll(parameters, transposed=transposed)
         self.layout = Layout.of(model, parts)
         self.size, self.longest = model.encoder.image_size, model.decoder.positions
         self.padding = model.encoder.padding
         self.geometry = Geometry.of(model, unrolled=True, transposed=transposed)
         places = [leaf.sharding for leaf in self.parameters.values() if isinstance(leaf.sharding, NamedSharding)]
         self.mesh = places[0].mesh if places and places[0].mesh.size > 1 else None
-        self._trees = {reader: scorer.Tree.of(tokenizer, said) for reader, said in scorer.SAID.items()}
+        self._trees = {reader: scorer.Tree.of(chat.tokenizer, said) for reader, said in scorer.SAID.items()}
         self._programs: dict[Any, Callable] = {}
         self._readers = concurrent.futures.ThreadPoolExecutor(os.cpu_count(), "pictures")
 
@@ -90,7 +91,7 @@ class Generator:
         """
         for arrays, wanted in self._batches(questions, pixels, limit, batch, memory):
             for ids in self.ids(arrays, limit, sampling, memory)[:wanted]:
-                yield self.tokenizer.decode(ids[ids != self.tokenizer.eos])
+                yield self.tokenizer.decode(ids[ids != self.chat.stop])
 
     def scores(self, questions: Iterable[Question], pixels: Pixels, *, reader: str = "expectation",
                batch: int = 16, memory: Memory | None = None) -> Iterator[Score]:
@@ -123,7 +124,7 @@ class Generator:
     def remember(self, sample: Sample, turns: int, pixels: Pixels) -> Memory:
         """The first turns of a conversation, with the images that they show, computed once and for all."""
         start = dataclasses.replace(sample, turns=sample.turns[:turns])
-        whole = encode(start, self.tokenizer, self.layout)
+        whole = encode(start, self.chat, self.layout)
         shown = int(whole.visual.max(initial=-1)) // self.layout.size + 1
         program = self._program(decoding.remembered)
         arrays = self._arrays([whole], [sample.images[:shown]], pixels)
@@ -132,7 +133,8 @@ class Generator:
     def ids(self, arrays: dict[str, np.ndarray], limit: int, sampling: Sampling = GREEDY, memory: Memory | None = None
             ) -> Int[np.ndarray, "B L"]:
         """Ids of the answers to prompts that `arrays` has made; the end-of-sequence id stands behind the shorter."""
-        shared, inputs = {"limit": limit, "eos": self.tokenizer.eos}, (self.parameters, self._put(arrays, memory))
+        shared = {"limit": limit, "eos": self.chat.stop, "vocab": self.chat.tokenizer.vocab}
+        inputs = self.parameters, self._put(arrays, memory)
         if sampling.beams > 1:
             program = self._program(decoding.search, beams=sampling.beams, **shared)
             return np.asarray(program(*inputs, np.float32(sampling.length_penalty), np.int32(sampling.shortest)))
@@ -143,7 +145,7 @@ class Generator:
     def arrays(self, questions: Sequence[Question], pixels: Pixels, limit: int,
                memory: Memory | None = None) -> dict[str, np.ndarray]:
         """The prompts as `decoding` takes them; each with `limit` more tokens must fit the model's positions."""
-        encoded = [encode(sample, self.tokenizer, self.layout, ask=turn) for sample, turn in questions]
+        encoded = [encode(sample, self.chat, self.layout, ask=turn) for sample, turn in questions]
         longest = max(len(item.tokens) for item in encoded)
         if longest + limit > self.longest:
             raise ConfigError(f"a prompt of {longest} tokens and an answer of {limit} exceed the model's "
@@ -158,7 +160,7 @@ class Generator:
 
     def fits(self, sample: Sample, limit: int = SCORE_TOKENS) -> bool:
         """Whether a conversation up to its last answer, and `limit` tokens of that, fit the model's positions."""
-        asked = encode(sample, self.tokenizer, self.layout, ask=len(sample.turns) - 1)
+        asked = encode(sample, self.chat, self.layout, ask=len(sample.turns) - 1)
         return len(asked.tokens) + limit <= self.longest
 
     def _arrays(self, encoded: Sequence[Encoded], images: Sequence[tuple[ImageRef, ...]], pixels: Pixels
@@ -166,7 +168,7 @@ class Generator:
         width = bucket(max(len(item.tokens) for item in encoded))
         slots = max(1, max(map(len, images)))
         arrays = {"images": np.zeros((len(encoded), slots, self.size, self.size, 3), np.uint8),
-                  "tokens": np.full((len(encoded), width), self.tokenizer.pad, np.int32),
+                  "tokens": np.full((len(encoded), width), self.chat.pad, np.int32),
                   "visual": np.full((len(encoded), width), -1, np.int32),
                   "lengths": np.asarray([len(item.tokens) for item in encoded], np.int32),
                   "digests": np.zeros(len(encoded), np.uint32)}

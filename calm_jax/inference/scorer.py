@@ -18,9 +18,9 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from calm_jax.data import scale
-from calm_jax.data.tokenizer import Tokenizer
 from calm_jax.inference import decoding
 from calm_jax.models.parameters import Geometry, Parameters
+from calm_jax.text.tokenizers import Tokenizer
 
 # What a reader but `text` weighs against each other: what a model can say -> the score that it means.
 SAID: Mapping[str, Mapping[str, float]] = {"expectation": {text: float(text) for text in scale.DECIMALS},

@@ -24,9 +24,9 @@ from calm_jax.checkpoints.meta import Saved, unpinned
 from calm_jax.checkpoints.store import Checkpoints
 from calm_jax.data import cues, pipeline
 from calm_jax.data.samples import Dataset
-from calm_jax.data.tokenizer import Tokenizer
 from calm_jax.errors import CheckpointError, ConfigError, TrainingError
 from calm_jax.models.parameters import Geometry, Parameters
+from calm_jax.text.chat import Chat
 from calm_jax.training import filters, logging, processes
 from calm_jax.training.setup import Setup
 from calm_jax.training.startup import Startup
@@ -61,7 +61,7 @@ class Run:
     workdir: pathlib.Path
     mesh: jax.sharding.Mesh
     geometry: Geometry
-    tokenizer: Tokenizer
+    chat: Chat
     parameters: Parameters | None = None
     trained: frozenset[str] = frozenset()
     origins: restore.Origins = dataclasses.field(default_factory=dict)
@@ -139,9 +139,9 @@ def run_process(run: Run, name: str, datasets: Mapping[str, Dataset]) -> None:
     start = int(state.step)
     run.progress(place, start, start)
     own = sharding.own_rows(mesh, process.batch)
-    rows = pipeline.Rows(process, datasets, run.tokenizer, config.model, seed=config.seed, split="train",
+    rows = pipeline.Rows(process, datasets, run.chat, config.model, seed=config.seed, split="train",
                          cache_mb=config.data.cache_mb)
-    held_out = pipeline.Rows(process, datasets, run.tokenizer, config.model, seed=config.seed, split="validation")
+    held_out = pipeline.Rows(process, datasets, run.chat, config.model, seed=config.seed, split="validation")
     if saved is not None:
         rows.resume(saved.meta.get("cursor", ()))
     batches = pipeline.batches(rows, config.data, batch=process.batch, start=start, stop=process.steps, own=own)
@@ -160,7 +160,7 @@ def run_process(run: Run, name: str, datasets: Mapping[str, Dataset]) -> None:
         store.save(number, {"parameters": everything, "optimizer": state.optimizer}, {
             "process": name, "rows": number * process.batch, "best": best, "trained": sorted(run.trained),
             "base": run.base, "borrowed": restore.borrowed(run.origins, run.trained), "seed": config.seed,
-            "config": dataclasses.asdict(config), "tokenizer": run.tokenizer.fingerprint,
+            "config": dataclasses.asdict(config), "tokenizer": run.chat.tokenizer.fingerprint,
             "data": run.data, "cursor": cursor}, best=is_best)
 
     def validate() -> dict[str, float]:
@@ -349,10 +349,13 @@ def _begin(run: Run, saved: Saved | None, setup: Setup, *, within: bool) -> None
       CheckpointError: as `restore.origins` and `restore.read`.
     """
     if saved is not None:
-        if saved.meta["tokenizer"] != run.tokenizer.fingerprint:
+        if saved.meta["tokenizer"] != run.chat.tokenizer.fingerprint:
             raise ConfigError(f"the checkpoint {saved.path} was trained with another tokenizer than "
-                              f"{run.tokenizer.path}; set --config.tokenizer to "
-                              f"{restore.tokenizer(saved).path}")
+                              f"{run.chat.tokenizer.name}; set --config.tokenizer to "
+                              f"{restore.chat(saved).tokenizer.name}")
+        if (theirs := saved.config.chat) != run.chat.template:
+            say(f"the conversations of {saved.path} follow the chat template {theirs}; here they follow "
+                f"{run.chat.template}")
         run.base = dataclasses.asdict(saved.pin) if not within else "" if unpinned(
             saved.meta) else saved.meta["base"]
     run.origins = restore.origins(saved, run.config)
@@ -372,7 +375,7 @@ def _same_content(run: Run, name: str, datasets: Mapping[str, Dataset], saved: S
     cues_file = run.config.processes[name].cues
     found = {f"dataset {key}": dataset.fingerprint for key, dataset in datasets.items()}
     found |= {f"file of cues {cues_file}": cues.fingerprint(cues_file)} if cues_file else {}
-    found["tokenizer"] = run.tokenizer.fingerprint
+    found["tokenizer"] = run.chat.tokenizer.fingerprint
     known = run.data | (saved.meta.get("data", {}) if saved is not None else {})
     for what, fingerprint in found.items():
         if known.get(what, fingerprint) != fingerprint:

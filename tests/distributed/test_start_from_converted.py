@@ -114,7 +114,7 @@ def converted(folder: pathlib.Path, llm) -> pathlib.Path:
     import torch
 
     from calm_jax.convert import hf_import
-    from calm_jax.data.tokenizer import SHIPPED
+    from calm_jax.text.tokenizers import SHIPPED
     torch.manual_seed(0)
     test_conversion.write(test_conversion.vit(), folder / "vit", "safetensors")
     test_conversion.write(llm, folder / "llm", "safetensors")

@@ -16,8 +16,8 @@ from calm_jax.data import attributes, builders, cues, pipeline, tasks
 from calm_jax.data.cues import rules as cue_rules
 from calm_jax.data.cues import stored
 from calm_jax.data.tasks.context import Context
-from calm_jax.data.tokenizer import Tokenizer
 from calm_jax.errors import ConfigError
+from calm_jax.text import chat as chat_lib
 
 NAMES = tuple(attributes.ATTRIBUTES)
 EVERY = [(place, text) for place, texts in stored.places(cues.CUES) for text in texts]
@@ -211,8 +211,8 @@ def test_a_process_trains_with_its_file(tmp_path):
     process = config_lib.Process(tasks={"comparisons": 1.0}, phrasings=1, cues=write(tmp_path / "cues.json", *more))
 
     def rows(process):
-        return pipeline.Rows(process, {"demo": builders.load("demo")}, Tokenizer(), config_lib.model("tiny"), seed=0,
-                             split="train")
+        return pipeline.Rows(process, {"demo": builders.load("demo")}, chat_lib.load(), config_lib.model("tiny"),
+                             seed=0, split="train")
 
     said = {turn.answer.text for number in range(20) for sample, _ in rows(process).plan(number).texts
             for turn in sample.turns}

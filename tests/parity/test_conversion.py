@@ -24,9 +24,9 @@ from calm_jax.checkpoints.meta import ARRAYS
 from calm_jax.convert import families, hf_import, mfam, tables, torch_files
 from calm_jax.convert.families import clip
 from calm_jax.convert.families import llama as llama_family
-from calm_jax.data.tokenizer import SHIPPED
 from calm_jax.errors import CheckpointError, ConfigError
 from calm_jax.models.parameters import Geometry
+from calm_jax.text.tokenizers import SHIPPED
 from tools.bench import conversion as bench_conversion
 
 torch = pytest.importorskip("torch", reason="torch is not here; make test has it")

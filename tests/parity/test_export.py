@@ -23,8 +23,9 @@ from calm_jax import config as config_lib
 from calm_jax.checkpoints import array_io, locate, on_disk, restore
 from calm_jax.checkpoints.store import Checkpoints
 from calm_jax.convert import hf_export, hf_import, parity, tables, torch_files, whole
-from calm_jax.data.tokenizer import SHIPPED
 from calm_jax.errors import CheckpointError, ConfigError
+from calm_jax.text import chat as chat_lib
+from calm_jax.text.tokenizers import SHIPPED
 
 torch = pytest.importorskip("torch", reason="torch is not here; make test has it")
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -81,7 +82,7 @@ def test_torch_computes_the_same_whichever_version_wrote_and_reads(exported, tmp
 def test_an_export_and_its_parts_are_used_as_transformers_models_are(exported, reader):
     read = client(PYTHONS[reader], "read", exported / "hf")
     tokens = read["parts"].pop("tokens")
-    assert tokens == [1, *restore.tokenizer(locate.find(exported / "calm")).encode("It has noise: 10.0")]
+    assert tokens == [1, *restore.chat(locate.find(exported / "calm")).encode("It has noise: 10.0")]
     assert len(read["parts"]) == 5 and not any(read["parts"].values())  # nothing missing, nothing unexpected
     found = read["whole"]
     assert len(set(found["scores"])) == 5 and all(1 <= score <= 10 for score in found["scores"])
@@ -205,7 +206,7 @@ def test_what_was_never_trained_comes_from_its_base_and_its_seed(tmp_path):
     checkpoints = Checkpoints(tmp_path / "second", config_lib.Checkpoint())
     checkpoints.save(2, {"parameters": changed, "optimizer": ()}, {
         "process": "only", "rows": 0, "best": None, "trained": sorted(changed), "base": first, "seed": 0,
-        "config": dataclasses.asdict(config), "tokenizer": restore.Tokenizer().fingerprint})
+        "config": dataclasses.asdict(config), "tokenizer": chat_lib.load().tokenizer.fingerprint})
     checkpoints.close()
     out = torch_files.tensors(hf_export.export(str(tmp_path / "second"), str(tmp_path / "hf")))
     assert (out["language_model.model.norm.weight"].read() == 3).all()

@@ -20,7 +20,7 @@ import pytest
 from PIL import Image
 
 from calm_jax import config as config_lib
-from calm_jax import files, terminal
+from calm_jax import files, guard, terminal
 from calm_jax.commands.predict.gather import gather
 from calm_jax.commands.predict.journal import Journal
 from calm_jax.errors import ConfigError

@@ -24,8 +24,8 @@ from calm_jax.checkpoints.meta import BEST
 from calm_jax.commands import train as program
 from calm_jax.data import builders, pipeline
 from calm_jax.data.samples import BadRecord, ImageRef, Record
-from calm_jax.data.tokenizer import Tokenizer
 from calm_jax.errors import CheckpointError, ConfigError, TrainingError
+from calm_jax.text import chat as chat_lib
 from calm_jax.training import logging as logs
 from calm_jax.training import loop
 from calm_jax.training import workdir as workdirs
@@ -79,7 +79,7 @@ def coloured(monkeypatch):
 
 def rows_of(dataset, process=None) -> pipeline.Rows:
     process = process or miniature.PROCESS
-    return pipeline.Rows(process, {process.dataset: dataset}, Tokenizer(), miniature.MODEL, seed=0, split="train")
+    return pipeline.Rows(process, {process.dataset: dataset}, chat_lib.load(), miniature.MODEL, seed=0, split="train")
 
 
 # ---- the real program -------------------------------------------------------------------------------------------
@@ -209,7 +209,7 @@ def test_a_batch_that_does_not_divide_the_mesh_is_refused_before_anything_is_mad
     monkeypatch.setattr(loop.sharding, "make_mesh", lambda cfg: jax.sharding.AbstractMesh(
         (1, 8, 1), loop.sharding.AXES, axis_types=(jax.sharding.AxisType.Auto,) * 3))
     monkeypatch.setattr(loop, "say", lambda text: None)
-    run = loop.Run(miniature.config(), tmp_path, loop.sharding.make_mesh(None), None, Tokenizer())
+    run = loop.Run(miniature.config(), tmp_path, loop.sharding.make_mesh(None), None, chat_lib.load())
     with pytest.raises(ConfigError, match=r"batch=2 over accumulate=1 makes 2 rows a micro-batch, which do "
                        r"not divide among data\*fsdp=8 devices; choose a batch that is a multiple of 8"):
         loop.run_process(run, "only", {"coloured": builders.load("coloured")})

@@ -16,9 +16,9 @@ import pytest
 from calm_jax import config as config_lib
 from calm_jax import sharding
 from calm_jax.data import builders, tasks
-from calm_jax.data.prompts import Layout
 from calm_jax.errors import ConfigError
 from calm_jax.models.parameters import Geometry
+from calm_jax.text.prompts import Layout
 from calm_jax.training import filters
 
 FILES = sorted(path.stem for path in (miniature.ROOT / "configs").glob("*.py") if not path.stem.startswith("_"))

@@ -15,13 +15,13 @@ from calm_jax.data.cues import CUES
 from calm_jax.data.samples import Edit, ImageRef, Record
 from calm_jax.data.tasks import instructions
 from calm_jax.data.tasks.opinions import held_out
-from calm_jax.data.tokenizer import Tokenizer
 from calm_jax.errors import ConfigError
 from calm_jax.evaluation import charts, degradations, metrics, peers, personalised, protocols, suggesting
 from calm_jax.evaluation.replies import Replies
 from calm_jax.inference.generate import Generator
 from calm_jax.inference.scorer import Score
 from calm_jax.models.parameters import initial
+from calm_jax.text import chat as chat_lib
 
 
 @pytest.fixture(scope="module")
@@ -285,7 +285,7 @@ def test_calibration_is_a_line_for_a_calibrated_model():
 
 def test_what_is_asked_for_a_score_is_known_to_a_thousandth():
     data = builders.load("demo")
-    generator = Generator(miniature.MODEL, initial(miniature.MODEL, jax.random.key(0)), Tokenizer())
+    generator = Generator(miniature.MODEL, initial(miniature.MODEL, jax.random.key(0)), chat_lib.load())
     answered = protocols.opinions(generator, data, [0, 40], "score", "expectation")
     record = data.record(40)
     lowest, highest = record.scale
@@ -296,7 +296,7 @@ def test_what_is_asked_for_a_score_is_known_to_a_thousandth():
 def test_every_picture_is_asked_what_programs_ask(task, reader):
     """Scores are compared between pictures, so the words of the question must not differ between them."""
     data = builders.load("demo")
-    generator = Generator(miniature.MODEL, initial(miniature.MODEL, jax.random.key(0)), Tokenizer())
+    generator = Generator(miniature.MODEL, initial(miniature.MODEL, jax.random.key(0)), chat_lib.load())
     asked = {answer.question for answer in protocols.opinions(generator, data, range(0, 200, 40), task, reader)}
     assert asked == {instructions.COMMENT[0] if task == "comment" else instructions.for_reader(reader)}
 

@@ -6,11 +6,10 @@ import numpy as np
 import pytest
 
 from calm_jax import config as config_lib
-from calm_jax.data import builders, images, prompts
+from calm_jax.data import builders, images
 from calm_jax.data.samples import Answer, ImageRef, Mention, Sample, Turn
 from calm_jax.data.scale import DECIMALS, read_score
 from calm_jax.data.tasks.opinions import in_context
-from calm_jax.data.tokenizer import Tokenizer
 from calm_jax.errors import ConfigError
 from calm_jax.inference import decoding
 from calm_jax.inference.decoding import Sampling
@@ -18,6 +17,8 @@ from calm_jax.inference.generate import Generator
 from calm_jax.inference.scorer import SAID, Tree
 from calm_jax.models import layers
 from calm_jax.models.parameters import Geometry, initial
+from calm_jax.text import chat as chat_lib
+from calm_jax.text import prompts
 
 MODEL = config_lib.Model(
     encoder=config_lib.encoder("clip", image_size=32, patch=8, width=32, depth=4, heads=2, mlp_width=64, stem="conv"),
@@ -34,7 +35,7 @@ def parameters():
 
 @pytest.fixture(scope="module")
 def generator(parameters):
-    return Generator(MODEL, parameters, Tokenizer())
+    return Generator(MODEL, parameters, chat_lib.load())
 
 
 @pytest.fixture(scope="module")
@@ -123,15 +124,15 @@ SAMPLINGS = {"greedy": Sampling(), "drawn": Sampling(temperature=1.0, seed=5), "
 def talkative(parameters):
     """A model whose answers differ and end: its head likes the end of the text now and then."""
     head = parameters["decoder/head/kernel"]
-    return parameters | {"decoder/head/kernel": 3 * head.at[:, Tokenizer().eos].multiply(1.7)}
+    return parameters | {"decoder/head/kernel": 3 * head.at[:, chat_lib.load().stop].multiply(1.7)}
 
 
 def test_kernels_may_lie_either_way(talkative, demo, monkeypatch):
     """Transposed, as CPUs want them, or as they were trained, as accelerators have them."""
-    turned = Generator(MODEL, talkative, Tokenizer())
+    turned = Generator(MODEL, talkative, chat_lib.load())
     with monkeypatch.context() as patched:
         patched.setattr(layers, "platform", lambda: "tpu")
-        plain = Generator(MODEL, talkative, Tokenizer())
+        plain = Generator(MODEL, talkative, chat_lib.load())
     assert [each.parameters["decoder/blocks/1/gate/kernel"].shape for each in (turned, plain)] == [(96, 48), (48, 96)]
     assert [each.parameters["decoder/head/kernel"].shape for each in (turned, plain)] == [(2048, 48), (48, 2048)]
     texts, scores = zip(*((list(each.answers(questions(), demo.pixels, limit=6, batch=4)),
@@ -143,8 +144,8 @@ def test_kernels_may_lie_either_way(talkative, demo, monkeypatch):
 
 @pytest.mark.parametrize("sampling", SAMPLINGS.values(), ids=SAMPLINGS)
 def test_cached_generation_equals_the_full_forward(talkative, demo, sampling):
-    generator, limit = Generator(MODEL, talkative, Tokenizer()), 12
-    asked, eos = questions(), generator.tokenizer.eos
+    generator, limit = Generator(MODEL, talkative, chat_lib.load()), 12
+    asked, eos = questions(), generator.chat.stop
     arrays = generator.arrays(asked, demo.pixels, limit)
     found = generator.ids(arrays, limit, sampling)
     for (sample, turn), ids in zip(asked, found, strict=True):
@@ -157,7 +158,7 @@ def test_cached_generation_equals_the_full_forward(talkative, demo, sampling):
 @pytest.mark.parametrize("sampling", [SAMPLINGS[name] for name in ("greedy", "nucleus", "three beams")],
                          ids=["greedy", "nucleus", "three beams"])
 def test_answers_do_not_depend_on_their_neighbours(talkative, demo, sampling):
-    generator, asked = Generator(MODEL, talkative, Tokenizer()), questions()
+    generator, asked = Generator(MODEL, talkative, chat_lib.load()), questions()
 
     def said(asked, batch):
         return list(generator.answers(asked, demo.pixels, limit=12, batch=batch, sampling=sampling))
@@ -171,7 +172,7 @@ def test_answers_do_not_depend_on_their_neighbours(talkative, demo, sampling):
                          ids=["greedy", "nucleus", "three beams"])
 def test_a_remembered_beginning_changes_nothing(talkative, demo, sampling):
     """Rated pictures once for all questions, or again for each: the same scores and answers."""
-    generator = Generator(MODEL, talkative, Tokenizer())
+    generator = Generator(MODEL, talkative, chat_lib.load())
     rated = [(ImageRef(10 * place), 2.5 * place) for place in (1, 2, 3)]
     asked = [(Sample(*in_context(rated, ImageRef(index), config_lib.PARTS)), 3) for index in (0, 250, 500, 750, 1000)]
     looked: list[int] = []
@@ -260,7 +261,7 @@ def test_scores_equal_brute_force(parameters, generator, demo, reader):
 
     truth = []
     for sample, turn in asked:
-        encoded = prompts.encode(sample, generator.tokenizer, generator.layout, ask=turn)
+        encoded = prompts.encode(sample, generator.chat, generator.layout, ask=turn)
         length, width = len(encoded.tokens), 448
         tokens = np.zeros((len(spelled), width), np.int32)
         visual = np.full((len(spelled), width), -1, np.int32)

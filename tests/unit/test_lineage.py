@@ -21,6 +21,7 @@ from calm_jax.checkpoints.store import Checkpoints
 from calm_jax.commands import train as program
 from calm_jax.errors import CheckpointError
 from calm_jax.models.parameters import Geometry
+from calm_jax.text import chat as chat_lib
 
 OLD = config_lib.Lora(rank=2, alpha=3.0, targets=r"decoder/blocks/(q|down)|mfam/qformers/groups/blocks/0/cross/v")
 NEW = config_lib.Lora(rank=3, alpha=6.0, targets=r"decoder/blocks/(q|v)", dropout=0.0)
@@ -285,7 +286,7 @@ def test_ancestors_that_hold_nothing_that_is_needed_may_be_gone(tmp_path):
         store.save(1, {"parameters": held, "optimizer": ()}, {
             "process": "only", "base": dataclasses.asdict(before.pin) if before else "", "seed": seed,
             "borrowed": restore.borrowed(where, held), "config": dataclasses.asdict(config), "trained": sorted(held),
-            "tokenizer": restore.Tokenizer().fingerprint})
+            "tokenizer": chat_lib.load().tokenizer.fingerprint})
         store.close()
         return str(tmp_path / name)
 
@@ -320,7 +321,7 @@ def old_style(folder, base: str) -> str:
     store = Checkpoints(folder, config_lib.Checkpoint())
     store.save(1, {"parameters": kept, "optimizer": ()}, {
         "process": "only", "base": base, "seed": 0, "config": dataclasses.asdict(miniature.config(init=base)),
-        "trained": sorted(kept), "tokenizer": restore.Tokenizer().fingerprint})
+        "trained": sorted(kept), "tokenizer": chat_lib.load().tokenizer.fingerprint})
     store.close()
     return str(folder)
 

@@ -9,8 +9,8 @@ import pytest
 from calm_jax import config as config_lib
 from calm_jax.data import builders, pipeline
 from calm_jax.data.samples import BadRecord
-from calm_jax.data.tokenizer import Tokenizer
 from calm_jax.errors import ConfigError
+from calm_jax.text import chat as chat_lib
 from tools.bench import data as bench_data
 
 MODEL = dataclasses.replace(config_lib.model("tiny"), encoder=dataclasses.replace(config_lib.model("tiny").encoder,
@@ -27,7 +27,7 @@ def demo():
 
 
 def make_rows(dataset, process=PROCESS, seed=0, split="train"):
-    return pipeline.Rows(process, {process.dataset: dataset}, Tokenizer(), MODEL, seed=seed, split=split)
+    return pipeline.Rows(process, {process.dataset: dataset}, chat_lib.load(), MODEL, seed=seed, split=split)
 
 
 def read(rows, start, stop, own=None, **data):
@@ -89,7 +89,8 @@ def test_a_mixture_keeps_its_weights_and_every_dataset_its_epochs(demo):
             return self._dataset.indices(split)[:50]
 
     process = dataclasses.replace(PROCESS, tasks={"comment": 3.0, "few:score": 1.0, "few:caption": 2.0})
-    rows = pipeline.Rows(process, {"demo": demo, "few": Few(demo, "few")}, Tokenizer(), MODEL, seed=0, split="train")
+    rows = pipeline.Rows(process, {"demo": demo, "few": Few(demo, "few")}, chat_lib.load(), MODEL, seed=0,
+                         split="train")
     found = [e for number in range(pipeline.BLOCK) for e in rows.plan(number).examples]
     assert abs(np.mean([e.source == 1 for e in found]) - 0.5) < 0.01
     few = [e for e in found if e.source == 1]
@@ -126,7 +127,7 @@ def test_any_row_can_be_the_first(demo, seed):
 
 def test_kept_pictures_are_the_same_and_bounded(demo):
     plain = make_rows(demo)
-    kept = pipeline.Rows(PROCESS, {"demo": demo}, Tokenizer(), MODEL, seed=0, split="train", cache_mb=1)
+    kept = pipeline.Rows(PROCESS, {"demo": demo}, chat_lib.load(), MODEL, seed=0, split="train", cache_mb=1)
     for number in range(6):
         assert all(np.array_equal(kept.row(number)[name], value) for name, value in plain.row(number).items())
     assert kept._pictures._held <= 1 << 20

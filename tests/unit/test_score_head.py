@@ -20,10 +20,10 @@ from calm_jax import sharding
 from calm_jax.checkpoints import array_io, locate, restore
 from calm_jax.convert import hf_export, parity
 from calm_jax.data import builders, pipeline
-from calm_jax.data.tokenizer import Tokenizer
 from calm_jax.errors import ConfigError
 from calm_jax.models.parameters import Geometry, initial
 from calm_jax.models.score_head import ScoreHead
+from calm_jax.text import chat as chat_lib
 from calm_jax.training import filters, optimizer
 from calm_jax.training.step import Step
 
@@ -99,7 +99,7 @@ def test_the_head_changes_no_other_parameter_and_every_mesh_can_hold_it(values):
 def test_a_batch_says_where_each_score_is_asked_for():
     process = miniature.process(tasks={"score": 0.5, "attributes": 0.5}, dataset="demo", batch=2, parts=("low",),
                                 row=config_lib.Row(tokens=512, images=4, answers=96))
-    tokenizer = Tokenizer()
+    tokenizer = chat_lib.load()
     rows = pipeline.Rows(process, {"demo": builders.load("demo")}, tokenizer, miniature.MODEL, seed=0, split="train")
     found = 0
     for number in range(12):

@@ -158,7 +158,7 @@ def _write_tokenizer(path: pathlib.Path, vocab: int) -> None:
     """The project's tokenizer with unused pieces up to `vocab`: conversion checks nothing but the number."""
     from sentencepiece import sentencepiece_model_pb2
 
-    from calm_jax.data.tokenizer import SHIPPED
+    from calm_jax.text.tokenizers import SHIPPED
     model = sentencepiece_model_pb2.ModelProto()
     model.ParseFromString(SHIPPED.read_bytes())
     for number in range(len(model.pieces), vocab):

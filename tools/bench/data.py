@@ -27,11 +27,12 @@ import numpy as np
 from PIL import Image
 
 from calm_jax import config as config_lib
-from calm_jax.data import attributes, builders, images, pipeline, prompts
+from calm_jax.data import attributes, builders, images, pipeline
 from calm_jax.data.samples import Edit, ImageRef
-from calm_jax.data.tokenizer import Tokenizer
 from calm_jax.errors import ConfigError
 from calm_jax.models.encoders.clip import MEAN, STD
+from calm_jax.text import chat as chat_lib
+from calm_jax.text.templates import vicuna
 
 PICTURES = 300
 SIDE = 512
@@ -125,7 +126,7 @@ def prepare(files: pathlib.Path, data_dir: pathlib.Path) -> None:
 def ours(model: config_lib.Model, process: config_lib.Process, scratch: pathlib.Path) -> Iterator[int]:
     """Pictures of each batch of the project's pipeline."""
     dataset = builders.load("folder", str(scratch / "data"))
-    rows = pipeline.Rows(process, {"folder": dataset}, Tokenizer(), model, seed=0, split="train")
+    rows = pipeline.Rows(process, {"folder": dataset}, chat_lib.load(), model, seed=0, split="train")
     data = config_lib.Data(workers=os.cpu_count() or 1)
     for batch in pipeline.batches(rows, data, batch=ROWS, start=0, stop=1_000_000):
         yield int((batch["images"].reshape(*batch["images"].shape[:2], -1).max(-1) > 0).sum())
@@ -135,7 +136,7 @@ def theirs(model: config_lib.Model, process: config_lib.Process, scratch: pathli
     """Pictures of each batch of a torch DataLoader."""
     import torch
     dataset = builders.load("folder", str(scratch / "data"))
-    rows = pipeline.Rows(process, {"folder": dataset}, Tokenizer(), model, seed=0, split="train")
+    rows = pipeline.Rows(process, {"folder": dataset}, chat_lib.load(), model, seed=0, split="train")
     files = sorted((scratch / "files").glob("*.jpg"))
     loader = torch.utils.data.DataLoader(
         Files(files, rows, model.encoder.image_size), batch_size=CONVERSATIONS, shuffle=True, collate_fn=collate,
@@ -162,9 +163,9 @@ class Files:
         sample = self.rows.sample(example)
         picture = Image.open(self.files[index]).convert("RGB")
         pixels = [self._prepared(picture, ref.edits, index) for ref in sample.images]
-        text = " ".join([prompts.SYSTEM, *(f"USER: {_said(turn)} ASSISTANT: {turn.answer.text}</s>"
+        text = " ".join([vicuna.SYSTEM, *(f"USER: {_said(turn)} ASSISTANT: {turn.answer.text}</s>"
                                            for turn in sample.turns)])
-        return {"ids": torch.tensor(self.rows.tokenizer.encode(text)), "pixels": torch.stack(pixels)}
+        return {"ids": torch.tensor(self.rows.chat.tokenizer.encode(text)), "pixels": torch.stack(pixels)}
 
     def _prepared(self, picture: Image.Image, edits: tuple[Edit, ...], seed: int):
         import torch

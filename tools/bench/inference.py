@@ -86,9 +86,10 @@ def _row(played: contenders.Played, names: list[str]) -> dict:
 def _checkpoint(config: config_lib.Config, folder: pathlib.Path) -> pathlib.Path:
     """One of no arrays: everything is drawn from its seed when it is read."""
     from calm_jax.checkpoints.store import Checkpoints
-    from calm_jax.data.tokenizer import Tokenizer
+    from calm_jax.text import chat as chat_lib
     meta = {"process": config.run[0], "rows": 0, "best": None, "trained": [], "base": "", "seed": config.seed,
-            "config": dataclasses.asdict(config), "tokenizer": Tokenizer(config.tokenizer).fingerprint}
+            "config": dataclasses.asdict(config),
+            "tokenizer": chat_lib.load(config.tokenizer, config.chat).tokenizer.fingerprint}
     store = Checkpoints(folder, config_lib.Checkpoint())
     store.save(1, {"parameters": {}, "optimizer": ()}, meta)
     store.close()
@@ -117,9 +118,9 @@ def _agree(last: Mapping[str, Mapping], precise: bool) -> float:
 
 def _prompt(model: config_lib.Model) -> int:
     """Tokens of a scoring prompt."""
-    from calm_jax.data.prompts import Layout, encode
-    from calm_jax.data.tokenizer import Tokenizer
-    return len(encode(_question(0)[0], Tokenizer(), Layout.of(model, config_lib.PARTS), ask=0).tokens)
+    from calm_jax.text import chat as chat_lib
+    from calm_jax.text.prompts import Layout, encode
+    return len(encode(_question(0)[0], chat_lib.load(), Layout.of(model, config_lib.PARTS), ask=0).tokens)
 
 
 # ---- contenders --------------------------------------------------------------------------------------------------
@@ -144,7 +145,7 @@ def _calm_jax(source: str):
     from calm_jax.inference.decoding import Sampling
     from calm_jax.inference.generate import Generator
     model = restore.model(source)
-    generator = Generator(model.config.model, model.parameters, model.tokenizer, dtype=model.dtype)
+    generator = Generator(model.config.model, model.parameters, model.chat, dtype=model.dtype)
     del model
     pictures = _pictures(generator.size)
 

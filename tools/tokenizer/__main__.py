@@ -19,8 +19,10 @@ import typer
 
 from calm_jax import cli, files
 from calm_jax import config as config_lib
-from calm_jax.data import builders, prompts, tasks, tokenizer
+from calm_jax.data import builders, tasks
 from calm_jax.data.tasks.context import Context
+from calm_jax.text.templates import vicuna
+from calm_jax.text.tokenizers import SHIPPED
 
 DEMO_TASKS = ("attributes", "comparisons", "caption", "comment", "score")
 DRAWS = 3  # conversations drawn for each task and record of the demo: phrasings vary from draw to draw
@@ -29,7 +31,7 @@ DRAWS = 3  # conversations drawn for each task and record of the demo: phrasings
 def corpus() -> list[str]:
     """Sentences to train on, each a line."""
     lines = pathlib.Path(__file__).with_name("corpus.txt").read_text().splitlines()
-    lines += [prompts.SYSTEM, *prompts.MARKERS[-2:]] * 50
+    lines += [vicuna.SYSTEM, *vicuna.TEMPLATE.markers[-2:]] * 50
     dataset = builders.load("demo")
     for index in dataset.indices("train"):
         for name in DEMO_TASKS:
@@ -49,7 +51,7 @@ def _ours(path: pathlib.Path) -> bool:
 
 
 def main(
-        out: Annotated[str, typer.Option(help="Where to write the model.")] = str(tokenizer.SHIPPED),
+        out: Annotated[str, typer.Option(help="Where to write the model.")] = str(SHIPPED),
         vocab: Annotated[int, typer.Option(min=260, help="Pieces, the three control pieces and 256 bytes "
                                            "included.")] = 2048) -> None:
     files.output(out, ours=_ours)

@@ -15,7 +15,8 @@ import tomllib
 from collections.abc import Mapping
 
 from calm_jax.data import cues as cues_lib
-from calm_jax.data import prompts
+from calm_jax.text.chat import IMAGE
+from calm_jax.text.templates import vicuna
 
 SHORTEST, LONGEST = 8, 110  # characters: comments are composed of several phrases
 REACH = 4  # words between a negation and what it denies
@@ -131,7 +132,7 @@ def form(text: object, kind: str) -> str:
     ends = ".?" if kind in ("question", "more", "less") else "."
     faults = (
         (not SHORTEST <= len(text) <= LONGEST, f"has {len(text)} characters, not {SHORTEST} to {LONGEST}"),
-        (any(marker in text for marker in prompts.MARKERS), "holds a marker of the conversation"),
+        (any(marker in text for marker in (*vicuna.TEMPLATE.markers, IMAGE)), "holds a marker of the conversation"),
         (not text.isprintable() or text != " ".join(text.split()), "holds line breaks or surplus white space"),
         (not body.replace("’", "").replace("–", "").isascii() or _EXTRA.search(body),
          "holds characters that no sentence needs"),

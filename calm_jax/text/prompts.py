@@ -1,4 +1,4 @@
-"""A Sample in, token ids with the places of its visual tokens and of its answers out: the Vicuna conversation."""
+"""A Sample in; the token ids of its conversation, with the places of its visual tokens and of its answers, out."""
 
 from __future__ import annotations
 
@@ -9,11 +9,8 @@ from jaxtyping import Float, Int
 
 from calm_jax import config as config_lib
 from calm_jax.data.samples import Answer, BadRecord, ImageRef, Mention, Sample
-from calm_jax.data.tokenizer import Tokenizer
-
-SYSTEM = ("A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
-          "detailed, and polite answers to the user's questions.")  # Vicuna v1.1 / v1.5
-MARKERS = ("<s>", "</s>", "<unk>", "<image>", "USER:", "ASSISTANT:")
+from calm_jax.text.chat import Chat
+from calm_jax.text.tokenizers import Tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,9 +54,9 @@ class Encoded:
     images: tuple[ImageRef, ...]
 
 
-def encode(sample: Sample, tokenizer: Tokenizer, layout: Layout, *, candidates: int = 1,
+def encode(sample: Sample, chat: Chat, layout: Layout, *, candidates: int = 1,
            ask: int | None = None) -> Encoded:
-    """Writes `SYSTEM USER: ... ASSISTANT: answer</s>USER: ...` as ids; labels are the answers and their `</s>`.
+    """Writes the conversation as ids; labels are the answers, each with the token that ends it.
 
     Every stretch of text is encoded by itself and the ids are joined, so that labels follow from the segments and a
     marker inside somebody's text could never act as one.
@@ -71,7 +68,9 @@ def encode(sample: Sample, tokenizer: Tokenizer, layout: Layout, *, candidates: 
     Raises:
       BadRecord: text contains a marker of the conversation, or a part is mentioned that the process does not compute.
     """
-    tokens, visual = [tokenizer.bos], [-1]
+    tokenizer = chat.tokenizer
+    tokens: list[int] = []
+    visual: list[int] = []
     places: list[int] = []
     labels: list[list[int]] = []
     weights: list[list[float]] = []
@@ -81,21 +80,21 @@ def encode(sample: Sample, tokenizer: Tokenizer, layout: Layout, *, candidates: 
         tokens.extend(ids)
         visual.extend([-1] * len(ids) if slots is None else slots)
 
-    write(tokenizer.encode(SYSTEM))
+    write(chat.begin)
     for number, turn in enumerate(sample.turns if ask is None else sample.turns[:ask + 1]):
-        write(tokenizer.encode("USER:"))
+        write(chat.user)
         for piece in turn.prompt:
             if isinstance(piece, Mention):
                 slots = _slots(piece, sample, layout)
                 write([0] * len(slots), slots)
             else:
-                _refuse_markers(piece, sample)
+                _refuse_markers(piece, chat, sample)
                 write(tokenizer.encode(piece))
-        write(tokenizer.encode("ASSISTANT:"))
+        write(chat.assistant)
         if number == ask:
             break
-        _refuse_markers(turn.answer.text, sample)
-        ids = [*tokenizer.encode(turn.answer.text), tokenizer.eos]
+        _refuse_markers(turn.answer.text, chat, sample)
+        ids = [*tokenizer.encode(turn.answer.text), chat.stop]
         if turn.answer.weight > 0:
             soft = _soft(turn.answer, tokenizer, sample)
             for offset, token in enumerate(ids):
@@ -107,6 +106,7 @@ def encode(sample: Sample, tokenizer: Tokenizer, layout: Layout, *, candidates: 
                 weights.append([turn.answer.weight * p / total for _, p in kept] + [0.0] * spare)
                 turns.append(number)
         write(ids)
+        write(chat.end[1:])
     return Encoded(np.asarray(tokens, np.int32), np.asarray(visual, np.int32), np.asarray(places, np.int32),
                    np.asarray(labels, np.int32).reshape(-1, candidates),
                    np.asarray(weights, np.float32).reshape(-1, candidates), np.asarray(turns, np.int32), sample.images)
@@ -126,8 +126,8 @@ def _slots(mention: Mention, sample: Sample, layout: Layout) -> list[int]:
     return slots
 
 
-def _refuse_markers(text: str, sample: Sample) -> None:
-    for marker in MARKERS:
+def _refuse_markers(text: str, chat: Chat, sample: Sample) -> None:
+    for marker in chat.markers:
         if marker in text:
             raise BadRecord(f"{sample.name or 'the text'} contains {marker!r}, a marker of the conversation format; "
                             f"remove it or write it otherwise: {text[:80]!r}")

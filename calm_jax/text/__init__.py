@@ -1,0 +1,1 @@
+"""Words: tokenizers, chat templates, and the conversation that a Sample becomes."""
