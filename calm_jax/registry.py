@@ -84,6 +84,8 @@ class Registry:
 ENCODERS = Registry("encoder", "calm_jax.models.encoders", "CONFIG", "calm_jax.encoders")
 # name -> subclass of `config.Decoder`
 DECODERS = Registry("decoder", "calm_jax.models.decoders", "CONFIG", "calm_jax.decoders")
+# name -> subclass of `data.builders.labels.Source`
+DATASETS = Registry("data set", "calm_jax.data.datasets", "SOURCE", "calm_jax.datasets")
 # name -> class with what `text.tokenizers.Tokenizer` has
 TOKENIZERS = Registry("tokenizer", "calm_jax.text.tokenizers", "TOKENIZER", "calm_jax.tokenizers")
 # name -> `text.templates.ChatTemplate`

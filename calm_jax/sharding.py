@@ -25,8 +25,8 @@ ROWS = PartitionSpec(("data", "fsdp"))  # rows of a batch: split over both, whol
 TABLE: dict[str, tuple[tuple[str, ...], tuple[str | None, ...]]] = {
     "column": ((r".*/(q|k|v|gate|up)/kernel", r"decoder/head/kernel", r"score_head/hidden/kernel"),
                ("fsdp", "tensor")),
-    "row": ((r".*/(o|down)/kernel", r"mfam/qformers/(\d+/)?project/kernel", r"mfam/thematic/kernel",
-             r"encoder/stem/embed/kernel"), ("tensor", "fsdp")),
+    "row": ((r".*/(o|down|embed)/kernel", r"mfam/qformers/(\d+/)?project/kernel", r"mfam/thematic/kernel"),
+            ("tensor", "fsdp")),
     "vocabulary": ((r"decoder/embedding",), ("tensor", "fsdp")),
     "lora": ((r".*/lora/a",), ("fsdp", None)),
     "lora out": ((r".*/lora/b",), (None, "fsdp")),
@@ -82,6 +82,20 @@ def check_batch(process: config_lib.Process, mesh: jax.sharding.Mesh, name: str)
             f"processes.{name}: batch={process.batch} over accumulate={process.accumulate} makes {rows} rows a "
             f"micro-batch, which do not divide among data*fsdp={parts} devices; choose a batch that is a multiple of "
             f"{parts * process.accumulate}")
+
+
+def add(rule: str, regex: str) -> None:
+    """Lets a rule of TABLE hold for more parameters: those of an encoder or decoder family with names of its own, when
+    its module is imported.
+
+    Raises:
+      ConfigError: there is no such rule.
+    """
+    if rule not in TABLE:
+        raise ConfigError(f"there is no sharding rule {rule!r}{config_lib.nearest(rule, TABLE)}")
+    regexes, axes = TABLE[rule]
+    if regex not in regexes:
+        TABLE[rule] = (*regexes, regex), axes
 
 
 def rules(shapes: Mapping[str, Any]) -> dict[str, str]:

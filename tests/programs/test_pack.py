@@ -103,7 +103,8 @@ def test_a_pack_has_the_working_tree_and_the_wheels(tmp_path, wheels):
     (wheels / "a-1-py3-none-any.whl").write_bytes(b"wheel")
     folder = unpacked(tmp_path, wheels)
     assert (folder / "wheels" / "a-1-py3-none-any.whl").read_bytes() == b"wheel"
-    for file in ("calm_jax/train.py", "tools/bench/pack.py", "configs/finetune.py", "calm_jax/text/tokenizer_small.model"):
+    for file in ("calm_jax/train.py", "tools/bench/pack.py", "configs/finetune.py",
+                 "calm_jax/text/tokenizer_small.model"):
         assert (folder / file).read_bytes() == (miniature.ROOT / file).read_bytes()
     assert (folder / "run.sh").read_bytes() == (miniature.ROOT / "launch" / "gpu_bench.sh").read_bytes()
     assert os.access(folder / "run.sh", os.X_OK)

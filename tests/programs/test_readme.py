@@ -1,6 +1,7 @@
 """Every command the README and the docs show: the files, flags and targets it names exist, and the short ones run."""
 
 import dataclasses
+import itertools
 import pathlib
 import re
 import runpy
@@ -10,8 +11,9 @@ import sys
 import typing
 
 import pytest
-from calm_jax.commands.predict.program import VERBS
+import typer
 
+from calm_jax import cli, recipes
 from calm_jax import config as config_lib
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -36,8 +38,8 @@ def commands() -> list[tuple[str, str]]:
 
 def test_there_are_commands():
     text = "\n".join(command for _, command in commands())
-    for needed in ("make demo", "make test", "python -m calm_jax.train --config configs/finetune.py",
-                   "python -m calm_jax.evaluate", "python -m tools.bench train", "calm score", "calm personalise"):
+    for needed in ("make demo", "make test", "calm train --config finetune", "calm evaluate",
+                   "python -m tools.bench train", "calm score", "calm personalise", "calm convert", "calm export", "calm parity"):
         assert needed in text
 
 
@@ -59,29 +61,55 @@ def test_a_shown_command_exists(page, command):
             place = words.index("--")
             test_a_shown_command_exists(page, shlex.join(["python", *words[place + 1:]]))
             words = words[:place]
-        if words[0] == "calm":
-            assert words[1] in VERBS, f"{page}: calm has no verb {words[1]}"
-            words = ["python", "-m", "calm_jax.predict.program", *words[2:]]
-        else:
-            assert words[2] in MODULES, f"{page}: add {words[2]} to MODULES here, or correct the page"
-        source = (ROOT / (words[2].replace(".", "/") + ".py")).read_text() + (ROOT / "calm_jax/command.py").read_text()
-        for word in words[3:]:
+        options = calm_options(words[1]) if words[0] == "calm" else options_of(page, words[2])
+        for word in words[2 if words[0] == "calm" else 3:]:
             if word.startswith("--config."):
                 check_field(word)
-            elif word.startswith("--") and word != "--config":
-                name = word[2:].split("=")[0]
-                assert f'"{name}"' in source or f"--{name}" in source, f"{page}: {words[2]} has no flag --{name}"
-            elif "configs/" in word:
-                path, _, variant = word.split("=")[-1].partition(":")
-                assert (ROOT / path).is_file()
-                known = runpy.run_path(str(ROOT / path)).get("VARIANTS", config_lib.VARIANTS)
-                assert variant in ("", *known, "VARIANT"), f"{page}: {path} has no variant {variant}"
+            elif word.startswith("--"):
+                name = word.split("=")[0].replace("_", "-")
+                assert name in options, f"{page}: {' '.join(words[:3])} has no option {name}"
+        given = [word for before, word in itertools.pairwise(words) if before == "--config"]
+        for recipe in given:
+            check_recipe(page, recipe)
+
+
+def calm_options(name: str) -> set[str]:
+    """The options of a command of calm."""
+    commands = typer.main.get_command(cli.app).commands
+    assert name in commands or name.startswith("--"), f"calm has no command {name}"
+    if name.startswith("--"):
+        return {"--help", "--version", "--install-completion"}
+    return {option for parameter in commands[name].params for option in parameter.opts} | {"--help"}
+
+
+def options_of(page: str, module: str) -> set[str]:
+    """The options of a module that is run by `python -m`."""
+    assert module in MODULES, f"{page}: add {module} to MODULES here, or correct the page"
+    path = ROOT / (module.replace(".", "/") + ".py")
+    text = (path if path.exists() else ROOT / module.replace(".", "/") / "__main__.py").read_text()
+    if found := re.search(r'^    main\("(.*)"\)', text, re.MULTILINE):
+        return calm_options(found[1])
+    declared = re.findall(r"^        (\w+): (?:Annotated|cli)", text, re.MULTILINE)
+    return {f"--{name.replace('_', '-')}" for name in declared} | set(re.findall(r'"(--[a-z-]+)"', text))
+
+
+def check_recipe(page: str, given: str) -> None:
+    """`NAME` or `FILE`, with a variant that it has."""
+    if given in ("FILE", "NAME", "..."):
+        return
+    name, _, variant = given.partition(":")
+    path = ROOT / name if (ROOT / name).is_file() else recipes.FOLDER / f"{name}.py"
+    assert path.is_file(), f"{page}: there is no recipe {name}"
+    known = runpy.run_path(str(path)).get("VARIANTS", config_lib.VARIANTS)
+    assert variant in ("", *known, "VARIANT"), f"{page}: {path} has no variant {variant}"
 
 
 def check_field(word: str) -> None:
     """`--config.a.b=value` names a field; below `processes` any name stands for a process."""
     names, kind = word[len("--config."):].split("=")[0].split("."), config_lib.Config
     while names:
+        if kind in config_lib.FAMILIES:
+            kind = config_lib.FAMILIES[kind].get({"Encoder": "clip", "Decoder": "llama"}[kind.__name__])
         hints = typing.get_type_hints(kind)
         assert names[0] in hints, f"{word}: {names[0]} is not a field"
         kind = hints[names.pop(0)]

@@ -24,8 +24,9 @@ import pytest
 from PIL import Image
 
 from calm_jax.data import builders, pictures, statistics
-from calm_jax.data.builders import ava, folder, labels, oasis, para, qa, store, stored
-from calm_jax.data.builders import csv as csv_lib
+from calm_jax.data.builders import labels, store, stored
+from calm_jax.data.datasets import ava, folder, oasis, para, qa
+from calm_jax.data.datasets import csv as csv_lib
 from calm_jax.data.samples import BadRecord
 from calm_jax.errors import ConfigError
 
@@ -470,7 +471,8 @@ def tree(root: pathlib.Path) -> dict[str, str]:
 
 BUILD = """
 import sys
-from calm_jax.data.builders import folder, store
+from calm_jax.data.builders import store
+from calm_jax.data.datasets import folder
 store.prepare(folder.Folder(sys.argv[1]), sys.argv[2], shard=10, workers=2, longest_side=100)
 """
 
@@ -517,7 +519,8 @@ def test_nothing_imports_tensorflow(tmp_path):
     code = f"""
 import sys
 from calm_jax.data import builders
-from calm_jax.data.builders import folder, store
+from calm_jax.data.builders import store
+from calm_jax.data.datasets import folder
 path = store.prepare(folder.Folder({str(tmp_path / 'source')!r}, shares=(1, 0, 0)), {str(tmp_path / 'out')!r})
 dataset = builders.load("folder", {str(tmp_path / 'out')!r})
 assert dataset.pixels(0).shape == (20, 30, 3) and dataset.record(0).key == "a.jpg"

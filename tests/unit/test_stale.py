@@ -15,8 +15,8 @@ from PIL import Image
 
 from calm_jax import config as config_lib
 from calm_jax.data import builders, cues
-from calm_jax.data.builders import csv as csv_lib
 from calm_jax.data.builders import store
+from calm_jax.data.datasets import csv as csv_lib
 from calm_jax.errors import ConfigError
 
 

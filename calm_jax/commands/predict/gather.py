@@ -10,7 +10,7 @@ import pathlib
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TextIO
 
-from calm_jax.data.builders.folder import SUFFIXES
+from calm_jax.data.datasets.folder import SUFFIXES
 from calm_jax.errors import ConfigError
 
 

@@ -1,4 +1,7 @@
-"""The name of a dataset in, the Dataset out. One module a dataset, imported when it is asked for."""
+"""The name of a data set in, the Dataset out; how data sets are stored, and read again.
+
+What each of them looks like as it was published is in `data.datasets`.
+"""
 
 from __future__ import annotations
 
@@ -8,28 +11,23 @@ from typing import TYPE_CHECKING
 from calm_jax import config as config_lib
 from calm_jax.data.samples import Dataset
 from calm_jax.errors import ConfigError
+from calm_jax.registry import DATASETS
 
 if TYPE_CHECKING:
     from calm_jax.data.builders.labels import Source
 
-# Datasets that calm prepare stores: name, which is also the module's -> its Source in that module.
-_SOURCES = {"para": "Para", "oasis": "Oasis", "ava": "Ava", "folder": "Folder", "csv": "Csv", "qa": "Qa"}
-
-
 def names() -> tuple[str, ...]:
-    """The datasets that this package knows; `folder`, `csv` and `qa` may be stored under other names."""
-    return ("demo", *_SOURCES)
+    """The data sets that are known; `folder`, `csv` and `qa` may be stored under other names."""
+    return ("demo", *DATASETS.names())
 
 
 def source(name: str) -> type[Source]:
-    """The class that reads a dataset as it was published.
+    """The class that reads a data set as it was published.
 
     Raises:
       ConfigError: there is none of that name (the nearest is given).
     """
-    if name not in _SOURCES:
-        raise ConfigError(f"there is no dataset {name!r} to prepare{config_lib.nearest(name, _SOURCES)}")
-    return getattr(importlib.import_module(f"{__name__}.{name}"), _SOURCES[name])
+    return DATASETS.get(name)
 
 
 def load(name: str, data_dir: str = "") -> Dataset:

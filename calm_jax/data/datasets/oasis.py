@@ -41,3 +41,6 @@ class Oasis(labels.Source):
         for name in sorted(ratings):
             yield labels.Entry(split[name], name.removesuffix(".jpg"), f"images/{name}",
                                {**labels.rated(ratings[name]), "facts": {"category": categories[name]}})
+
+
+SOURCE = Oasis

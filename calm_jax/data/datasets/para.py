@@ -116,3 +116,6 @@ class Para(labels.Source):
 
     def _entry(self, split: str, session: str, name: str, label: dict) -> labels.Entry:
         return labels.Entry(split, name.removesuffix(".jpg").removesuffix("_"), f"imgs/{session}/{name}", label)
+
+
+SOURCE = Para

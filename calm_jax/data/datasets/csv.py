@@ -69,3 +69,6 @@ class Csv(labels.Source):
             label |= {"ratings": ratings[image]} if ratings.get(image) else {}
             label |= {"comments": comments[image]} if comments.get(image) else {}
             yield labels.Entry(splits[image] or "train", image, image, label)
+
+
+SOURCE = Csv

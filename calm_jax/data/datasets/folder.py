@@ -73,3 +73,6 @@ def _holds(folder: str, path: str) -> bool:
 
 def _stop(error: OSError) -> None:
     raise ConfigError(f"{error.filename} cannot be read: {error.strerror}; check --source") from None
+
+
+SOURCE = Folder

@@ -63,3 +63,6 @@ def _pairs(turns: Any) -> list[tuple[str, str]]:
     if not all(words for _, words in said):
         raise ValueError("an empty turn")
     return [(said[place][1], said[place + 1][1]) for place in range(0, len(said), 2)]
+
+
+SOURCE = Qa

@@ -107,3 +107,6 @@ class Ava(labels.Source):
         except (KeyError, TypeError, AttributeError):
             raise ConfigError(f"{path} is not the file of AVA-Captions; fetch it again, or move it away to "
                               "build AVA without comments") from None
+
+
+SOURCE = Ava
