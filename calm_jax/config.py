@@ -535,14 +535,13 @@ def describe() -> str:
     """A table of all fields with default, meaning and source."""
     lines: list[str] = []
 
-    def walk(kind, path):
+    def walk(kind, path, family=""):
         hints = typing.get_type_hints(kind)
         for entry in dataclasses.fields(kind):
             if hints[entry.name] in FAMILIES:
                 known = FAMILIES[hints[entry.name]]
                 for name in known.names():
-                    lines.append(f"{path}.{entry.name}: with the family {name}")
-                    walk(known.get(name), f"{path}.{entry.name}")
+                    walk(known.get(name), f"{path}.{entry.name}", f"family {name}: ")
             elif dataclasses.is_dataclass(hints[entry.name]):
                 walk(hints[entry.name], f"{path}.{entry.name}")
             elif entry.name == "processes":
@@ -550,7 +549,7 @@ def describe() -> str:
             else:
                 default = entry.default if entry.default is not dataclasses.MISSING else entry.default_factory()
                 lines.append(f"{path}.{entry.name} = {default!r}")
-                lines.append(f"    {entry.metadata['doc']} [{entry.metadata['source']}]")
+                lines.append(f"    {family}{entry.metadata['doc']} [{entry.metadata['source']}]")
 
     walk(Config, "config")
     return "\n".join(lines)

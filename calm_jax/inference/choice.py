@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 
 from calm_jax import config as config_lib
 from calm_jax.checkpoints import locate
+from calm_jax.checkpoints.meta import config_of
 from calm_jax.data.tasks import skills
 from calm_jax.errors import CheckpointError, ConfigError
 
@@ -87,7 +88,7 @@ def processes(path: str | os.PathLike, process: str = "") -> dict[str, str]:
 def _candidates(path: pathlib.Path, process: str = "") -> dict[str, _Candidate]:
     found = {}
     for name, (place, meta) in locate.offered(path).items():
-        config = meta.config_of(place, meta)
+        config = config_of(place, meta)
         found[name] = _Candidate(place, config.processes.get(name), config.init)
     if process and process not in found:
         raise ConfigError(f"{path} has no checkpoint of a process {process!r}"

@@ -43,7 +43,8 @@ class Calm(nnx.Module):
         features = self.encoder.features(rearrange(images, "b i h w c -> (b i) h w c"), parts, dtype=dtype,
                                          remat=self.remat)
         if freeze_encoder:
-            features = jax.lax.stop_gradient(features)
+            features = {part: seen._replace(tokens=jax.lax.stop_gradient(seen.tokens))
+                        for part, seen in features.items()}
         tokens = self.mfam(features, remat=self.remat)
         return rearrange(tokens, "(b i) n d -> b (i n) d", b=rows)
 

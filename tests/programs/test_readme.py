@@ -39,7 +39,8 @@ def commands() -> list[tuple[str, str]]:
 def test_there_are_commands():
     text = "\n".join(command for _, command in commands())
     for needed in ("make demo", "make test", "calm train --config finetune", "calm evaluate",
-                   "python -m tools.bench train", "calm score", "calm personalise", "calm convert", "calm export", "calm parity"):
+                   "python -m tools.bench train", "calm score", "calm personalise", "calm convert", "calm export",
+                   "calm parity"):
         assert needed in text
 
 

@@ -57,7 +57,8 @@ def test_the_wheel_holds_what_is_run_and_nothing_else(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0] for name in names if not name.startswith("calm_jax-")} == {"calm_jax"}
     for needed in ("calm_jax/configs/finetune.py", "calm_jax/text/tokenizer_small.model",
-                   "calm_jax/data/cues/rules.toml", "calm_jax/commands/samples.html", "calm_jax/commands/predict/contact_sheet.html",
+                   "calm_jax/data/cues/rules.toml", "calm_jax/commands/samples.html",
+                   "calm_jax/commands/predict/contact_sheet.html",
                    "calm_jax/evaluation/report.html", "calm_jax/convert/huggingface/modeling_calm.py",
                    "calm_jax/convert/huggingface/parity_torch.py"):
         assert needed in names

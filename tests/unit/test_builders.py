@@ -425,13 +425,13 @@ def test_a_wrong_place_is_one_sentence(tmp_path):
 
 
 def test_names_of_datasets(tmp_path):
-    with pytest.raises(ConfigError, match="there is no dataset 'oasys' to prepare; the nearest is 'oasis'"):
+    with pytest.raises(ConfigError, match="there is no data set 'oasys'; the nearest is 'oasis'"):
         builders.source("oasys")
     with pytest.raises(ConfigError, match="nearest is 'para'"):
         builders.load("pra", str(tmp_path))
-    with pytest.raises(ConfigError, match=r"none is named: give --config.data.dir=DIR.*prepare_data"):
+    with pytest.raises(ConfigError, match=r"none is named: give --config.data.dir=DIR.*calm prepare"):
         builders.load("para")
-    with pytest.raises(ConfigError, match=r"'para' is not there in .*; prepare it: python -m tools.prepare"):
+    with pytest.raises(ConfigError, match=r"'para' is not there in .*; prepare it: calm prepare"):
         builders.load("para", str(tmp_path))
 
 
@@ -458,7 +458,7 @@ def test_the_program(tmp_path):
     assert done.returncode == 0 and "train 27, validation 2, test 1 pictures" in done.stdout
     assert "licence: that of the pictures" in done.stdout
     wrong = run("--dataset", "oasys", "--source", tmp_path, "--data_dir", tmp_path)
-    assert wrong.returncode == 2 and "error: there is no dataset 'oasys'" in wrong.stderr
+    assert wrong.returncode == 2 and "error: there is no data set 'oasys'" in wrong.stderr
 
 
 # ---- on disk ---------------------------------------------------------------------------------------------------------

@@ -77,10 +77,10 @@ def test_what_the_7b_processes_train_is_what_the_paper_trains():
                   for path in shapes}
         return {groups[path] for path in shapes if learns[path]}, {groups[path] for path in shapes if not learns[path]}
 
-    assert parts("pretrain", "self_supervised") == ({"mfam/qformers"}, {"mfam/thematic", "vit", "llama"})
-    assert parts("pretrain", "generic") == ({"mfam/thematic"}, {"mfam/qformers", "vit", "llama"})
+    assert parts("pretrain", "self_supervised") == ({"mfam/qformers"}, {"mfam/thematic", "encoder", "decoder"})
+    assert parts("pretrain", "generic") == ({"mfam/thematic"}, {"mfam/qformers", "encoder", "decoder"})
     for name in ("comments", "scores"):
-        assert parts("finetune", name) == ({"mfam/qformers", "mfam/thematic", "llama"}, {"vit"})
+        assert parts("finetune", name) == ({"mfam/qformers", "mfam/thematic", "decoder"}, {"encoder"})
 
 
 def test_the_7b_geometry_has_as_many_parameters_as_its_models():

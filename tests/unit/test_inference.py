@@ -86,7 +86,8 @@ class Uncached:
         """Greedy, or drawn by `decoding.choose`."""
         said = []
         while len(said) < limit and eos not in said:
-            logits = decoding.unended(self(np.asarray([said], np.int32)), len(said), sampling.shortest, eos)
+            logits = decoding.possible(self(np.asarray([said], np.int32)), len(said), sampling.shortest, eos,
+                                       MODEL.decoder.vocab)
             said.append(int(logits[0].argmax()) if sampling.temperature == 0 else int(decoding.choose(
                 logits, jnp.asarray(self.arrays["digests"]), len(said), sampling.temperature, sampling.top_p,
                 np.uint32(sampling.seed))[0]))
@@ -98,7 +99,8 @@ class Uncached:
         for length in range(1, limit + 1):
             said = np.asarray([ids for ids, _ in running], np.int32).reshape(len(running), -1)
             found = jax.nn.log_softmax(self(said))
-            found = np.asarray(decoding.unended(found, length - 1, sampling.shortest, eos), np.float64)
+            found = np.asarray(decoding.possible(found, length - 1, sampling.shortest, eos,
+                                                 MODEL.decoder.vocab), np.float64)
             most, penalty = 2 * sampling.beams, length ** sampling.length_penalty
             candidates = sorted((((*ids, token), score + found[beam, token])
                                  for beam, (ids, score) in enumerate(running)

@@ -112,7 +112,7 @@ def test_adapters_that_do_not_differ_go_on(trained, lora):
 def test_another_geometry_is_refused(trained):
     config = miniature.config(model=dataclasses.replace(
         model(NEW), decoder=dataclasses.replace(miniature.MODEL.decoder, rope_theta=5e5)))
-    with pytest.raises(CheckpointError, match=r"another geometry: model\.llama\.rope_theta"):
+    with pytest.raises(CheckpointError, match=r"another geometry: model\.decoder\.rope_theta"):
         restore.origins(locate.find(trained / "base"), config)
 
 

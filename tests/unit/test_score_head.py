@@ -99,8 +99,8 @@ def test_the_head_changes_no_other_parameter_and_every_mesh_can_hold_it(values):
 def test_a_batch_says_where_each_score_is_asked_for():
     process = miniature.process(tasks={"score": 0.5, "attributes": 0.5}, dataset="demo", batch=2, parts=("low",),
                                 row=config_lib.Row(tokens=512, images=4, answers=96))
-    tokenizer = chat_lib.load()
-    rows = pipeline.Rows(process, {"demo": builders.load("demo")}, tokenizer, miniature.MODEL, seed=0, split="train")
+    chat = chat_lib.load()
+    rows = pipeline.Rows(process, {"demo": builders.load("demo")}, chat, miniature.MODEL, seed=0, split="train")
     found = 0
     for number in range(12):
         row = rows.row(number)
@@ -109,7 +109,7 @@ def test_a_batch_says_where_each_score_is_asked_for():
         assert sorted(row["targets"][row["targets"] > 0]) == pytest.approx(expected)
         for place, target in zip(row["asked"], row["targets"], strict=True):
             if target > 0:
-                said = tokenizer.decode(row["tokens"][place + 1:place + 5])
+                said = chat.tokenizer.decode(row["tokens"][place + 1:place + 5])
                 assert said.strip().startswith(f"{target:.1f}"[:3]), (said, target)
                 found += 1
     assert found > 5

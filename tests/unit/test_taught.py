@@ -90,10 +90,10 @@ def test_the_latest_process_that_learned_it_answers(tmp_path, skill, taught, ans
 
 
 @pytest.mark.parametrize(("skill", "taught", "recipe"), [
-    ("attributes", PAPER, "configs/pretrain.py"), ("personalise", PAPER, "configs/first_look.py"),
-    ("levels", PAPER, "level"), ("head", PAPER, "+head"), ("comment", {"pairs": ("caption",)}, "configs/finetune.py"),
-    ("score", {"mine": ("personal",)}, "configs/finetune.py"),
-    ("suggest", {"scores": ("score", "level", "personal")}, "configs/finetune.py")])
+    ("attributes", PAPER, "--config pretrain"), ("personalise", PAPER, "--config first_look"),
+    ("levels", PAPER, "level"), ("head", PAPER, "+head"), ("comment", {"pairs": ("caption",)}, "--config finetune"),
+    ("score", {"mine": ("personal",)}, "--config finetune"),
+    ("suggest", {"scores": ("score", "level", "personal")}, "--config finetune")])
 def test_what_nobody_taught_is_refused_with_what_was_and_with_what_teaches_it(tmp_path, skill, taught, recipe):
     folder = workdir(tmp_path / "run", taught)
     with pytest.raises(ConfigError) as refused:
@@ -193,7 +193,7 @@ def test_the_program_says_who_answers_and_refuses_what_nobody_learned(paper, pho
     assert sum("comments" in line and str(paper) in line for line in done.stderr.splitlines()) == 1
     out = tmp_path / "attributes.csv"
     done = calm("attributes", photo, "--checkpoint", paper, "--out", out)
-    assert done.returncode == 2 and "configs/pretrain.py" in done.stderr and "Traceback" not in done.stderr
+    assert done.returncode == 2 and "--config pretrain" in done.stderr and "Traceback" not in done.stderr
     assert not out.exists() and not list(tmp_path.iterdir())
     done = calm("comment", photo, "--checkpoint", paper, "--process", "scores", "--tokens", "2")
     assert done.returncode == 0 and "never learned comments" in done.stderr
