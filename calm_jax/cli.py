@@ -116,6 +116,24 @@ def numbers(name: str, text: str, count: int = 0) -> tuple[float, ...]:
     return values
 
 
+def overrides(context: typer.Context) -> list[str]:
+    """The words of a command line that are none of a command's own: those that set fields of a config.
+
+    Raises:
+      ConfigError: one looks like an option and is none; the nearest is given.
+    """
+    from calm_jax.errors import ConfigError, nearest
+    before = ""
+    for word in context.args:
+        waits = before.startswith("--config.") and "=" not in before
+        if word.startswith("-") and not word.startswith("--config.") and not waits:
+            known = [option for parameter in context.command.params for option in parameter.opts]
+            raise ConfigError(f"there is no option {word.partition('=')[0]}"
+                              f"{nearest(word.partition('=')[0], known)}")
+        before = "" if waits else word
+    return context.args
+
+
 def _names(text: str) -> list[str]:
     return [word for word in text.split(",") if word]
 
@@ -268,7 +286,7 @@ def samples(
     """Show on a page what a process learns from: images, edits, texts, the mixture."""
     from calm_jax import recipes
     from calm_jax.commands import samples as work
-    work.run(recipes.load(config, context.args), process=process, split=split, rows=rows, out=out)
+    work.run(recipes.load(config, overrides(context)), process=process, split=split, rows=rows, out=out)
 
 
 @command("train", TRAIN, extras=True, example="calm train --config finetune:7b --config.init=runs/pretrain-7b "
@@ -284,7 +302,7 @@ def train(
                                              "into WORKDIR/profile, for XProf and Perfetto; 0 = none.")] = 0) -> None:
     """Train the processes of a recipe in their order; the same command again resumes."""
     from calm_jax.commands import train as work
-    work.run(config, context.args, workdir, distributed=distributed, profile=profile)
+    work.run(config, overrides(context), workdir, distributed=distributed, profile=profile)
 
 
 @command("supervise", TRAIN, extras=True, example="calm supervise --processes 2 -- -m calm_jax.train --config "
@@ -404,7 +422,7 @@ def plan(
     """Compile a training step for accelerators that are not here: memory, communication, time."""
     from calm_jax import recipes
     from calm_jax.commands import plan as work
-    return work.run(lambda: recipes.load(config, context.args), topology, process=process, inference=inference,
+    return work.run(lambda: recipes.load(config, overrides(context)), topology, process=process, inference=inference,
                     rows=rows, hlo=hlo, out=out)
 
 

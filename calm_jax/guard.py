@@ -48,8 +48,14 @@ def _sentence(error: Exception) -> str:
     words = getattr(error, "format_message", None)
     if words is None:
         return str(error)
+    kind, parameter = type(error).__name__, getattr(error, "param", None)
+    if kind == "MissingParameter" and parameter is not None:
+        return f"{parameter.opts[0]} is missing: {parameter.help}".rstrip(".")
+    if kind == "NoSuchOption":
+        near = getattr(error, "possibilities", None)
+        return f"there is no option {error.option_name}" + (f"; the nearest is {near[0]!r}" if near else "")
     text = " ".join(words().split()).rstrip(".")
-    return text[:1].lower() + text[1:]
+    return text[:1].lower() + text[1:] + ("; calm --help lists them all" if text.startswith("No such command") else "")
 
 
 REMEDIES = {  # what the system says, by its number -> what to do about it

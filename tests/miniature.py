@@ -111,9 +111,9 @@ def overrides(values: dict, path: str = "config") -> list[str]:
 # configs/pretrain.py:tiny made as small as MODEL; one of its processes, thirty steps.
 SMALL = {
     "model": {
-        "vit": {"image_size": 32, "width": 32, "heads": 2, "depth": 2, "mlp_width": 64},
+        "encoder": {"image_size": 32, "width": 32, "heads": 2, "depth": 2, "mlp_width": 64},
         "qformer": {"width": 32, "heads": 2, "depth": 1, "mlp_width": 64, "queries": 2},
-        "llama": {"width": 32, "heads": 2, "kv_heads": 2, "depth": 2, "mlp_width": 64}},
+        "decoder": {"width": 32, "heads": 2, "kv_heads": 2, "depth": 2, "mlp_width": 64}},
     "processes": {"generic": {"steps": 30, "batch": 2, "eval_every": 10, "eval_batches": 1,
                               "optimizer": {"peak_lr": 0.01}, "row": {"tokens": 192, "images": 2, "answers": 64}}},
     "run": ("generic",),

@@ -197,7 +197,7 @@ def test_a_file_that_is_wrong_is_one_sentence(tmp_path, entries, sentence):
 
 
 def test_files_that_are_none(tmp_path):
-    with pytest.raises(ConfigError, match=r"is missing; .*tools.make_cues writes"):
+    with pytest.raises(ConfigError, match=r"is missing; .*calm cues writes"):
         cues.bank(str(tmp_path / "none.json"))
     for content in ("{", "[]", '{"phrases": []}', '{"format": "calm_jax cues 1", "phrases": 3}', "\xff"):
         (tmp_path / "bad.json").write_text(content, encoding="latin-1")

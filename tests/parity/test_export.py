@@ -358,4 +358,4 @@ def test_the_programs_run_as_documented(tmp_path):
     assert "first differing layer: none" in done.stdout
     assert "greedy answers token by token the same: 7 of 7" in done.stdout
     done = subprocess.run([*run, "tools.check_parity", "--hf", "x"], cwd=ROOT, text=True, capture_output=True)
-    assert done.returncode == 2 and "--checkpoint is missing: a workdir" in done.stderr
+    assert done.returncode == 2 and "--checkpoint is missing: A workdir" in done.stderr

@@ -55,7 +55,7 @@ def test_commands_are_what_is_typed(monkeypatch):
     monkeypatch.chdir(ROOT)
     lines = [commands.command_line(step) for step in demo.steps(pathlib.Path("runs/demo"), quick=False)]
     assert all(not line.startswith(os.sep) for line in lines)
-    assert lines[0].endswith("-m calm_jax.train --config configs/pretrain.py --workdir runs/demo/control "
+    assert lines[0].endswith("-m calm_jax.train --config pretrain --workdir runs/demo/control "
                              "--config.processes.language.shuffle_labels=True "
                              "--config.processes.self_supervised.shuffle_labels=True "
                              "'--config.run=(\"language\",\"self_supervised\")'")

@@ -2,7 +2,6 @@
 
 import json
 import pathlib
-import runpy
 import shlex
 import signal
 import subprocess
@@ -13,14 +12,14 @@ import miniature
 import psutil
 import pytest
 
-from calm_jax import config as config_lib
+from calm_jax import recipes
 from calm_jax.commands import steps as commands
 from calm_jax.errors import ConfigError
 from tools.studies import first_look
 
 
 def variant(name):
-    return config_lib.from_config_dict(runpy.run_path(str(miniature.ROOT / first_look.CONFIG))["get_config"](name))
+    return recipes.load(f"{first_look.CONFIG}:{name}").config
 
 
 def test_all_arms_take_the_same_number_of_steps_of_the_same_shape():

@@ -90,7 +90,8 @@ def test_the_head_changes_no_other_parameter_and_every_mesh_can_hold_it(values):
     assert values.keys() - plain.keys() == {f"score_head/{layer}/{leaf}" for layer in ("hidden", "out")
                                             for leaf in ("kernel", "bias")}
     for path, leaf in plain.items():
-        np.testing.assert_array_equal(values[path], leaf, err_msg=path)
+        # The compiler may round a sum otherwise where it draws something else beside it.
+        np.testing.assert_allclose(values[path], leaf, rtol=1e-5, atol=1e-6, err_msg=path)
     assert {path: rule for path, rule in sharding.rules(Geometry.of(MODEL).shapes).items() if "score_head" in path} == {
         "score_head/hidden/kernel": "column", "score_head/hidden/bias": "small", "score_head/out/kernel": "small",
         "score_head/out/bias": "small"}

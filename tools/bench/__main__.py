@@ -60,7 +60,7 @@ def main(
         files.output(out, ours=files.json_with("results", "command"))
     if append:
         files.output(append, "--append", ours=files.text)
-    of = recipes.load(config, context.args).config
+    of = recipes.load(config, cli.overrides(context)).config
     if what == "train":
         report(bench_train.measure(_one_process(of, process, rows), against=bool(against), rounds=rounds, depth=depth),
                bench_train, out, append)

@@ -26,15 +26,17 @@ from packaging.requirements import Requirement
 from calm_jax import cli, files
 from calm_jax.errors import ConfigError
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 NAME = "calm_jax-pack"  # the folder inside
 ASSUMED = ("filelock", "fsspec", "hf-xet", "huggingface-hub", "jax", "jaxlib", "ml-dtypes", "numpy", "opt-einsum",
            "packaging", "pillow", "psutil", "pyyaml", "regex", "requests", "safetensors", "scipy", "setuptools",
            "tokenizers", "torch", "tqdm", "transformers", "typing-extensions")
-CARRIED = ("absl-py", "accelerate", "aiofiles", "array-record", "attrs", "cloudpickle", "einops", "etils", "flax",
-           "googleapis-common-protos", "grain", "humanize", "jaxtyping", "markdown-it-py", "mdurl", "ml-collections",
-           "msgpack", "optax", "orbax-checkpoint", "peft", "portpicker", "prometheus-client", "protobuf", "pygments",
-           "rich", "sentencepiece", "simplejson", "tensorstore", "treescope", "uvloop", "wadler-lindig", "zipp")
+CARRIED = ("absl-py", "accelerate", "aiofiles", "annotated-doc", "annotated-types", "array-record", "attrs",
+           "cloudpickle", "einops", "etils", "flax", "googleapis-common-protos", "grain", "humanize", "jaxtyping",
+           "markdown-it-py", "mdurl", "ml-collections", "msgpack", "optax", "orbax-checkpoint", "peft", "portpicker",
+           "prometheus-client", "protobuf", "pydantic", "pydantic-core", "pygments", "rich", "sentencepiece",
+           "shellingham", "simplejson", "tensorstore", "treescope", "typer", "typing-inspection", "uvloop",
+           "wadler-lindig", "zipp")
 NEWEST = ("flax",)  # reads what jax keeps to itself: the locked one knows the locked jax, the machine's may be newer
 
 

@@ -32,13 +32,14 @@ import numpy as np
 import tqdm
 import typer
 
-from calm_jax import cli, evaluate, files
+from calm_jax import cli, files, recipes
 from calm_jax import config as config_lib
+from calm_jax.commands import evaluate
 from calm_jax.commands import steps as commands
 from calm_jax.errors import ConfigError
 from calm_jax.training import logging
 
-CONFIG = "configs/first_look.py"
+CONFIG = "first_look"
 FROZEN = ('train=("mfam/.*","decoder/.*")', 'freeze=("encoder/.*",)')
 TENTH = ("train_share=0.1",)
 # arm -> (what it is, where its scores come from: (variant, the self-supervision it starts from, overrides))
@@ -110,7 +111,7 @@ def dataset() -> str:
 
 
 def _of_config(name: str):
-    return runpy.run_path(CONFIG)[name]
+    return runpy.run_path(str(recipes.FOLDER / f"{CONFIG}.py"))[name]
 
 
 def run(steps: Plan, workdir: pathlib.Path, beside: int) -> int:

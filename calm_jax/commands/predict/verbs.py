@@ -159,7 +159,7 @@ def run(name: str, places: Sequence[str], **options: Any) -> int:
     _write(chosen, columns, values["format"], out, title, given["scale"])
     if values["copy_to"]:
         copied = output.copy([row for row in chosen if "error" not in row], pathlib.Path(values["copy_to"]))
-        print(f"copied {copied:,} pictures to {values['copy-to']}", file=sys.stderr)
+        print(f"copied {copied:,} pictures to {values['copy_to']}", file=sys.stderr)
     if bad:
         print(f"{len(bad):,} of {len(rows):,} pictures could not be read:", file=sys.stderr)
         for row in bad:

@@ -117,8 +117,7 @@ class ConvStem(nnx.Module):
         widths = [3] + [max(cfg.width >> (count - 1 - i), 32) for i in range(count)]
         make = nnx.initializers.he_normal()
         kernels = [make(rngs.params(), (3, 3, d_in, d_out)) for d_in, d_out in itertools.pairwise(widths)]
-        # Summed apart from what draws it: else the last digit would depend on what else is drawn beside it.
-        colour, texture = jnp.split(jax.lax.optimization_barrier(kernels[0]), 2, -1)
+        colour, texture = jnp.split(kernels[0], 2, -1)
         kernels[0] = jnp.concatenate([colour, TEXTURE * (texture - texture.mean((0, 1), keepdims=True))], -1)
         self.kernels = nnx.List([nnx.Param(kernel) for kernel in kernels])
         self.biases = nnx.List([nnx.Param(jnp.zeros(width)) for width in widths[1:]])
