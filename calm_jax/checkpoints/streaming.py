@@ -23,6 +23,7 @@ import tensorstore
 import calm_jax
 from calm_jax import files as output
 from calm_jax.checkpoints import array_io, on_disk
+from calm_jax.checkpoints.meta import ARRAYS, META
 from calm_jax.errors import CheckpointError
 
 
@@ -118,11 +119,11 @@ def save(path: str | os.PathLike, leaves: Mapping[str, Leaf], meta: Mapping[str,
     try:
         with output.whole_folder(path) as partial:
             with ocp.Checkpointer(handler) as orbax:
-                orbax.save(partial / meta.ARRAYS,
+                orbax.save(partial / ARRAYS,
                            args=ocp.args.PyTreeSave(tree, save_args=jax.tree.map(array_io.chunks, tree)))
             if writer.error is not None:
                 raise writer.error
-            on_disk.write_json(partial / meta.META, {**meta, "step": 0, "is_best": False,
+            on_disk.write_json(partial / META, {**meta, "step": 0, "is_best": False,
                                                               "version": calm_jax.__version__})
             for file in files:
                 shutil.copyfile(file, partial / file.name)

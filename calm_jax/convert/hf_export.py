@@ -225,7 +225,7 @@ def _parts(model: config_lib.Model, leaves: Leaves, chat: Chat, say: Callable[[s
     family = families.of(model.encoder)
     published, table = family.published(model.encoder, {}), family.table(model.encoder)
     if published is None:
-        say(f"not written alone: the encoder, of whose form the published class of {model.encoder.family} is none")
+        say(f"not written alone: the encoder, which no published class of the family {model.encoder.family} can hold")
     else:
         content = [dataclasses.replace(tensor, name=family.prefix + tensor.name)
                    for tensor in tensors(table, _plain(leaves), "encoder/")]

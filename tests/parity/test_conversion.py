@@ -395,7 +395,7 @@ def harm(folder, what):
         return rf"lacks 1 of its [0-9]+ shards: {shard.name}; fetch them again"
     if what == "truncated file":
         vit_file.write_bytes(vit_file.read_bytes()[:-100])
-        return r"encoder/model.safetensors is truncated or no safetensors file"
+        return r"vit/model.safetensors is truncated or no safetensors file"
     if what == "tensor that the index promises":
         index = folder / "llm" / "model.safetensors.index.json"
         table = json.loads(index.read_text())
@@ -407,7 +407,7 @@ def harm(folder, what):
         return "model.safetensors.index.json is damaged"
     if what == "no config":
         (folder / "vit" / "config.json").unlink()
-        return r"encoder/config.json is missing"
+        return r"vit/config.json is missing"
     if what == "wrong geometry":
         change(folder / "vit", hidden_size=32)
         return r"(?s)wrong shape: .*class_embedding is \(24,\), the model needs \(32,\)"
@@ -432,7 +432,7 @@ def harm(folder, what):
         torch.save(state, folder / "vit" / "pytorch_model.bin")
         content = (folder / "vit" / "pytorch_model.bin").read_bytes()
         (folder / "vit" / "pytorch_model.bin").write_bytes(content[:-200])
-        return r"encoder/pytorch_model.bin is truncated or no weight file"
+        return r"vit/pytorch_model.bin is truncated or no weight file"
     if what == "tokenizer of another vocabulary":
         change(folder / "llm", vocab_size=2050)
         return r"tokenizer.model has 2048 pieces and the language model beside it 2050"

@@ -23,6 +23,7 @@ from calm_jax.errors import ConfigError
 from calm_jax.models import lora
 from calm_jax.models.calm import Calm
 from calm_jax.models.decoders.llama import Llama
+from calm_jax.models.encoders import Feature
 from calm_jax.models.encoders.clip import MEAN, STD, Clip, ConvStem
 from calm_jax.models.mfam import Mfam
 from calm_jax.models.parameters import Geometry
@@ -262,7 +263,7 @@ def test_mfam_three_levels_at_once_and_some_of_them():
     ours = build(lambda: Mfam(MODEL, nnx.Rngs(0)), mfam.table(MODEL.qformer), weights(theirs))
     features = {part: random(2, 17, 32, seed=seed) for seed, part in enumerate(config_lib.PARTS)}
     expected = theirs({part: torch.from_numpy(value) for part, value in features.items()})
-    run = compiled(ours, lambda m, features: m(features))
+    run = compiled(ours, lambda m, states: m({part: Feature(x, 1) for part, x in states.items()}))
     assert_close("MFAM", run(features), expected)
     some = {part: features[part] for part in ("thematic", "middle", "high")}
     assert_close("MFAM without low", run(some), expected[:, MODEL.qformer.queries:])
@@ -469,10 +470,10 @@ def test_published_classes_are_read_in_full():
             state = getattr(transformers, model)(getattr(transformers, config)(**parts)).state_dict()
         return {key: tuple(tensor.shape) for key, tensor in state.items()}
 
-    clip = found("CLIPModel", "CLIPConfig", vision_config=tower,
-                 text_config={"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 11})
+    whole_clip = found("CLIPModel", "CLIPConfig", vision_config=tower,
+                       text_config={"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 11})
     shapes = shapes_of(lambda: fresh_clip(vit))
-    assert {entry.path for entry in tables.match(clip.table(vit), clip, shapes).values()} == shapes.keys()
+    assert {entry.path for entry in tables.match(clip.table(vit), whole_clip, shapes).values()} == shapes.keys()
 
     shapes = shapes_of(lambda: QFormer(cfg, vit.width, 48, nnx.Rngs(0)))
     for family in ("Blip2", "InstructBlip"):

@@ -14,6 +14,7 @@ from typing import Protocol
 from calm_jax.errors import ConfigError
 from calm_jax.registry import TOKENIZERS
 
+LLAMAS = "tokenizer.model"
 SHIPPED = pathlib.Path(__file__).parents[1] / "tokenizer_small.model"
 REMEDY = ("give --config.tokenizer the path of a tokenizer.model or tokenizer.json, or leave it empty for the one that "
           "ships")
@@ -80,8 +81,9 @@ def load(where: str = "", *, remedy: str = REMEDY) -> Tokenizer:
     if where in kinds and not kinds[where].FILES:
         return kinds[where]()
     if path.is_dir():
-        inside = [path / file for kind in kinds.values() for file in kind.FILES if (path / file).exists()]
-        path = inside[0] if inside else path / next(file for kind in kinds.values() for file in kind.FILES)
+        # Where LLaMA's own model lies beside a tokenizer.json that was made of it, it is what counts.
+        known = sorted((file for kind in kinds.values() for file in kind.FILES), key=lambda file: file != LLAMAS)
+        path = path / next((file for file in known if (path / file).exists()), known[0])
     for kind in kinds.values():
         if any(path.suffix == pathlib.Path(file).suffix for file in kind.FILES):
             return kind(str(path), remedy=remedy)
