@@ -471,7 +471,8 @@ def test_published_classes_are_read_in_full():
         return {key: tuple(tensor.shape) for key, tensor in state.items()}
 
     whole_clip = found("CLIPModel", "CLIPConfig", vision_config=tower,
-                       text_config={"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 11})
+                       text_config={"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2,
+                                    "vocab_size": 11})
     shapes = shapes_of(lambda: fresh_clip(vit))
     assert {entry.path for entry in tables.match(clip.table(vit), whole_clip, shapes).values()} == shapes.keys()
 

@@ -1,5 +1,7 @@
 """calm_jax.inference: generated answers equal the full forward's, and do not depend on their neighbours."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +14,7 @@ from calm_jax.data.scale import DECIMALS, read_score
 from calm_jax.data.tasks.opinions import in_context
 from calm_jax.errors import ConfigError
 from calm_jax.inference import decoding
-from calm_jax.inference.decoding import Sampling
+from calm_jax.inference.decoding import GREEDY, Sampling
 from calm_jax.inference.generate import Generator
 from calm_jax.inference.scorer import SAID, Tree
 from calm_jax.models import layers
@@ -127,6 +129,23 @@ def talkative(parameters):
     """A model whose answers differ and end: its head likes the end of the text now and then."""
     head = parameters["decoder/head/kernel"]
     return parameters | {"decoder/head/kernel": 3 * head.at[:, chat_lib.load().stop].multiply(1.7)}
+
+
+@pytest.mark.parametrize("sampling", [SAMPLINGS[name] for name in ("greedy", "tempered", "three beams")])
+def test_what_a_vocabulary_is_padded_with_is_never_said(talkative, demo, sampling):
+    """The same answers as without the padding, although its logits are the highest by far."""
+    model = dataclasses.replace(MODEL, decoder=dataclasses.replace(MODEL.decoder, vocab=2112))
+    kernel, table = talkative["decoder/head/kernel"], talkative["decoder/embedding"]
+    padded = talkative | {
+        "decoder/head/kernel": jnp.concatenate([kernel, jnp.repeat(50 * kernel[:, :1], 64, 1)], 1),
+        "decoder/embedding": jnp.concatenate([table, table[:64]])}
+    plain, wide = Generator(MODEL, talkative, chat_lib.load()), Generator(model, padded, chat_lib.load())
+    asked = questions()[:4]
+    arrays = wide.arrays(asked, demo.pixels, 6)
+    said = wide.ids(arrays, 6, sampling)
+    assert said.max() < 2048
+    if sampling == GREEDY:
+        np.testing.assert_array_equal(said, plain.ids(plain.arrays(asked, demo.pixels, 6), 6, sampling))
 
 
 def test_kernels_may_lie_either_way(talkative, demo, monkeypatch):
