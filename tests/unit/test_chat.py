@@ -28,9 +28,10 @@ WRITTEN = {
             "<|im_start|>assistant\nGood.<|im_end|>\n<|im_start|>user\nTwo?<|im_end|>\n<|im_start|>assistant\n6.5."
             "<|im_end|>\n",
     "llama3": f"<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\n{SYSTEM}<|eot_id|>"
-              "<|start_header_id|>user<|end_header_id|>\n\n*? One.<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\nGood.<|eot_id|>"
-              "<|start_header_id|>user<|end_header_id|>\n\nTwo?<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
-              "6.5.<|eot_id|>"}
+              "<|start_header_id|>user<|end_header_id|>\n\n*? One.<|eot_id|>"
+              "<|start_header_id|>assistant<|end_header_id|>\n\nGood.<|eot_id|>"
+              "<|start_header_id|>user<|end_header_id|>\n\nTwo?<|eot_id|>"
+              "<|start_header_id|>assistant<|end_header_id|>\n\n6.5.<|eot_id|>"}
 LAYOUT = prompts.Layout(("low",), {"low": (0, 2)}, 2)
 SAMPLE = Sample((ImageRef(0),), (
     Turn((Mention(0, ("low",)), "? One."), Answer("Good.")),
@@ -67,8 +68,8 @@ def test_ids_are_those_of_transformers(folders):
         expected = theirs(line, add_special_tokens=False, split_special_tokens=True)["input_ids"]
         assert list(ours.encode(line)) == expected, line
         assert ours.decode(ours.encode(line)) == line
-    assert ours.vocab == len(theirs) and ours.bos is None and ours.special("<|im_end|>") == theirs.convert_tokens_to_ids(
-        "<|im_end|>")
+    assert ours.vocab == len(theirs) and ours.bos is None
+    assert ours.special("<|im_end|>") == theirs.convert_tokens_to_ids("<|im_end|>")
 
 
 @pytest.mark.parametrize("template", WRITTEN)
