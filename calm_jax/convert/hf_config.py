@@ -37,12 +37,18 @@ def read(folder: pathlib.Path) -> json_files.Table:
 
 
 def heads(cfg: Mapping[str, int]) -> tuple[bool, str]:
+    """A check for `require`: width divides among heads."""
     return (cfg["width"] % cfg["heads"] == 0,
             f"hidden_size {cfg['width']} is no multiple of num_attention_heads {cfg['heads']}")
 
 
 def require(found: json_files.Table, what: str, checks: list[tuple[bool, str]]) -> None:
+    """Raises GeometryError with the reason of every check that does not hold."""
     wrong = [reason for holds, reason in checks if not holds]
     if wrong:
-        raise GeometryError(f"{found.name}: this {what} is not of a kind that CALM computes: {'; '.join(wrong)}; give "
-                            "another model")
+        raise refused(found, what, "; ".join(wrong))
+
+
+def refused(found: json_files.Table, what: str, reason: str) -> GeometryError:
+    """The error of a part that CALM does not compute."""
+    return GeometryError(f"{found.name}: this {what} is not of a kind that CALM computes: {reason}; give another model")

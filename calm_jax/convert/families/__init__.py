@@ -65,8 +65,7 @@ def read(found: json_files.Table, what: str) -> config_lib.Encoder | config_lib.
         if kind in family.model_types:
             return family.config(found)
     names = sorted({name for family in known for name in family.model_types})
-    hf_config.require(found, what, [(False, f"model_type is {kind!r} instead of {_either(names)}")])
-    raise AssertionError("unreachable")
+    raise hf_config.refused(found, what, f"model_type is {kind!r} instead of {_either(names)}")
 
 
 def _either(names: Sequence[str]) -> str:
