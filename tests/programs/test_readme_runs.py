@@ -82,7 +82,7 @@ def test_every_command_runs_in_the_order_of_the_page(place):
         words = [str(word) for word in adapted(command, place)]
         done = subprocess.run([sys.executable, "-m", "calm_jax", *words[1:]], cwd=place, env=base, text=True,
                               capture_output=True, timeout=900)
-        refused = done.returncode == 2 and "never learned" in done.stderr  # of a few steps, `calm` knows what they taught
+        refused = done.returncode == 2 and "never learned" in done.stderr  # which is an answer, too
         assert done.returncode == 0 or refused, f"{command}\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
         ran.append(words[1])
     assert {"train", "evaluate", "convert", "score", "comment", "suggest", "attributes", "personalise", "export",
