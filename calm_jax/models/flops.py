@@ -13,6 +13,9 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+
 from calm_jax import config as config_lib
 from calm_jax.models.parameters import Geometry
 
@@ -33,39 +36,53 @@ class Work:
 
 
 def encoder(model: config_lib.Model, parts: tuple[str, ...] = config_lib.PARTS) -> Work:
-    """The visual encoder on one picture, as far as these parts read it."""
-    vit, tokens = model.encoder, model.encoder.patches + 1
-    depth = max(model.depths.block(part, vit.depth) for part in parts)
+    """The visual encoder on one image, as far as these parts read it; of a family that is not CLIP's, what its program
+    computes, attention not told apart."""
+    cfg = model.encoder
+    if cfg.family != "clip":
+        geometry = Geometry.of(model)
+        image = jax.ShapeDtypeStruct((1, cfg.image_size, cfg.image_size, 3), jnp.uint8)
+        program = jax.make_jaxpr(lambda parameters, images: geometry.bind(parameters).encoder.features(
+            images, parts, dtype=jnp.float32))(geometry.shapes, image)
+        return Work(traced(program.jaxpr))
+    tokens = cfg.patches + 1
+    depth = max(model.depths.block(part, cfg.depth) for part in parts)
     shapes = Geometry.of(model).shapes
-    total, side = 0.0, vit.image_size
+    total, side = 0.0, cfg.image_size
     for path, leaf in shapes.items():
         if path.startswith("encoder/stem/kernels"):
             side //= 2
             total += 2.0 * side * side * math.prod(leaf.shape)
         elif path.startswith("encoder/stem/") and path.endswith("kernel"):
-            total += 2.0 * vit.patches * math.prod(leaf.shape)
-    total += 2.0 * tokens * depth * (4 * vit.width ** 2 + 2 * vit.width * vit.mlp_width)
-    return Work(total, 4.0 * depth * tokens ** 2 * vit.width)
+            total += 2.0 * cfg.patches * math.prod(leaf.shape)
+    total += 2.0 * tokens * depth * (4 * cfg.width ** 2 + 2 * cfg.width * cfg.mlp_width)
+    return Work(total, 4.0 * depth * tokens ** 2 * cfg.width)
 
 
 def qformers(model: config_lib.Model, parts: tuple[str, ...] = config_lib.PARTS) -> Work:
-    """The three Q-Formers on one picture; all are computed where any level is."""
+    """The three Q-Formers on one image; all are computed where any level is and they are stacked."""
     if not set(parts) & set(config_lib.LEVELS):
         return Work()
-    cfg, patches = model.qformer, model.encoder.patches + 1
-    crossed = -(-cfg.depth // cfg.cross_every)
-    weights = cfg.queries * (cfg.depth * (4 * cfg.width ** 2 + 2 * cfg.width * cfg.mlp_width)
-                             + crossed * 2 * cfg.width ** 2 + cfg.width * model.decoder.width)
-    weights += crossed * 2 * patches * model.encoder.width * cfg.width
-    attention = 4.0 * cfg.width * cfg.queries * (cfg.depth * cfg.queries + crossed * patches)
-    return Work(3 * 2.0 * weights, 3 * attention)
+    cfg, levels = model.qformer, {level: model.encoder.part(level) for level in config_lib.LEVELS}
+    stacked = len(set(levels.values())) == 1
+    total = Work()
+    for level, seen in levels.items():
+        if stacked or level in parts:
+            crossed = -(-cfg.depth // cfg.cross_every)
+            weights = cfg.queries * (cfg.depth * (4 * cfg.width ** 2 + 2 * cfg.width * cfg.mlp_width)
+                                     + crossed * 2 * cfg.width ** 2 + cfg.width * model.decoder.width)
+            weights += crossed * 2 * seen.tokens * seen.width * cfg.width
+            total += Work(2.0 * weights, 4.0 * cfg.width * cfg.queries * (
+                cfg.depth * cfg.queries + crossed * seen.tokens))
+    return total
 
 
 def thematic(model: config_lib.Model, parts: tuple[str, ...] = config_lib.PARTS) -> Work:
-    """The fully connected layer on one picture."""
+    """The fully connected layer on one image."""
     if "thematic" not in parts:
         return Work()
-    return Work(2.0 * model.encoder.patches * model.encoder.width * model.decoder.width)
+    seen = model.encoder.part("thematic")
+    return Work(2.0 * model.visual_tokens("thematic") * seen.width * model.decoder.width)
 
 
 def language(model: config_lib.Model, tokens: int, answers: int) -> Work:

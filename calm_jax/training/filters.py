@@ -30,7 +30,7 @@ def table(shapes: Mapping[str, jax.ShapeDtypeStruct], learns: Mapping[str, bool]
     groups: dict[str, list[int]] = {}
     for path, leaf in shapes.items():
         pieces = path.split("/")
-        name = "/".join(pieces[:2]) if pieces[0] in ("mfam", "llama") else pieces[0]
+        name = "/".join(pieces[:2]) if pieces[0] in ("mfam", "decoder") else pieces[0]
         name += " (LoRA)" if "/lora/" in path else ""
         counts = groups.setdefault(name, [0, 0])
         counts[not learns[path]] += math.prod(leaf.shape)

@@ -68,6 +68,14 @@ def test_it_trains_resumes_scores_and_comments(environment, workdir, tmp_path):
     assert said.returncode == 0 and '"comment"' in said.stdout, said.stderr
 
 
+def test_a_plan_and_a_page_of_samples_know_it_as_well(environment, tmp_path):
+    planned = calm(environment, "plan", "--config", OUTSIDE / "recipe.py", "--topology", "cpu:1")
+    assert planned.returncode == 0, planned.stderr
+    page = tmp_path / "page.html"
+    shown = calm(environment, "samples", "--config", OUTSIDE / "recipe.py", "--rows", "1", "--out", page)
+    assert shown.returncode == 0 and "im_end" in page.read_text(), shown.stderr
+
+
 def test_export_refuses_it_in_one_sentence(environment, workdir, tmp_path):
     done = calm(environment, "export", "--checkpoint", workdir, "--out", tmp_path / "hf")
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "Traceback" not in done.stderr, done.stderr
