@@ -196,7 +196,7 @@ def test_the_program_trains_from_it_on_eight_devices(tmp_path):
     model = saved.meta["config"]["model"]
     rate = 1e-4
     values = {
-        "model": {name: model[name] for name in ("vit", "depths", "qformer", "llama")} | {"remat": "none"},
+        "model": {name: model[name] for name in ("encoder", "depths", "qformer", "decoder")} | {"remat": "none"},
         "init": str(out), "tokenizer": str(out / "tokenizer.model"), "run": ("generic",), "log_every": 1,
         "processes": {"generic": {"steps": 2, "batch": 8, "eval_every": 0, "eval_batches": 1,
                                   "optimizer": {"peak_lr": rate, "scale": ()},

@@ -24,7 +24,7 @@ import pytest
 from PIL import Image
 
 from calm_jax import config as config_lib
-from calm_jax.checkpoints import array_io, locate
+from calm_jax.checkpoints import array_io, locate, on_disk
 from calm_jax.checkpoints.meta import MARKER
 from calm_jax.convert import torch_files
 from calm_jax.data.builders import stored
@@ -58,7 +58,7 @@ def arrays(place: pathlib.Path) -> dict[str, bytes]:
 def whole_checkpoints(folder: pathlib.Path) -> None:
     for marker in folder.rglob(MARKER):
         if ".partial" not in str(marker):
-            folder.read(marker.parent)
+            on_disk.read(marker.parent)
     for log in folder.rglob("metrics.jsonl"):
         for line in log.read_text().split("\n")[:-1]:
             json.loads(line)

@@ -27,7 +27,7 @@ ELSEWHERE = {"oasis": "needs OASIS; tests/unit/test_evaluation.py runs that task
 
 def commands() -> list[str]:
     found = []
-    for block in re.findall(r"```\n(.*?)```", README, re.DOTALL):
+    for _, block in re.findall(r"```(\w*)\n(.*?)```", README, re.DOTALL):
         found += [line.split("  #")[0].strip() for line in block.splitlines() if line.startswith("calm ")]
     return found
 

@@ -133,4 +133,4 @@ def test_the_demo_begins_and_stops_when_it_is_told_to(calm):
     os.killpg(running.pid, signal.SIGINT)  # Ctrl-C
     said = running.communicate(timeout=300)[0]
     assert running.returncode == 130 and "Traceback" not in said, said
-    assert re.search(r"calm_jax.train --config pretrain ", said)
+    assert "calm_jax.train --config pretrain " in said

@@ -195,7 +195,7 @@ def probe() -> dict[str, Any]:
     Raises:
       ConfigError: JAX finds none.
     """
-    code = "import json; from tools import contenders; print(json.dumps(contenders.device('jax')))"
+    code = "import json; from tools.bench import contenders; print(json.dumps(contenders.device('jax')))"
     done = subprocess.run([sys.executable, "-c", code], text=True, stdout=subprocess.PIPE, env=ENVIRONMENT | os.environ)
     if done.returncode:
         raise ConfigError("JAX finds no device; its message is above")
