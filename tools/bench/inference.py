@@ -166,7 +166,7 @@ def _torch(source: str):
     device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
     model = transformers.AutoModelForCausalLM.from_pretrained(source, trust_remote_code=True, torch_dtype=dtype)
     model.eval().to(device)
-    pictures = _pictures(model.config.encoder["image_size"])
+    pictures = _pictures(model.config.vit["image_size"])
 
     def run(job, batch, tokens):
         if job == "score":
