@@ -20,7 +20,6 @@ from typing import Any, TypeAlias
 import numpy as np
 import PIL.Image
 
-from calm_jax import config as config_lib
 from calm_jax.checkpoints import lineage, restore
 from calm_jax.data import attributes as attributes_lib
 from calm_jax.data import pictures
@@ -30,7 +29,7 @@ from calm_jax.data.samples import Answer, ImageRef, Mention, Sample, Turn
 from calm_jax.data.scale import HIGHEST, LOWEST, READERS, checked, mapped
 from calm_jax.data.tasks import instructions, skills
 from calm_jax.data.tasks.opinions import contexts, in_context
-from calm_jax.errors import ConfigError
+from calm_jax.errors import ConfigError, nearest
 from calm_jax.inference import choice
 from calm_jax.inference.decoding import GREEDY, Sampling
 from calm_jax.inference.generate import Generator, Pixels
@@ -178,7 +177,7 @@ class Model:
                scale: tuple[float, float] = SCALE) -> Iterator[Score]:
         """`score` of `count` pictures, which `pixels(0)` to `pixels(count - 1)` read ahead of the device."""
         if reader not in READERS:
-            raise ConfigError(f"there is no reader {reader!r}{config_lib.nearest(reader, READERS)}")
+            raise ConfigError(f"there is no reader {reader!r}{nearest(reader, READERS)}")
         scale = checked(scale)
         one = self.loaded(skills.for_reader(reader))
         asked = _about(one, count, instructions.for_reader(reader))
@@ -275,7 +274,7 @@ def comment_on(aspect: str) -> str:
         return instructions.COMMENT[0]
     if aspect not in instructions.ASPECTS:
         raise ConfigError(f"there is no aspect {aspect!r}"
-                          f"{config_lib.nearest(aspect, tuple(instructions.ASPECTS))}")
+                          f"{nearest(aspect, tuple(instructions.ASPECTS))}")
     return instructions.ASPECTS[aspect]
 
 

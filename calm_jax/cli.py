@@ -100,19 +100,19 @@ def _calm(version: Annotated[bool, typer.Option("--version", help="Show the vers
     pass
 
 
-def numbers(name: str, text: str, count: int = 0) -> tuple[float, ...]:
-    """The value of an option such as `1,10`; `count` = 0 takes any number of them.
+def numbers(name: str, text: str, count: int) -> tuple[float, ...]:
+    """The value of an option such as `1,10`.
 
     Raises:
-      ConfigError: it is none.
+      ConfigError: it is not `count` numbers.
     """
     from calm_jax.errors import ConfigError
     try:
         values = tuple(float(word) for word in text.split(",") if word)
     except ValueError:
         values = ()
-    if len(values) != count if count else not values:
-        raise ConfigError(f"{name} {text} is not {count or 'some'} numbers with commas between them")
+    if len(values) != count:
+        raise ConfigError(f"{name} {text} is not {count} numbers with commas between them")
     return values
 
 
@@ -151,6 +151,13 @@ Format = Annotated[Literal["table", "csv", "jsonl", "html"], typer.Option("--for
 Out = Annotated[str, typer.Option(metavar="FILE", help="File of the results; default: standard output.",
                                   show_default=False)]
 Batch = Annotated[int, typer.Option(min=1, help="Photos at a time.")]
+TopK = Annotated[int, typer.Option(min=0, help="Only so many, the best; 0 = all.")]
+MinScore = Annotated[float | None, typer.Option(help="Only photos with this score or a higher one.")]
+Sort = Annotated[Literal["path", "score"] | None, typer.Option(help="Default: path, or score where --top-k is given.",
+                                                               show_default=False)]
+CopyTo = Annotated[str, typer.Option(metavar="DIR", help="Folder into which the photos of the results are copied; "
+                                     "those that lie there already are not looked at, unless it is named.",
+                                     show_default=False)]
 Tokens = Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")]
 Temperature = Annotated[float, typer.Option(help="0: the most probable words; else words are sampled.")]
 TopP = Annotated[float, typer.Option(help="Sampled from this share of the probability.")]
@@ -173,13 +180,7 @@ def score(
         reader: Annotated[Literal["expectation", "text", "levels", "head"], typer.Option(
             help="How the score is read from the model; text is the paper's way.")] = "expectation",
         scale: Annotated[str, typer.Option(metavar="LOW,HIGH", help="Lowest and highest of the results.")] = "1,10",
-        top_k: Annotated[int, typer.Option(min=0, help="Only so many, the best; 0 = all.")] = 0,
-        min_score: Annotated[float | None, typer.Option(help="Only photos with this score or a higher one.")] = None,
-        sort: Annotated[Literal["path", "score"] | None, typer.Option(
-            help="Default: path, or score where --top-k is given.", show_default=False)] = None,
-        copy_to: Annotated[str, typer.Option(metavar="DIR", help="Folder into which the photos of the results are "
-                                             "copied; those that lie there already are not looked at, unless it is "
-                                             "named.", show_default=False)] = "",
+        top_k: TopK = 0, min_score: MinScore = None, sort: Sort = None, copy_to: CopyTo = "",
         format: Format = "table", out: Out = "", batch: Batch = 16) -> int:
     """Score photos, sort them, copy the best."""
     from calm_jax.commands.predict import verbs
@@ -229,12 +230,7 @@ def personalise(
                                           show_default=False)] = "",
         shots: Annotated[int, typer.Option(min=0, help="Rated photos in a context; 0 = as many as fit.")] = 0,
         scale: Annotated[str, typer.Option(metavar="LOW,HIGH", help="Of the ratings and of the results.")] = "1,10",
-        top_k: Annotated[int, typer.Option(min=0, help="Only so many, the best; 0 = all.")] = 0,
-        min_score: Annotated[float | None, typer.Option(help="Only photos with this score or a higher one.")] = None,
-        sort: Annotated[Literal["path", "score"] | None, typer.Option(
-            help="Default: path, or score where --top-k is given.", show_default=False)] = None,
-        copy_to: Annotated[str, typer.Option(metavar="DIR", help="Folder into which the photos of the results are "
-                                             "copied.", show_default=False)] = "",
+        top_k: TopK = 0, min_score: MinScore = None, sort: Sort = None, copy_to: CopyTo = "",
         format: Format = "table", out: Out = "", batch: Batch = 16) -> int:
     """Score photos as one person would, from photos that this person has rated."""
     from calm_jax.commands.predict import verbs

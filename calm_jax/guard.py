@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import faulthandler
 import logging
 import os
 import signal
@@ -24,6 +25,8 @@ def run(work: Callable[[], int | None]) -> NoReturn:
     terminal.protect()
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(levelname)s: %(message)s")
     threading.excepthook = _in_a_thread
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # standard error is closed, or no file
+        faulthandler.enable()  # a crash of native code shows where Python was
     try:
         code = work()
         sys.stdout.flush()  # a full disk or a closed pipe is met here at the latest

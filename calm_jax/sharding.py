@@ -14,7 +14,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from calm_jax import config as config_lib
 from calm_jax import path_rules
-from calm_jax.errors import ConfigError
+from calm_jax.errors import ConfigError, nearest
 
 AXES = ("data", "fsdp", "tensor")
 ROWS = PartitionSpec(("data", "fsdp"))  # rows of a batch: split over both, whole along tensor
@@ -92,7 +92,7 @@ def add(rule: str, regex: str) -> None:
       ConfigError: there is no such rule.
     """
     if rule not in TABLE:
-        raise ConfigError(f"there is no sharding rule {rule!r}{config_lib.nearest(rule, TABLE)}")
+        raise ConfigError(f"there is no sharding rule {rule!r}{nearest(rule, TABLE)}")
     regexes, axes = TABLE[rule]
     if regex not in regexes:
         TABLE[rule] = (*regexes, regex), axes

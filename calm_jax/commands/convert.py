@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from calm_jax.checkpoints import locate
+from calm_jax.checkpoints.meta import read_meta
 from calm_jax.convert import hf_import
 
 
@@ -15,6 +15,6 @@ def run(vit: str, llm: str, qformers: Sequence[str], out: str, seed: int, chat: 
       ConfigError, CheckpointError: see `hf_import.convert`.
     """
     path = hf_import.convert(vit, llm, list(qformers), out, seed, template=chat)
-    config = locate.find(path).config
-    told = "" if config.chat == "vicuna" else f" --config.chat={config.chat}"
+    template = read_meta(path)["config"]["chat"]
+    told = "" if template == "vicuna" else f" --config.chat={template}"
     print(f"written to {path}; train from it with --config.init={path} --config.tokenizer={path}{told}")

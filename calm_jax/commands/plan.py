@@ -24,7 +24,7 @@ from typing import Any
 
 from calm_jax import config as config_lib
 from calm_jax import files, recipes
-from calm_jax.errors import ConfigError
+from calm_jax.errors import ConfigError, nearest
 
 GIB = 2 ** 30
 MFU = 0.4  # of the peak, assumed
@@ -395,7 +395,7 @@ def run(recipe: Callable[[], recipes.Recipe], topology: str, *, process: str, in
     chosen = recipe()
     name = process or chosen.config.run[-1]
     if name not in chosen.config.processes:
-        raise ConfigError(f"there is no process {name!r}{config_lib.nearest(name, chosen.config.processes)}")
+        raise ConfigError(f"there is no process {name!r}{nearest(name, chosen.config.processes)}")
     found = plan(chosen.config, name, devices, given=chosen.given, inference=inference, rows=rows, hlo=hlo)
     print(show(found))
     if out:

@@ -20,7 +20,7 @@ from calm_jax import config as config_lib
 from calm_jax import files, recipes
 from calm_jax.data import attributes, builders, pipeline
 from calm_jax.data.samples import ImageRef
-from calm_jax.errors import ConfigError
+from calm_jax.errors import ConfigError, nearest
 from calm_jax.text import chat as chat_lib
 
 LEARN, MASKED, CHIP, PLAIN = "learn", "masked", "chip", ""
@@ -36,7 +36,7 @@ def page(config: config_lib.Config, name: str, *, split: str, shown: int, title:
       ConfigError: there is no such process or dataset.
     """
     if name not in config.processes:
-        raise ConfigError(f"the config has no process {name!r}{config_lib.nearest(name, config.processes)}")
+        raise ConfigError(f"the config has no process {name!r}{nearest(name, config.processes)}")
     process = config.processes[name]
     datasets = {dataset: builders.load(dataset, config.data.dir) for dataset in process.datasets}
     rows = pipeline.Rows(process, datasets, chat_lib.load(config.tokenizer, config.chat), config.model,

@@ -4,7 +4,7 @@
     model.score(["a.jpg", "b.jpg"]); model.comment(["a.jpg"])
 
 Weights keep their stored dtype, bit for bit, unless --dtype says otherwise. --parts also writes each part alone, under
-its own published class, into `parts/`. Low-rank updates stay apart (in PEFT's names) unless they are merged. Memory
+its own published class, into `parts/`. LoRA adapters stay apart (in PEFT's names) unless they are merged. Memory
 holds a few tensors, whatever the size of the model; until all is written the folder has another name, which ends in
 `.partial`, and no config.json, without which nothing loads it.
 """
@@ -38,6 +38,7 @@ from calm_jax.text.tokenizers.sentence_piece import SentencePieceTokenizer
 DTYPES = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 CLASSES = {"AutoConfig": "configuration_calm.CalmConfig", "AutoModelForCausalLM": "modeling_calm.CalmForCausalLM",
            "AutoProcessor": "processing_calm.CalmProcessor"}
+COMPUTED = ("clip", "llama")  # families of encoder and language model that huggingface/modeling_calm.py computes
 Leaves = Mapping[str, restore.Lazy]
 
 
@@ -65,6 +66,9 @@ def export(source: str, out: str, *, merge_lora: bool = False, parts: bool = Fal
         raise CheckpointError(f"{path} exists already; choose another folder, or remove it first")
     saved = locate.find(source)
     model = saved.config.model
+    if (model.encoder.family, model.decoder.family) != COMPUTED:
+        raise ConfigError(f"{saved.path} is of the families {model.encoder.family} and {model.decoder.family}; the "
+                          f"torch model of exports computes {' and '.join(COMPUTED)} alone")
     chat = restore.chat(saved)
     if chat.template != "vicuna" or not isinstance(chat.tokenizer, SentencePieceTokenizer):
         raise ConfigError(f"{saved.path} writes conversations by the chat template {chat.template} in a tokenizer of "
@@ -219,7 +223,7 @@ def _tokenizer_config(model: config_lib.Model, *, processor: bool) -> dict[str, 
 
 
 def _parts(model: config_lib.Model, leaves: Leaves, chat: Chat, say: Callable[[str], None]) -> list[Folder]:
-    """Each part under its published class, and its low-rank updates, if any, as a PEFT adapter beside it."""
+    """Each part under its published class, and its LoRA adapters, if any, in PEFT's form beside it."""
     folders: list[Folder] = []
     tables.lora(whole.table(model), leaves)  # says now what no adapter can hold
     family = families.of(model.encoder)

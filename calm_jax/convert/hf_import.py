@@ -1,7 +1,7 @@
 """Hugging Face checkpoints of the parts in; one CALM checkpoint to train from, out.
 
 Each part is a folder, a weight file or a hub id. One Q-Former serves all three levels, three are low, middle and high;
-without any, the Q-Formers start from random numbers, as the fully connected layer does in any case. A Q-Former may be
+without any, the Q-Formers are initialised at random, as the fully connected layer does in any case. A Q-Former may be
 a file of LAVIS, such as blip2_pretrained.pth: without a config.json beside it, its tensors tell the geometry. Every
 value is kept bit for bit in its stored dtype. Memory holds a few tensors, whatever the size of the model. The
 checkpoint's meta.json names every source and the licence that its README.md states.

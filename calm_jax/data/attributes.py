@@ -22,10 +22,9 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageFilter
 
-from calm_jax import config as config_lib
 from calm_jax.data import cues as cues_lib
 from calm_jax.data.samples import Edit
-from calm_jax.errors import ConfigError
+from calm_jax.errors import ConfigError, nearest
 
 Picture = UInt8[np.ndarray, "H W 3"]
 Operation = Callable[[np.ndarray, int, np.random.Generator], np.ndarray]
@@ -319,7 +318,7 @@ COLOURLESS = 3.0
 def get(name: str) -> Attribute:
     """The attribute of that name. Raises ConfigError with the nearest name when there is none."""
     if name not in ATTRIBUTES:
-        raise ConfigError(f"there is no attribute {name!r}{config_lib.nearest(name, ATTRIBUTES)}")
+        raise ConfigError(f"there is no attribute {name!r}{nearest(name, ATTRIBUTES)}")
     return ATTRIBUTES[name]
 
 

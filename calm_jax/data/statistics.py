@@ -22,9 +22,8 @@ import numpy as np
 from einops import rearrange, reduce
 from jaxtyping import Float, Int32, UInt8
 
-from calm_jax import config as config_lib
 from calm_jax.data import pictures, statistics_cues
-from calm_jax.errors import ConfigError
+from calm_jax.errors import ConfigError, nearest
 
 Picture = UInt8[np.ndarray, "H W 3"]
 Values = Float[np.ndarray, "n"]
@@ -306,7 +305,7 @@ FIT: Mapping[str, tuple[str, float, float]] = types.MappingProxyType({
 def get(name: str) -> Statistic:
     """The statistic of that name. Raises ConfigError with the nearest name when there is none."""
     if name not in STATISTICS:
-        raise ConfigError(f"there is no statistic {name!r}{config_lib.nearest(name, STATISTICS)}")
+        raise ConfigError(f"there is no statistic {name!r}{nearest(name, STATISTICS)}")
     return STATISTICS[name]
 
 

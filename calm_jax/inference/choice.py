@@ -11,7 +11,7 @@ from calm_jax import config as config_lib
 from calm_jax.checkpoints import locate
 from calm_jax.checkpoints.meta import config_of
 from calm_jax.data.tasks import skills
-from calm_jax.errors import CheckpointError, ConfigError
+from calm_jax.errors import CheckpointError, ConfigError, nearest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +92,7 @@ def _candidates(path: pathlib.Path, process: str = "") -> dict[str, _Candidate]:
         found[name] = _Candidate(place, config.processes.get(name), config.init)
     if process and process not in found:
         raise ConfigError(f"{path} has no checkpoint of a process {process!r}"
-                          f"{config_lib.nearest(process, found)}")
+                          f"{nearest(process, found)}")
     return found
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,10 +22,13 @@ PARTS = {"vit": "clip", "llm": "llama"}
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
-    """Built as pip does it, without fetching anything."""
-    place = tmp_path_factory.mktemp("wheel")
+    """Built as pip does it, without fetching anything, from a copy: a build leaves files beside its sources, and takes
+    what an earlier one has left."""
+    place, sources = tmp_path_factory.mktemp("wheel"), tmp_path_factory.mktemp("sources") / "calm_jax"
+    ignored = shutil.ignore_patterns(".*", "build", "*.egg-info", "__pycache__", "runs")
+    shutil.copytree(miniature.ROOT, sources, symlinks=True, ignore=ignored)
     done = miniature.run([sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation",
-                          "--wheel-dir", str(place), str(miniature.ROOT)], dict(os.environ))
+                          "--wheel-dir", str(place), str(sources)], dict(os.environ))
     assert done.returncode == 0, done.stderr
     (found,) = place.glob("calm_jax-*.whl")
     return found
@@ -64,7 +68,7 @@ def test_the_wheel_holds_what_is_run_and_nothing_else(wheel):
         assert needed in names
     repository = {str(path.relative_to(miniature.ROOT)) for path in (miniature.ROOT / "calm_jax").rglob("*.py")
                   if "configs" not in path.relative_to(miniature.ROOT).parts}
-    assert repository <= set(names)
+    assert repository == {name for name in names if name.endswith(".py") and "/configs/" not in name}
 
 
 @pytest.mark.slow

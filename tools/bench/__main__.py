@@ -27,7 +27,7 @@ import typer
 
 from calm_jax import cli, files, recipes
 from calm_jax import config as config_lib
-from calm_jax.errors import ConfigError
+from calm_jax.errors import ConfigError, nearest
 from tools.bench import contenders
 from tools.bench import conversion as bench_conversion
 from tools.bench import data as bench_data
@@ -83,7 +83,7 @@ def _one_process(config: config_lib.Config, name: str, rows: int) -> config_lib.
     """The config with one process alone, by default its first, of `rows` rows at a time."""
     name = name or config.run[0]
     if name not in config.processes:
-        raise ConfigError(f"there is no process {name!r}{config_lib.nearest(name, config.processes)}")
+        raise ConfigError(f"there is no process {name!r}{nearest(name, config.processes)}")
     process = dataclasses.replace(config.processes[name], batch=rows, accumulate=1)
     return dataclasses.replace(config, run=(name,), processes={name: process})
 

@@ -27,7 +27,7 @@ import typer
 
 from calm_jax import cli
 from calm_jax import config as config_lib
-from calm_jax.errors import ConfigError
+from calm_jax.errors import ConfigError, nearest
 from tools.bench import contenders
 from tools.bench import train as bench_train
 
@@ -157,7 +157,7 @@ def main(
     names = [name for name in only.split(",") if name] or list(NAMES)
     for name in names:
         if name not in NAMES:
-            raise ConfigError(f"--only {name}: there is no such benchmark{config_lib.nearest(name, NAMES)}")
+            raise ConfigError(f"--only {name}: there is no such benchmark{nearest(name, NAMES)}")
     device = contenders.probe()
     contenders.stay_on_cpu()
     known = "" if device["memory"] is None else f", {device['memory'] / 2**30:.1f} GiB"

@@ -7,8 +7,7 @@ import math
 import pathlib
 from collections.abc import Sequence
 
-from calm_jax import config as config_lib
-from calm_jax.errors import ConfigError
+from calm_jax.errors import ConfigError, nearest
 
 LARGEST = 1 << 26  # bytes of a table of ratings
 
@@ -42,7 +41,7 @@ def read_ratings(table: str, user: str, scale: Sequence[str]) -> list[tuple[str,
                           "first line names the columns: image,score or image,score,user")
     users = sorted({row["user"] or "" for row in rows}) if "user" in fields else []
     if user and user not in users:
-        raise ConfigError(f"the ratings {table} know no user {user!r}{config_lib.nearest(user, users)}")
+        raise ConfigError(f"the ratings {table} know no user {user!r}{nearest(user, users)}")
     if not user and len(users) > 1:
         raise ConfigError(f"the ratings {table} are of {len(users)} people; name one of them: --user "
                           f"{users[0] or users[1]}")

@@ -8,9 +8,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
-from calm_jax import config as config_lib
 from calm_jax.data.samples import Dataset
-from calm_jax.errors import ConfigError
+from calm_jax.errors import ConfigError, nearest
 from calm_jax.registry import DATASETS
 
 if TYPE_CHECKING:
@@ -42,7 +41,7 @@ def load(name: str, data_dir: str = "") -> Dataset:
     from calm_jax.data.builders import stored
     known = {*names(), *(stored.names(data_dir) if data_dir else ())}
     if name not in known:
-        raise ConfigError(f"there is no dataset {name!r}{config_lib.nearest(name, sorted(known))}")
+        raise ConfigError(f"there is no dataset {name!r}{nearest(name, sorted(known))}")
     if not data_dir:
         raise ConfigError(
             f"the dataset {name!r} is read from a folder of prepared datasets, and none is named: give "

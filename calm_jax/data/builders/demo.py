@@ -22,10 +22,9 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import UInt8
 
-from calm_jax import config as config_lib
 from calm_jax.data import attributes, pictures
 from calm_jax.data.samples import Edit, ImageRef, Record
-from calm_jax.errors import ConfigError
+from calm_jax.errors import ConfigError, nearest
 
 Window = tuple[float, float, float, float]
 
@@ -262,7 +261,7 @@ class Demo:
     def indices(self, split: str) -> np.ndarray:
         """Record numbers of a split, int64 `[n]`. Raises ConfigError when there is no such split."""
         if split not in self._splits:
-            raise ConfigError(f"demo has no split {split!r}{config_lib.nearest(split, self._splits)}")
+            raise ConfigError(f"demo has no split {split!r}{nearest(split, self._splits)}")
         return np.asarray(self._splits[split], np.int64)
 
     def record(self, index: int) -> Record:

@@ -13,12 +13,11 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int64, UInt8
 
-from calm_jax import config as config_lib
 from calm_jax import json_files
 from calm_jax.data import pictures
 from calm_jax.data.builders.labels import SPLITS
 from calm_jax.data.samples import BadRecord, ImageRef, Record
-from calm_jax.errors import ConfigError
+from calm_jax.errors import ConfigError, nearest
 
 VERSION = "1.0.0"  # of the folder's layout; a dataset lies in DATA_DIR/NAME/VERSION
 
@@ -97,7 +96,7 @@ class Stored:
           ConfigError: the name is none of train, validation and test.
         """
         if split not in SPLITS:
-            raise ConfigError(f"{self.name} has no split {split!r}{config_lib.nearest(split, SPLITS)}")
+            raise ConfigError(f"{self.name} has no split {split!r}{nearest(split, SPLITS)}")
         end = int(self._ends[SPLITS.index(split)])
         return np.arange(end - self._counts.get(split, 0), end, dtype=np.int64)
 

@@ -9,10 +9,9 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping
 
-from calm_jax import config as config_lib
 from calm_jax import json_files
 from calm_jax.data.cues.entry import Cues
-from calm_jax.errors import ConfigError
+from calm_jax.errors import ConfigError, nearest
 
 FORMAT = "calm_jax cues 1"
 KINDS = ("question", "answer", "more", "more_answer", "less", "less_answer", "advice")
@@ -80,9 +79,9 @@ def _check(where: str, place: Place, text: object, known: Mapping[Place, object]
     names = dict.fromkeys(known_name for known_name, _, _ in known)
     if not isinstance(name, str) or name not in names:
         raise ConfigError(f"{where}: there is no attribute {name!r}"
-                          f"{config_lib.nearest(str(name), names)}")
+                          f"{nearest(str(name), names)}")
     if kind not in KINDS:
-        raise ConfigError(f"{where}: there is no kind {kind!r}{config_lib.nearest(str(kind), KINDS)}")
+        raise ConfigError(f"{where}: there is no kind {kind!r}{nearest(str(kind), KINDS)}")
     if type(grade) not in (int, type(None)) or place not in known:
         grades = [str(other) for known_name, known_kind, other in known if (known_name, known_kind) == (name, kind)]
         raise ConfigError(

@@ -7,11 +7,10 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from calm_jax import config as config_lib
 from calm_jax.data.samples import Dataset, Sample
 from calm_jax.data.tasks import measured, opinions, pseudo_labels
 from calm_jax.data.tasks.context import Content, Context
-from calm_jax.errors import ConfigError
+from calm_jax.errors import ConfigError, nearest
 
 TASKS: Mapping[str, Callable[..., Content]] = types.MappingProxyType({
     "attributes": pseudo_labels.attributes_of,
@@ -42,7 +41,7 @@ def make(task: str, dataset: Dataset, index: int, rng: np.random.Generator, cont
       BadRecord: the record lacks what the task needs.
     """
     if task not in TASKS:
-        raise ConfigError(f"there is no task {task!r}{config_lib.nearest(task, TASKS)}")
+        raise ConfigError(f"there is no task {task!r}{nearest(task, TASKS)}")
     record = dataset.record(index)
     images, turns, target = TASKS[task](record, rng, context)
     written = {"caption": record.captions, "comment": record.comments}.get(task, True)
