@@ -22,7 +22,8 @@ from calm_jax.errors import ConfigError, nearest
 
 PARTS = ("low", "middle", "high", "thematic")  # the LLM's input order (paper)
 LEVELS = PARTS[:3]
-VARIANTS = ("tiny", "small", "7b", "13b")
+VARIANTS = ("tiny", "small", "laptop", "1b", "7b", "13b")
+CHATS = {"laptop": "chatml", "1b": "zephyr"}  # variant -> chat template of its language model, where not Vicuna's
 
 
 def field(default: Any, doc: str, source: str, *, choices: tuple = (), runtime: bool = False, form: str = "",
@@ -182,6 +183,13 @@ class QFormer(Checked):
 
 
 @dataclasses.dataclass(frozen=True)
+class Thematic(Checked):
+    pool: int = field(1, "side of the square of patches that are averaged into one thematic token; 1 = each patch is "
+                      "one", "ours", least=1)
+    norm: bool = field(False, "LayerNorm before the fully connected layer; False = none (LLaVA-1.5)", "ours")
+
+
+@dataclasses.dataclass(frozen=True)
 class Depths(Checked):
     low: float = field(1 / 4, "encoder depth read by the low-level Q-Former, fraction of its blocks", "ours",
                        above=0, most=1)
@@ -215,6 +223,10 @@ class Model(Checked):
     encoder: Encoder = field(lambda: encoder("clip"), "visual encoder", "paper: a visual encoder; ours: CLIP")
     depths: Depths = field(Depths(), "where each part reads the encoder", "ours")
     qformer: QFormer = field(QFormer(), "each of the three Q-Formers", "paper: three Q-Formers; BLIP-2")
+    thematic: Thematic = field(Thematic(), "thematic tokens", "paper: one fully connected layer; the rest is ours")
+    visual_rms: float = field(0.0, "root mean square at which a randomly initialised MFAM gives its tokens, best that "
+                              "of the word embeddings; 0 = that which the converted checkpoint a run begins from has, "
+                              "else 1", "ours", least=0)
     decoder: Decoder = field(lambda: decoder("llama"), "language model", "paper: models like Vicuna-7B")
     lora: Lora = field(Lora(), "low-rank updates", "ours")
     score_head: ScoreHead = field(ScoreHead(), "regression head where an answer begins, for the reader `head`", "ours")
@@ -231,7 +243,12 @@ class Model(Checked):
         if part != "thematic":
             return self.qformer.queries
         features = self.encoder.part(part)
-        return features.tokens - features.prefix
+        return (features.tokens - features.prefix) // self.thematic.pool ** 2
+
+    @property
+    def visual_gain(self) -> float:
+        """`visual_rms` as the initialisation has it."""
+        return self.visual_rms or 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -400,7 +417,7 @@ class Config(Checked):
              f"cross_every={qformer.cross_every}"),
         )
         wrong = [f"model.encoder.{message}" for message in self.model.encoder.wrong()]
-        wrong += [message for holds, message in checks if not holds]
+        wrong += [message for holds, message in checks if not holds] + ([] if wrong else self._unpooled())
         wrong += [f"model.decoder.{message}" for message in self.model.decoder.wrong()]
         for name in self.run:
             tokens = self.processes[name].row.tokens
@@ -412,6 +429,16 @@ class Config(Checked):
                              "head, and the model has none; set model.score_head.width, such as 256")
         if wrong:
             raise ConfigError("; ".join(wrong))
+
+    def _unpooled(self) -> list[str]:
+        """Why thematic tokens cannot be pooled as the config says."""
+        features, pool = self.model.encoder.part("thematic"), self.model.thematic.pool
+        count = features.tokens - features.prefix
+        side = math.isqrt(count)
+        if pool == 1 or (side * side == count and side % pool == 0):
+            return []
+        return [f"model.thematic.pool={pool} does not divide the {count} thematic features of the encoder, which are "
+                + (f"{side} x {side}" if side * side == count else "no square grid")]
 
 
 def to_config_dict(config: Config) -> ml_collections.ConfigDict:
@@ -507,11 +534,28 @@ def compare(kind: Any, old: Any, new: Any, path: str, lines: list[str]) -> None:
 
 
 def model(variant: str) -> Model:
-    """The geometry of a variant. `7b` and `13b` are CLIP ViT-L/14-336 + BLIP-2 + Vicuna v1.5; the others are ours."""
+    """The geometry of a variant.
+
+    `7b` and `13b` are CLIP ViT-L/14-336 + BLIP-2 + Vicuna v1.5, `1b` is the same with TinyLlama-1.1B, `laptop` is DINOv2
+    ViT-S/14 at 224 pixels + SmolLM2-135M: pretrained parts. `small` and `tiny` are trained from scratch. The paper names
+    models like Vicuna-7B; all choices are ours.
+    """
     if variant == "7b":
         return Model()
     if variant == "13b":
         return Model(decoder=decoder("llama", width=5120, depth=40, heads=40, kv_heads=40, mlp_width=13_824))
+    if variant == "1b":
+        return Model(thematic=Thematic(pool=2, norm=True), decoder=decoder(
+            "llama", width=2048, depth=22, heads=32, kv_heads=4, mlp_width=5632, positions=2048))
+    if variant == "laptop":  # MFAM of 7.3 M parameters, 40 visual tokens an image
+        return Model(
+            encoder=encoder("dinov2", image_size=224, native_size=518),
+            depths=Depths(thematic=1.0),
+            qformer=QFormer(width=256, depth=2, heads=4, mlp_width=1024, cross_every=1, queries=8),
+            thematic=Thematic(pool=4, norm=True),
+            decoder=decoder("llama", vocab=49_152, width=576, depth=30, heads=9, kv_heads=3, mlp_width=1536,
+                            rope_theta=1e5, positions=8192, tied=True),
+            remat="none")
     if variant == "small":
         return Model(
             encoder=encoder("clip", image_size=224, patch=16, width=384, depth=8, heads=6, mlp_width=1536, stem="conv"),

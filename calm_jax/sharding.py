@@ -25,7 +25,7 @@ ROWS = PartitionSpec(("data", "fsdp"))  # rows of a batch: split over both, whol
 TABLE: dict[str, tuple[tuple[str, ...], tuple[str | None, ...]]] = {
     "column": ((r".*/(q|k|v|gate|up)/kernel", r"decoder/head/kernel", r"score_head/hidden/kernel"),
                ("fsdp", "tensor")),
-    "row": ((r".*/(o|down|embed)/kernel", r"mfam/qformers/(\d+/)?project/kernel", r"mfam/thematic/kernel"),
+    "row": ((r".*/(o|down|embed)/kernel", r"mfam/(qformers/(\d+/)?|thematic/)project/kernel"),
             ("tensor", "fsdp")),
     "vocabulary": ((r"decoder/embedding",), ("tensor", "fsdp")),
     "lora": ((r".*/lora/a",), ("fsdp", None)),

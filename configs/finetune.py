@@ -22,6 +22,8 @@ from calm_jax import config as c
 SIZES = {  # rows a step, steps of the two processes, peak learning rates, shape of a row (ours but the 7b rates)
     "tiny": (2, (450, 450), (2e-3, 2e-3), c.Row(tokens=480, images=3, answers=160)),
     "small": (16, (5_000, 5_000), (5e-4, 5e-4), c.Row(tokens=1024, images=4, answers=256)),
+    "laptop": (16, (150, 300), (2e-4, 2e-4), c.Row(tokens=512, images=4, answers=160, candidates=8)),
+    "1b": (128, (1_640, 1_840), (2.5e-5, 7e-5), c.Row()),
     "7b": (128, (1_640, 1_840), (2.5e-5, 7e-5), c.Row()),
     "13b": (128, (1_640, 1_840), (2.5e-5, 7e-5), c.Row()),
 }
@@ -43,12 +45,13 @@ KEEP = {
              "scores": {"comment": 0.1, "attributes": 0.1, "suggestion": 0.15}},
     "small": {"comments": {"attributes": 0.2, "suggestion": 0.2},
               "scores": {"comment": 0.15, "attributes": 0.1, "suggestion": 0.1}},
-    "7b": LARGE, "13b": LARGE}
+    "laptop": LARGE, "1b": LARGE, "7b": LARGE, "13b": LARGE}
 KEPT_PHRASINGS = 5  # of each question and answer about attributes, in `tiny`, as in pretrain.py
 
 
 def get_config(variant: str = "tiny"):
-    """The config of a variant: tiny, small, 7b or 13b, alone or with +lora, +head or +keep, or several of them."""
+    """The config of a variant: tiny, small, laptop, 1b, 7b or 13b, alone or with +lora, +head or +keep, or several of
+    them."""
     size, *options = (variant or "tiny").split("+")
     if size not in SIZES or not set(options) <= set(OPTIONS) or len(set(options)) < len(options):
         raise c.ConfigError(f"there is no variant {variant!r}{c.nearest(variant, VARIANTS)}")
@@ -76,4 +79,5 @@ def get_config(variant: str = "tiny"):
             tasks={task: 1.0 - sum(kept.values()), **kept}, phrasings=KEPT_PHRASINGS if size == "tiny" else 0, row=row,
             batch=rows, steps=count, optimizer=c.Optimizer(peak_lr=rate, **adam), train=learn, freeze=stay,
             score_head=float(scores), eval_every=max(-(-count // 2), 1))
-    return c.to_config_dict(c.Config(model=model, run=tuple(processes), processes=processes))
+    return c.to_config_dict(c.Config(model=model, chat=c.CHATS.get(size, "vicuna"), run=tuple(processes),
+                                     processes=processes))

@@ -17,6 +17,8 @@ LORA = c.Lora(rank=8, alpha=16.0, targets=r"decoder/blocks/(q|v)")  # LoRA's own
 SIZES = {  # rows a step, shape of a row
     "tiny": (2, c.Row(tokens=480, images=3, answers=160, candidates=8)),
     "small": (2, c.Row(tokens=1024, images=4, answers=256, candidates=8)),
+    "laptop": (4, c.Row(tokens=512, images=4, answers=160, candidates=8)),
+    "1b": (8, c.Row(candidates=8)),
     "7b": (8, c.Row(candidates=8)),
     "13b": (8, c.Row(candidates=8)),
 }
@@ -24,7 +26,7 @@ STEPS = 200
 
 
 def get_config(variant: str = "tiny"):
-    """The config of a variant: tiny, small, 7b or 13b."""
+    """The config of a variant: tiny, small, laptop, 1b, 7b or 13b."""
     variant = variant or "tiny"
     model = dataclasses.replace(c.model(variant), lora=LORA)
     rows, row = SIZES[variant]
@@ -32,4 +34,5 @@ def get_config(variant: str = "tiny"):
         dataset=DATASET, tasks={"score": 1.0}, score_spread=0.5, row=row, batch=rows, steps=STEPS,
         eval_every=STEPS // 4, optimizer=c.Optimizer(peak_lr=1e-3, clip=1.0), train=(r".*/lora/(a|b)",),
         freeze=(r"encoder/.*", r"mfam/.*", r"decoder/(?!.*/lora/).*"))
-    return c.to_config_dict(c.Config(model=model, run=("personal",), processes={"personal": process}))
+    return c.to_config_dict(c.Config(model=model, chat=c.CHATS.get(variant, "vicuna"), run=("personal",),
+                                     processes={"personal": process}))

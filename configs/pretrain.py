@@ -2,6 +2,7 @@
 
     python -m calm_jax.train --config configs/pretrain.py            # tiny: from scratch, on a laptop
     python -m calm_jax.train --config configs/pretrain.py:7b --config.init=CONVERTED_CHECKPOINT
+    python -m calm_jax.train --config configs/pretrain.py:laptop --config.init=CONVERTED --config.tokenizer=CONVERTED
 
 Facts of the paper: the two processes, what each trains, the peak learning rate of 1e-3, Adam with warm-up and cosine.
 Ours: everything else, see `python -m calm_jax.config`.
@@ -19,6 +20,8 @@ from calm_jax import config as c
 SIZES = {
     "tiny": (2, (500, 1_500, 200), c.Row(tokens=384, images=3, answers=160)),
     "small": (16, (2_000, 20_000, 5_000), c.Row(tokens=1024, images=4, answers=256)),
+    "laptop": (16, (0, 600, 100), c.Row(tokens=512, images=4, answers=160)),
+    "1b": (256, (0, 4_000, 2_180), c.Row()),
     "7b": (256, (0, 4_000, 2_180), c.Row()),
     "13b": (256, (0, 4_000, 2_180), c.Row()),
 }
@@ -26,7 +29,7 @@ PHRASINGS = 5  # of each question and answer, in `tiny`: what it has the steps t
 
 
 def get_config(variant: str = "tiny"):
-    """The config of a variant: tiny, small, 7b or 13b."""
+    """The config of a variant: tiny, small, laptop, 1b, 7b or 13b."""
     variant = variant or "tiny"
     model = c.model(variant)
     rows, (language, unlabeled, pairs), row = SIZES[variant]
@@ -54,4 +57,5 @@ def get_config(variant: str = "tiny"):
         train=(".*",) if scratch else (r"mfam/thematic/.*",),
         freeze=() if scratch else (r"mfam/qformers/.*", *encoder_llm),
         eval_every=max(-(-pairs // 2), 1))
-    return c.to_config_dict(c.Config(model=model, run=tuple(processes), processes=processes))
+    return c.to_config_dict(c.Config(model=model, chat=c.CHATS.get(variant, "vicuna"), run=tuple(processes),
+                                     processes=processes))

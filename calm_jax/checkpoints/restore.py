@@ -67,7 +67,8 @@ def origins(saved: Saved | None, config: config_lib.Config) -> dict[str, Origin]
     """path -> where its value is, of every parameter of `config`'s model when it begins from `saved` or from nothing.
 
     Adapters that differ from the config's in rank, alpha or targets are merged into their kernels, and the config's
-    begin anew, as does a regression head that `saved` lacks. Nothing but `saved` is looked at.
+    begin anew, as does a regression head that `saved` lacks. What a conversion does not hold is initialised for the
+    config's own geometry and seed. Nothing but `saved` is looked at.
 
     Raises:
       CheckpointError: the checkpoint is of another geometry.
@@ -79,13 +80,18 @@ def origins(saved: Saved | None, config: config_lib.Config) -> dict[str, Origin]
     ours = dataclasses.replace(config.model, lora=theirs.lora)
     if not (ours.score_head.width and theirs.score_head.width):  # what the base lacks begins at random
         ours = dataclasses.replace(ours, score_head=theirs.score_head)
-    if not saved.meta["process"]:  # converted, never trained: no weight depends on these yet
-        ours = dataclasses.replace(ours, depths=theirs.depths)
+    converted = not saved.meta["process"]
+    if converted:  # never trained: no weight depends on these yet
+        ours = dataclasses.replace(ours, depths=theirs.depths, thematic=theirs.thematic, visual_rms=theirs.visual_rms)
+        if not any(path.startswith("mfam/qformers/") for path in array_io.shapes(saved)):
+            ours = dataclasses.replace(ours, qformer=theirs.qformer)
     lines: list[str] = []
     config_lib.compare(config_lib.Model, dataclasses.asdict(theirs), dataclasses.asdict(ours), "model", lines)
     if lines:
         raise CheckpointError(f"the checkpoint {saved.path} is of another geometry: {'; '.join(lines)}")
     found = _own(saved, Geometry.of(theirs).shapes)
+    if converted:
+        found = {path: origin for path, origin in found.items() if not isinstance(origin, Drawn)}
     if _adapters(theirs) != _adapters(config.model):
         found = {path: _merged(saved, path, found, theirs.lora) for path in found if "/lora/" not in path}
     return {path: found.get(path, Drawn(config.seed)) for path in paths}

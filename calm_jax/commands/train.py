@@ -24,7 +24,7 @@ from calm_jax.models.parameters import Geometry
 from calm_jax.text import chat as chat_lib
 from calm_jax.training import filters, loop, processes
 from calm_jax.training.startup import Startup, keep_programs
-from calm_jax.training.workdir import check, claim, held
+from calm_jax.training.workdir import check, claim, held, settled
 
 
 def train(config: config_lib.Config, workdir: pathlib.Path, *, startup: Startup | None = None, profile: int = 0
@@ -41,6 +41,7 @@ def train(config: config_lib.Config, workdir: pathlib.Path, *, startup: Startup 
       CheckpointError, TrainingError: see `training.loop.run_process`.
     """
     with held(workdir):
+        config = settled(workdir, config)
         check(workdir, config)
         chat = chat_lib.load(config.tokenizer, config.chat)
         if not chat.fits(config.model.decoder.vocab):

@@ -168,6 +168,7 @@ def everything(saved: Saved, model: config_lib.Model, leaves: Leaves, chat: Chat
     config = {
         "architectures": [CLASSES["AutoModelForCausalLM"].split(".")[1]], "model_type": "calm", "auto_map": CLASSES,
         "vit": vit, "qformer": dataclasses.asdict(model.qformer), "llama": llama,
+        "thematic": dataclasses.asdict(model.thematic),
         "taps": {part: model.depths.block(part, model.encoder.depth) for part in config_lib.PARTS},
         "lora": {"rank": model.lora.rank, "alpha": model.lora.alpha, "targets": targets},
         "score_head": dataclasses.asdict(model.score_head), "taught": taught(saved),
@@ -247,8 +248,8 @@ def _parts(model: config_lib.Model, leaves: Leaves, chat: Chat, say: Callable[[s
                     Folder(place, inside, {"config.json": mfam.published(model, level) | _dtype(inside),
                                            "README.md": model_card.qformer(level, model)}),
                     *_adapter(table, own, "mfam/qformers/", f"qformer_{level}", model.lora, "qformer.")]
-    table = tables.Table(rows=tuple(row for row in mfam.table(model.qformer).rows if row.key.startswith("thematic")))
-    folders.append(Folder("parts/thematic", tensors(table, _plain(_under(leaves, "mfam/thematic")), "mfam/"), {}))
+    folders.append(Folder("parts/thematic", tensors(mfam.thematic_table(model.thematic), _plain(leaves),
+                                                    "mfam/thematic/"), {}))
     family = families.of(model.decoder)
     table = family.table(model.decoder)
     content = tensors(table, _plain(leaves), "decoder/")
@@ -268,10 +269,6 @@ def _at(leaf: restore.Lazy, level: int) -> restore.Lazy:
 
 def _plain(leaves: Leaves) -> Leaves:
     return {path: leaf for path, leaf in leaves.items() if "/lora/" not in path}
-
-
-def _under(leaves: Leaves, prefix: str) -> Leaves:
-    return {path: leaf for path, leaf in leaves.items() if path.startswith(prefix)}
 
 
 def _adapter(table: tables.Table, leaves: Leaves, prefix: str, base: str, lora: config_lib.Lora,

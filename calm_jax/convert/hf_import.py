@@ -70,6 +70,7 @@ def convert(vit: str, llm: str, qformers: list[str], out: str, seed: int = 0, *,
     leaves = {path: streaming.Leaf(shapes[path], np.result_type(*(tensor.dtype for _, tensor, _ in parts)),
                                    tuple((index, _reader(tensor, transform)) for index, tensor, transform in parts))
               for path, parts in pieces.items()}
+    config = dataclasses.replace(config, model=dataclasses.replace(model, visual_rms=_rms(leaves)))
     groups = {"/".join(path.split("/")[:2]) for path in shapes} - {"/".join(path.split("/")[:2]) for path in leaves}
     for group in sorted(groups):
         say(f"left to random numbers: {group}")
@@ -80,6 +81,17 @@ def convert(vit: str, llm: str, qformers: list[str], out: str, seed: int = 0, *,
     with tqdm.tqdm(total=sum(leaf.nbytes for leaf in leaves.values()), unit="B", unit_scale=True, desc="converting",
                    mininterval=0.5) as bar:
         return streaming.save(out, leaves, meta, files=chat.tokenizer.files, progress=bar.update)
+
+
+def _rms(leaves: Mapping[str, streaming.Leaf]) -> float:
+    """The root mean square of the word embeddings, to four digits: fresh visual tokens begin at that of words. 0 where
+    a family keeps them elsewhere than ours do."""
+    leaf = leaves.get("decoder/embedding")
+    if leaf is None:
+        return 0.0
+    total = sum(np.square(rows, dtype=np.float64).sum() for _, read in leaf.pieces
+                for rows in np.array_split(np.asarray(read(), np.float32), 16))
+    return float(f"{(total / np.prod(leaf.shape)) ** 0.5:.4g}")
 
 
 def _source(name: str, place: pathlib.Path) -> dict[str, str]:

@@ -127,10 +127,16 @@ def qformer_table(cfg: config_lib.QFormer) -> tables.Table:
     )
 
 
-def table(cfg: config_lib.QFormer) -> tables.Table:
+def thematic_table(cfg: config_lib.Thematic) -> tables.Table:
+    """`models.mfam.Thematic`, whose layer is LLaVA's `mm_projector` of a single linear layer, and its norm, if any."""
+    return tables.Table(rows=(*(tables.norm("norm", "norm") if cfg.norm else ()),
+                              *tables.linear("project", "project")))
+
+
+def table(cfg: config_lib.Model) -> tables.Table:
     """`models.mfam.Mfam`: three times `qformer`, as `qformers.0` (low) to `qformers.2` (high), and `thematic`."""
-    return tables.Table(rows=(*qformer_table(cfg).within("qformers/", "qformers.{level}."),
-                              *tables.linear("thematic", "thematic")))
+    return tables.Table(rows=(*qformer_table(cfg.qformer).within("qformers/", "qformers.{level}."),
+                              *thematic_table(cfg.thematic).within("thematic/", "thematic.")))
 
 
 def published(model: config_lib.Model, level: str) -> dict[str, Any]:

@@ -24,7 +24,7 @@ def table(cfg: config_lib.Model) -> tables.Table:
         raise ConfigError(f"the three levels of the encoder {cfg.encoder.family!r} differ in geometry, which the torch "
                           "model of exports cannot hold")
     return tables.Table(
-        rows=(*tower.within("encoder/", "vision_tower."), *mfam.table(cfg.qformer).within("mfam/", "mfam."),
+        rows=(*tower.within("encoder/", "vision_tower."), *mfam.table(cfg).within("mfam/", "mfam."),
               *language.within("decoder/", "language_model."),
               *score_head(cfg.score_head).within("score_head/", "score_head.")),
         renames=((r"^vision_tower\.vision_model\.", "vision_tower."),),

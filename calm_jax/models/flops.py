@@ -120,8 +120,8 @@ def a_row(model: config_lib.Model, process: config_lib.Process, learns: Mapping[
     for prefix, work, count in works:
         found["forward"] += count * work.forward
         reaches = taught(prefix) or taught("encoder/") or (prefix == "decoder/" and taught("mfam/"))
-        if prefix == "mfam/thematic/":  # a single layer: nothing stands before it but the encoder
-            reaches = taught("encoder/")
+        if prefix == "mfam/thematic/":  # nothing stands before its layer but the encoder, and a norm
+            reaches = taught("encoder/") or taught("mfam/thematic/norm/")
         if reaches:  # both factors of attention are activations: twice
             found["inputs"] += count * (work.weights + 2 * work.attention)
         if whole(prefix):

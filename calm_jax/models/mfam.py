@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
+from einops import reduce
 from flax import nnx
 from jaxtyping import Array, Float
 
@@ -13,6 +15,23 @@ from calm_jax import config as config_lib
 from calm_jax.models import layers
 from calm_jax.models.encoders import Feature
 from calm_jax.models.qformer import QFormer
+
+
+class Thematic(nnx.Module):
+    """Patch features -> thematic tokens: squares of patches are averaged (`model.thematic.pool`), a norm if the config
+    asks for one, and one fully connected layer to the language model's width."""
+
+    def __init__(self, cfg: config_lib.Model, rngs: nnx.Rngs):
+        width, self.pool = cfg.encoder.part("thematic").width, cfg.thematic.pool
+        self.norm = layers.LayerNorm(width, 1e-5) if cfg.thematic.norm else None
+        self.project = layers.Linear(width, cfg.decoder.width, bias=True, rngs=rngs, gain=cfg.visual_gain)
+
+    def __call__(self, patches: Float[Array, "B P E"]) -> Float[Array, "B N D"]:
+        """N = P / pool^2; the P patches are a square grid, row by row, where they are pooled."""
+        if self.pool > 1:
+            side = math.isqrt(patches.shape[1]) // self.pool
+            patches = reduce(patches, "b (h i w j) e -> b (h w) e", "mean", h=side, w=side, i=self.pool, j=self.pool)
+        return self.project(patches if self.norm is None else self.norm(patches))
 
 
 class Mfam(nnx.Module):
@@ -27,10 +46,11 @@ class Mfam(nnx.Module):
         self.stacked = len(set(levels)) == 1
         if self.stacked:
             self.qformers = layers.stack(
-                lambda rngs: QFormer(cfg.qformer, levels[0].width, width, rngs), len(levels), rngs)
+                lambda rngs: QFormer(cfg.qformer, levels[0].width, width, rngs, cfg.visual_gain), len(levels), rngs)
         else:
-            self.qformers = nnx.List([QFormer(cfg.qformer, level.width, width, rngs) for level in levels])
-        self.thematic = layers.Linear(cfg.encoder.part("thematic").width, width, bias=True, rngs=rngs)
+            self.qformers = nnx.List([QFormer(cfg.qformer, level.width, width, rngs, cfg.visual_gain)
+                                      for level in levels])
+        self.thematic = Thematic(cfg, rngs)
 
     def __call__(self, features: Mapping[str, Feature], *, remat: str = "none") -> Float[Array, "B N D"]:
         """Tokens of the parts present in `features`, in the order low, middle, high, thematic (paper).

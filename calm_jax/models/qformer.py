@@ -48,14 +48,19 @@ class Group(nnx.Module):
 
 class QFormer(nnx.Module):
     """Learned queries, a norm of the features they read (ours: depths differ in scale; LAVIS: ln_vision), the
-    blocks, and the linear layer to the language model's width."""
+    blocks, and the linear layer to the language model's width.
 
-    def __init__(self, cfg: config_lib.QFormer, context_width: int, out_width: int, rngs: nnx.Rngs):
+    Args:
+      gain: RMS of the tokens at random parameters.
+    """
+
+    def __init__(self, cfg: config_lib.QFormer, context_width: int, out_width: int, rngs: nnx.Rngs,
+                 gain: float = 1.0):
         self.context_norm = layers.LayerNorm(context_width, 1e-5)
         self.queries = nnx.Param(nnx.initializers.normal(0.02)(rngs.params(), (cfg.queries, cfg.width)))
         self.norm = layers.LayerNorm(cfg.width, cfg.eps)
         self.groups = layers.stack(lambda rngs: Group(cfg, context_width, rngs), cfg.depth // cfg.cross_every, rngs)
-        self.project = layers.Linear(cfg.width, out_width, bias=True, rngs=rngs)
+        self.project = layers.Linear(cfg.width, out_width, bias=True, rngs=rngs, gain=gain)
 
     def __call__(self, context: Float[Array, "B S E"], *, remat: str = "none") -> Float[Array, "B Q D"]:
         return self.project(self.hidden(self.context_norm(context), remat=remat))

@@ -21,6 +21,7 @@ import jax
 
 from calm_jax import config as config_lib
 from calm_jax import files
+from calm_jax.checkpoints import locate
 from calm_jax.errors import ConfigError
 
 LOCK, CONFIG = "lock", "config.json"
@@ -83,6 +84,28 @@ def check(workdir: pathlib.Path, config: config_lib.Config) -> None:
     elif jax.process_index() == 0 and (workdir / "checkpoints").exists():
         raise ConfigError(f"the workdir {workdir} holds checkpoints but no {CONFIG}; choose another "
                           "--workdir")
+
+
+def settled(workdir: pathlib.Path, config: config_lib.Config) -> config_lib.Config:
+    """The config with `model.visual_rms` as this run has it, where the config leaves it open: as it was when the
+    folder was claimed, or as the checkpoint in `init` has it, a conversion that measured its word embeddings.
+
+    Raises:
+      CheckpointError: there is no checkpoint in `init`.
+    """
+    if config.model.visual_rms or not config.init:
+        return config
+    path = workdir / CONFIG
+    if path.is_file():
+        try:
+            model = json.loads(path.read_text())["model"]
+        except (KeyError, TypeError, ValueError):  # `check` says what is wrong
+            return config
+    else:
+        *_, (_, meta) = locate.offered(config.init).values()
+        model = meta["config"]["model"]
+    return dataclasses.replace(config, model=dataclasses.replace(
+        config.model, visual_rms=model.get("visual_rms", 0.0)))
 
 
 def claim(workdir: pathlib.Path, config: config_lib.Config) -> None:

@@ -27,6 +27,7 @@ from calm_jax.convert.families import llama as llama_family
 from calm_jax.errors import CheckpointError, ConfigError
 from calm_jax.models.parameters import Geometry
 from calm_jax.text.tokenizers import SHIPPED
+from calm_jax.training import workdir
 from tools.bench import conversion as bench_conversion
 
 torch = pytest.importorskip("torch", reason="torch is not here; make test has it")
@@ -171,6 +172,28 @@ def test_every_tensor_arrives_bit_for_bit(tmp_path, monkeypatch, form, dtype):
                 continue
             assert back[key].dtype == tensor.dtype == (ml_dtypes.bfloat16 if dtype == "bfloat16" else np.dtype(dtype))
             np.testing.assert_array_equal(bits(back[key]), bits(tensor.read()), name)
+
+
+def test_what_a_conversion_does_not_hold_is_the_recipes_to_choose(tmp_path):
+    out = hf_import.convert(*parts(tmp_path), [], str(tmp_path / "out"), seed=3)
+    saved, words = locate.find(out), torch_files.tensors(tmp_path / "llm")["model.embed_tokens.weight"].read()
+    model = saved.config.model
+    rms = np.sqrt(np.square(words.astype(np.float64)).mean())
+    assert abs(model.visual_rms - rms) <= 5e-4 * rms
+    recipe = dataclasses.replace(model, qformer=dataclasses.replace(model.qformer, width=24, heads=2, depth=2),
+                                 thematic=config_lib.Thematic(pool=1, norm=True), visual_rms=0.0)
+    config = config_lib.Config(seed=7, init=str(out), model=recipe)
+    settled = workdir.settled(tmp_path / "run", config)
+    assert settled == dataclasses.replace(config, model=dataclasses.replace(recipe, visual_rms=model.visual_rms))
+    mine = dataclasses.replace(config, model=dataclasses.replace(recipe, visual_rms=0.5))
+    assert workdir.settled(tmp_path / "run", mine) == mine
+    workdir.claim(tmp_path / "run", settled)
+    found = restore.origins(saved, settled)
+    assert {path for path, origin in found.items() if origin == restore.Drawn(7)} == {
+        path for path in found if path.startswith("mfam/")}
+    assert {origin.by for origin in found.values() if isinstance(origin, restore.Held)} == {saved.pin}
+    shutil.rmtree(out)  # a run that has begun needs no other place to know its own scale
+    assert workdir.settled(tmp_path / "run", config) == settled
 
 
 @pytest.mark.parametrize("context", [24, 20])

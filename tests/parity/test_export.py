@@ -87,7 +87,7 @@ def test_an_export_and_its_parts_are_used_as_transformers_models_are(exported, r
     found = read["whole"]
     assert len(set(found["scores"])) == 5 and all(1 <= score <= 10 for score in found["scores"])
     np.testing.assert_allclose(found["alone"], found["scores"], atol=1e-5)
-    np.testing.assert_allclose(found["saved"], found["scores"], atol=1e-6)
+    np.testing.assert_allclose(found["saved"], found["scores"], atol=1e-5)  # the same weights at other addresses
     np.testing.assert_allclose(found["bfloat16"], found["scores"], atol=0.1)
     np.testing.assert_allclose(found["spread"][0][0], found["scores"][0], atol=1e-5)
     assert len(found["comments"]) == 5 and all(found["comments"]) and found["asked"][0]
@@ -140,19 +140,19 @@ def test_torch_to_orbax_to_torch_is_bit_exact(tmp_path, monkeypatch, form, dtype
             for other in (whole[f"mfam.qformers.{number}.{key}"], beside[name] if name in beside else alone[name]):
                 np.testing.assert_array_equal(bits(other.read()), bits(tensor.read()), name)
     rest = {name for name in whole if name not in seen}  # what no source had: the projections and the first norm
-    assert {name.split(".")[-2] for name in rest} == {"ln_vision", "language_projection", "thematic"}
+    assert {name.split(".")[-2] for name in rest} == {"ln_vision", "language_projection", "project"}
 
 
 # ---- trained checkpoints: our own stem, low-rank updates ---------------------------------------------------------
 
 
 LORA = config_lib.Lora(rank=2, alpha=3.0, targets=r"decoder/blocks/(q|down)|mfam/qformers/groups/blocks/0/cross/v|"
-                                                  r"mfam/thematic|encoder/blocks/up")
+                                                  r"mfam/thematic/project|encoder/blocks/up")
 
 
 @pytest.mark.parametrize("merge", [False, True], ids=["apart", "merged"])
 def test_updates_and_our_own_stem_compute_the_same(tmp_path, merge):
-    source = miniature.saved(tmp_path / "run", lora=LORA)
+    source = miniature.saved(tmp_path / "run", lora=LORA, thematic=config_lib.Thematic(pool=2, norm=merge))
     out = hf_export.export(source, str(tmp_path / "hf"), merge_lora=merge)
     result = parity.check(source, str(out), new_tokens=16)
     print(parity.show(result))

@@ -96,11 +96,19 @@ class TorchMfam(torch.nn.Module):
         super().__init__()
         self.qformers = torch.nn.ModuleList(
             TorchQFormer(cfg.qformer, cfg.encoder.width, cfg.decoder.width, seed + level) for level in range(3))
-        self.thematic = randomised(torch.nn.Linear(cfg.encoder.width, cfg.decoder.width), seed + 3)
+        self.thematic = torch.nn.ModuleDict({
+            "project": randomised(torch.nn.Linear(cfg.encoder.width, cfg.decoder.width), seed + 3),
+            **({"norm": randomised(torch.nn.LayerNorm(cfg.encoder.width, 1e-5), seed + 4)}
+               if cfg.thematic.norm else {})})
+        self.pool = torch.nn.AvgPool2d(cfg.thematic.pool)
 
     def forward(self, features: dict[str, torch.Tensor]) -> torch.Tensor:
         tokens = [self.qformers[level](features[part]) for level, part in enumerate(config_lib.LEVELS)]
-        return torch.cat([*tokens, self.thematic(features["thematic"][:, 1:])], 1)
+        patches = features["thematic"][:, 1:]
+        side = int(patches.shape[1] ** 0.5)
+        patches = self.pool(patches.transpose(1, 2).unflatten(2, (side, side))).flatten(2).transpose(1, 2)
+        patches = self.thematic["norm"](patches) if "norm" in self.thematic else patches
+        return torch.cat([*tokens, self.thematic["project"](patches)], 1)
 
 
 def torch_llama(cfg: config_lib.Decoder, seed: int = 0) -> torch.nn.Module:
@@ -258,9 +266,12 @@ def test_qformer(cross_every):
 
 
 @torch.no_grad()
-def test_mfam_three_levels_at_once_and_some_of_them():
-    theirs = TorchMfam(MODEL)
-    ours = build(lambda: Mfam(MODEL, nnx.Rngs(0)), mfam.table(MODEL.qformer), weights(theirs))
+@pytest.mark.parametrize("thematic", [config_lib.Thematic(), config_lib.Thematic(pool=2, norm=True)],
+                         ids=["patches", "pooled"])
+def test_mfam_three_levels_at_once_and_some_of_them(thematic):
+    model = dataclasses.replace(MODEL, thematic=thematic)
+    theirs = TorchMfam(model)
+    ours = build(lambda: Mfam(model, nnx.Rngs(0)), mfam.table(model), weights(theirs))
     features = {part: random(2, 17, 32, seed=seed) for seed, part in enumerate(config_lib.PARTS)}
     expected = theirs({part: torch.from_numpy(value) for part, value in features.items()})
     run = compiled(ours, lambda m, states: m({part: Feature(x, 1) for part, x in states.items()}))
@@ -382,7 +393,7 @@ ROUND_TRIPS = {
     "vit": (lambda: torch_vit(MODEL.encoder), lambda: fresh_clip(MODEL.encoder), clip.table(MODEL.encoder)),
     "qformer": (lambda: TorchQFormer(MODEL.qformer, 32, 48), lambda: QFormer(MODEL.qformer, 32, 48, nnx.Rngs(0)),
                 mfam.qformer_table(MODEL.qformer)),
-    "mfam": (lambda: TorchMfam(MODEL), lambda: Mfam(MODEL, nnx.Rngs(0)), mfam.table(MODEL.qformer)),
+    "mfam": (lambda: TorchMfam(MODEL), lambda: Mfam(MODEL, nnx.Rngs(0)), mfam.table(MODEL)),
     "calm": (lambda: TorchCalm(MODEL), lambda: Calm(MODEL, nnx.Rngs(0)), whole.table(MODEL)),
     "llama": (lambda: torch_llama(GROUPED), lambda: Llama(GROUPED, nnx.Rngs(0)), llama.table(None)),
 }

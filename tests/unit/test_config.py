@@ -141,6 +141,8 @@ def changed(path: str, value):
     ("model.encoder.width", "64", "config.model.encoder.width takes a whole number, not '64'"),
     ("model.encoder.width", 100, "model.encoder.width=100 is no multiple of heads=16"),
     ("model.encoder.stem", "cnov", "config.model.encoder.stem='cnov' is not one of its values; the nearest is 'conv'"),
+    ("model.thematic.pool", 5, "model.thematic.pool=5 does not divide the 576 thematic features of the encoder, which "
+                               "are 24 x 24"),
     ("model.encoder", 3, "config.model.encoder is a group of fields, not 3"),
     ("processes.scores.parts", ("low", "hihg"), "parts='hihg' is not one of its values; the nearest is 'high'"),
     ("processes.scores.train", "vit", "takes a tuple"),

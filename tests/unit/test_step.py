@@ -263,9 +263,9 @@ def test_no_norm_and_no_bias_is_pulled():
 def test_parameters_matched_by_neither_or_both_lists_are_named():
     with pytest.raises(ConfigError, match="encoder/cls matches none of train, freeze"):
         filters.trainable(GEOMETRY.shapes, dataclasses.replace(PROCESS, freeze=(r"decoder/.*", r"encoder/(?!cls).*")))
-    with pytest.raises(ConfigError, match="mfam/thematic/bias matches train and freeze"):
+    with pytest.raises(ConfigError, match="mfam/thematic/project/bias matches train and freeze"):
         filters.trainable(GEOMETRY.shapes, dataclasses.replace(
-            PROCESS, freeze=(r"decoder/.*", r"encoder/.*", "mfam/thematic/bias")))
+            PROCESS, freeze=(r"decoder/.*", r"encoder/.*", "mfam/thematic/project/bias")))
 
 
 def test_patterns_that_match_nothing_are_named():

@@ -8,6 +8,8 @@ class CalmConfig(PretrainedConfig):
         vit: image_size, patch, width, depth, heads, mlp_width, eps and stem ("patch" as CLIP, or "conv").
         taps: part -> number of encoder blocks run before it reads (low, middle, high, thematic).
         qformer: width, depth, heads, mlp_width, cross_every, queries and eps of each of the three.
+        thematic: pool, the side of the square of patches averaged into a thematic token, and norm, whether there is a
+            LayerNorm before the fully connected layer.
         llama: vocab, width, depth, heads, kv_heads, mlp_width, eps, rope_theta and positions.
         score_head: width, hidden channels of the regression head; 0 is none.
         lora: rank, alpha, and targets (names of the linear layers that carry a low-rank update); rank 0 is none.
@@ -17,9 +19,10 @@ class CalmConfig(PretrainedConfig):
 
     model_type = "calm"
 
-    def __init__(self, vit=None, taps=None, qformer=None, llama=None, lora=None, score_head=None,
+    def __init__(self, vit=None, taps=None, qformer=None, thematic=None, llama=None, lora=None, score_head=None,
                  taught=None, **kwargs):
         self.vit, self.taps, self.qformer, self.llama = vit or {}, taps or {}, qformer or {}, llama or {}
+        self.thematic = thematic or {"pool": 1, "norm": False}
         self.lora = lora or {"rank": 0, "alpha": 1.0, "targets": []}
         self.score_head = score_head or {"width": 0}
         self.taught = taught

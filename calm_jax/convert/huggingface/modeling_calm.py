@@ -257,6 +257,23 @@ class QFormer(nn.Module):
         return self.language_projection(self.qformer(queries, self.ln_vision(features)))
 
 
+class Thematic(nn.Module):
+    """Squares of patches averaged, a norm if there is one, and a fully connected layer."""
+
+    def __init__(self, thematic, context, out):
+        super().__init__()
+        self.pool = thematic["pool"]
+        self.norm = LayerNorm(context, 1e-5) if thematic["norm"] else nn.Identity()
+        self.project = Linear(context, out)
+
+    def forward(self, patches):
+        if self.pool > 1:
+            side = int(patches.shape[1] ** 0.5)
+            grid = patches.unflatten(1, (side, side)).movedim(-1, 1)
+            patches = F.avg_pool2d(grid.float(), self.pool).to(patches).flatten(2).transpose(1, 2)
+        return self.project(self.norm(patches))
+
+
 class Mfam(nn.Module):
     """Tokens in the order low, middle, high, thematic."""
 
@@ -264,7 +281,7 @@ class Mfam(nn.Module):
         super().__init__()
         context, out = config.vit["width"], config.llama["width"]
         self.qformers = nn.ModuleList([QFormer(config.qformer, context, out) for _ in LEVELS])
-        self.thematic = Linear(context, out)
+        self.thematic = Thematic(config.thematic, context, out)
 
     def forward(self, features):
         tokens = [qformer(features[level]) for level, qformer in zip(LEVELS, self.qformers, strict=True)]
