@@ -353,7 +353,7 @@ def evaluate(
 @command("convert", WEIGHTS, example="calm convert --vit openai/clip-vit-large-patch14-336 --llm lmsys/vicuna-7b-v1.5 "
          "--out runs/calm-7b")
 def convert(
-        vit: Annotated[str, typer.Option(metavar="DIR|FILE|HUB", help="The encoder: a CLIPVisionModel or CLIPModel.")],
+        vit: Annotated[str, typer.Option(metavar="DIR|FILE|HUB", help="The encoder: CLIP, SigLIP or DINOv2.")],
         llm: Annotated[str, typer.Option(metavar="DIR|FILE|HUB", help="The language model: a LlamaForCausalLM, such as "
                                          "Vicuna.")],
         out: Annotated[str, typer.Option(metavar="DIR", help="Folder of the checkpoint; must not exist.")],
@@ -362,10 +362,12 @@ def convert(
                                              show_default=False)] = "",
         chat: Annotated[str, typer.Option(help="Chat template of the language model; default: what its tokenizer "
                                           "tells.", show_default=False)] = "",
-        seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of what is initialised at random.")] = 0) -> None:
+        seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of what is initialised at random.")] = 0,
+        image_size: Annotated[int, typer.Option(min=1, metavar="PIXELS", help="Side of the images that the encoder is to "
+                                                "see; default: as it was trained.", show_default=False)] = 0) -> None:
     """Turn public Hugging Face weights into a checkpoint to train from."""
     from calm_jax.commands import convert as work
-    work.run(vit, llm, _names(qformer), out, seed, chat)
+    work.run(vit, llm, _names(qformer), out, seed, chat, image_size)
 
 
 @command("export", WEIGHTS, example="calm export --checkpoint runs/finetune --out runs/calm-hf")

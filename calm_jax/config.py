@@ -127,6 +127,22 @@ class Encoder(Checked):
         """The geometry of the features of one of PARTS."""
         raise NotImplementedError
 
+    def resized(self, image_size: int) -> Encoder:
+        """The config of the same parameters for images of another size, in pixels.
+
+        Raises:
+          ConfigError: the family sees images of one size alone.
+        """
+        if image_size != self.image_size:
+            raise ConfigError(f"an encoder of the family {self.family!r} sees images of {self.image_size} pixels a side "
+                              f"alone, not of {image_size}")
+        return self
+
+    def flops(self, parts: tuple[str, ...], depths: Depths) -> tuple[float, float] | None:
+        """Floating-point operations on one image, as far as `parts` read it: of matmuls with weights, and of
+        attention; None: the family does not say, and its traced program is counted."""
+        return None
+
     def wrong(self) -> list[str]:
         """What about the fields does not go together, a sentence each that names fields by their own name."""
         return []

@@ -112,6 +112,11 @@ class Table:
         return self._of(field, default, "a list of names", lambda value:
                         isinstance(value, list) and all(isinstance(item, str) for item in value))
 
+    def numbers(self, field: str, default: Any = NEEDED) -> list[float]:
+        """A list of finite numbers."""
+        return self._of(field, default, "a list of finite numbers", lambda value: isinstance(value, list) and all(
+            type(item) in (int, float) and abs(item) < 1e300 and math.isfinite(item) for item in value))
+
     def table(self, field: str, default: Any = NEEDED) -> Table:
         value = self._of(field, default, "a table", lambda value: isinstance(value, dict))
         return Table(value, f"{self.name}: {field}", self.remedy, self.error)

@@ -32,8 +32,8 @@ TABLE: dict[str, tuple[tuple[str, ...], tuple[str | None, ...]]] = {
     "lora out": ((r".*/lora/b",), (None, "fsdp")),
     "positions": ((r"encoder/positions",), (None, "fsdp")),
     "convolution": ((r"encoder/stem/kernels/\d+",), (None, None, None, "fsdp")),
-    "small": ((r".*/bias", r".*/scale", r"encoder/cls", r"encoder/stem/biases/\d+", r"mfam/qformers/(\d+/)?queries",
-               r"score_head/out/kernel"), ()),
+    "small": ((r".*/bias", r".*/scale", r"encoder/(cls|registers)", r"encoder/stem/biases/\d+",
+               r"mfam/qformers/(\d+/)?queries", r"score_head/out/kernel"), ()),
 }
 
 

@@ -142,9 +142,10 @@ def tensors(table: tables.Table, leaves: Leaves, prefix: str = "") -> list[torch
     found = {entry.key: _tensor(entry, own[entry.path]) for entry in entries}
     for constant in table.constants:
         like = found[constant.like]
-        found[constant.key] = dataclasses.replace(
-            like, name=constant.key, read=lambda like=like, constant=constant: np.full(like.shape, constant.value,
-                                                                                       like.dtype))
+        shape = constant.shape(like.shape)
+        found[constant.key] = torch_files.Tensor(
+            constant.key, shape, like.dtype,
+            lambda shape=shape, value=constant.value, dtype=like.dtype: np.full(shape, value, dtype))
     return list(found.values())
 
 

@@ -38,12 +38,13 @@ FITTED = {
 
 
 def convert(vit: str, llm: str, qformers: list[str], out: str, seed: int = 0, *, template: str = "",
-            say: Callable[[str], None] = print) -> pathlib.Path:
+            image_size: int = 0, say: Callable[[str], None] = print) -> pathlib.Path:
     """Writes the checkpoint `out` and returns its path.
 
     Args:
       vit, llm, qformers: folders, weight files or hub ids.
       template: name of the chat template; empty = what the special tokens of the tokenizer tell, else Vicuna's.
+      image_size: side of the images that the encoder is to see, pixels; 0 = as it was trained.
 
     Raises:
       ConfigError: a part cannot be read or is of another kind than CALM computes; or the tokenizer does not fit.
@@ -54,8 +55,8 @@ def convert(vit: str, llm: str, qformers: list[str], out: str, seed: int = 0, *,
     places = {"vit": torch_files.locate(vit), "llm": torch_files.locate(llm)}
     sources = [torch_files.locate(name) for name in qformers]
     found = [torch_files.tensors(path) for path in sources]
-    model = _model(places["vit"], places["llm"], [_qformer(path, tensors) for path, tensors in
-                                                  zip(sources, found, strict=True)])
+    model = _model(_encoder(places["vit"], image_size), places["llm"], [_qformer(path, tensors) for path, tensors in
+                                                                        zip(sources, found, strict=True)])
     chat = _chat(places["llm"], model.decoder, template)
     config = config_lib.Config(seed=seed, model=model, chat=chat.template)
     shapes = {path: leaf.shape for path, leaf in Geometry.of(model).shapes.items()}
@@ -98,9 +99,14 @@ def _source(name: str, place: pathlib.Path) -> dict[str, str]:
     return {"name": name, "licence": torch_files.licence(place)}
 
 
-def _model(vit: pathlib.Path, llm: pathlib.Path, qformers: list[config_lib.QFormer]) -> config_lib.Model:
+def _encoder(vit: pathlib.Path, image_size: int) -> config_lib.Encoder:
+    encoder = hf_config.normalised(families.read(hf_config.read(vit), "encoder"), vit)
+    return encoder.resized(image_size) if image_size else encoder
+
+
+def _model(encoder: config_lib.Encoder, llm: pathlib.Path, qformers: list[config_lib.QFormer]) -> config_lib.Model:
     """The geometry of the parts; what no part decides is that of `7b`."""
-    model = dataclasses.replace(config_lib.model("7b"), encoder=families.read(hf_config.read(vit), "encoder"),
+    model = dataclasses.replace(config_lib.model("7b"), encoder=encoder,
                                 decoder=families.read(hf_config.read(llm), "language model"))
     if qformers:
         if any(kind != qformers[0] for kind in qformers):

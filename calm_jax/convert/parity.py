@@ -35,11 +35,10 @@ from calm_jax.data.tasks import instructions
 from calm_jax.errors import ConfigError
 from calm_jax.inference.decoding import Sampling
 from calm_jax.inference.generate import Generator, bucket
-from calm_jax.models import layers
+from calm_jax.models import layers, vit
 from calm_jax.models.calm import Calm
 from calm_jax.models.decoders.llama import rotary
 from calm_jax.models.encoders import Feature
-from calm_jax.models.encoders.clip import normalise
 from calm_jax.text.prompts import Layout
 
 QUESTIONS = ("What is wrong with the light here, and what would you do about it?", "Describe the picture.",
@@ -223,7 +222,7 @@ class _Stages:
         self.cfg = model.cfg
         self.taps = {part: self.cfg.depths.block(part, self.cfg.encoder.depth) for part in config_lib.PARTS}
         self._begin = _jit(model.encoder, lambda encoder, images: encoder.hidden_states(
-            normalise(images, dtype), (0,))[0])
+            vit.normalise(images, encoder.cfg, dtype), (0,))[0])
         self._see = _jit(model.encoder.blocks, lambda blocks, n, x: layers.unstack(blocks, n)(x))
         self._align = _jit(model.mfam, lambda mfam, states: mfam({
             part: Feature(x, self.cfg.encoder.part(part).prefix) for part, x in states.items()}))

@@ -96,11 +96,17 @@ class Ignored:
 
 @dataclasses.dataclass(frozen=True)
 class Constant:
-    """A tensor that the torch class demands and no output of CALM depends on: `value` in the shape of `like`."""
+    """A tensor that the torch class demands and no output of CALM depends on: `value` in the shape of `like`, behind
+    `lead` axes of one entry."""
 
     key: str
     like: str
     value: float
+    lead: int = 0
+
+    def shape(self, like: tuple[int, ...]) -> tuple[int, ...]:
+        """Its shape, if `like` has this one."""
+        return (1,) * self.lead + like
 
 
 @dataclasses.dataclass(frozen=True)
@@ -272,7 +278,8 @@ def to_torch(table: Table, leaves: Mapping[str, np.ndarray]) -> dict[str, np.nda
     tensors = {entry.key: contiguous(entry.transform.to_torch(np.asarray(leaves[entry.path])[entry.index]))
                for entry in entries}
     for constant in table.constants:
-        tensors[constant.key] = np.full_like(tensors[constant.like], constant.value)
+        like = tensors[constant.like]
+        tensors[constant.key] = np.full(constant.shape(like.shape), constant.value, like.dtype)
     return tensors
 
 

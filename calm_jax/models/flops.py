@@ -36,27 +36,17 @@ class Work:
 
 
 def encoder(model: config_lib.Model, parts: tuple[str, ...] = config_lib.PARTS) -> Work:
-    """The visual encoder on one image, as far as these parts read it; of a family that is not CLIP's, what its program
+    """The visual encoder on one image, as far as these parts read it; of a family that does not say, what its program
     computes, attention not told apart."""
     cfg = model.encoder
-    if cfg.family != "clip":
-        geometry = Geometry.of(model)
-        image = jax.ShapeDtypeStruct((1, cfg.image_size, cfg.image_size, 3), jnp.uint8)
-        program = jax.make_jaxpr(lambda parameters, images: geometry.bind(parameters).encoder.features(
-            images, parts, dtype=jnp.float32))(geometry.shapes, image)
-        return Work(traced(program.jaxpr))
-    tokens = cfg.patches + 1
-    depth = max(model.depths.block(part, cfg.depth) for part in parts)
-    shapes = Geometry.of(model).shapes
-    total, side = 0.0, cfg.image_size
-    for path, leaf in shapes.items():
-        if path.startswith("encoder/stem/kernels"):
-            side //= 2
-            total += 2.0 * side * side * math.prod(leaf.shape)
-        elif path.startswith("encoder/stem/") and path.endswith("kernel"):
-            total += 2.0 * cfg.patches * math.prod(leaf.shape)
-    total += 2.0 * tokens * depth * (4 * cfg.width ** 2 + 2 * cfg.width * cfg.mlp_width)
-    return Work(total, 4.0 * depth * tokens ** 2 * cfg.width)
+    said = cfg.flops(parts, model.depths)
+    if said is not None:
+        return Work(*said)
+    geometry = Geometry.of(model)
+    image = jax.ShapeDtypeStruct((1, cfg.image_size, cfg.image_size, 3), jnp.uint8)
+    program = jax.make_jaxpr(lambda parameters, images: geometry.bind(parameters).encoder.features(
+        images, parts, dtype=jnp.float32))(geometry.shapes, image)
+    return Work(traced(program.jaxpr))
 
 
 def qformers(model: config_lib.Model, parts: tuple[str, ...] = config_lib.PARTS) -> Work:

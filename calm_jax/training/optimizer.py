@@ -10,7 +10,7 @@ from calm_jax import config as config_lib
 from calm_jax.errors import ConfigError
 
 DECAYED = ("kernel", r"kernels/\d+", "lora/[ab]", "embedding", "positions", "queries")  # last names of parameters
-SPARED = ("scale", "bias", r"biases/\d+", "cls")
+SPARED = ("scale", "bias", r"biases/\d+", "cls", "registers")
 
 
 def make(cfg: config_lib.Optimizer, steps: int) -> tuple[optax.GradientTransformation, optax.Schedule]:
@@ -36,7 +36,8 @@ def make(cfg: config_lib.Optimizer, steps: int) -> tuple[optax.GradientTransform
 
 def decays(path: str) -> bool:
     """Whether weight decay pulls on a parameter: on kernels, LoRA's factors, embeddings, positions and queries, not on
-    norms, biases and the class token. By its name, for axes of stacking make the shape say nothing.
+    norms, LayerScale, biases, the class token and registers. By its name, for axes of stacking make the shape say
+    nothing.
 
     Raises:
       ConfigError: the name is of a kind that nobody has decided about.
