@@ -363,8 +363,8 @@ def convert(
         chat: Annotated[str, typer.Option(help="Chat template of the language model; default: what its tokenizer "
                                           "tells.", show_default=False)] = "",
         seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of what is initialised at random.")] = 0,
-        image_size: Annotated[int, typer.Option(min=1, metavar="PIXELS", help="Side of the images that the encoder is to "
-                                                "see; default: as it was trained.", show_default=False)] = 0) -> None:
+        image_size: Annotated[int, typer.Option(min=0, metavar="PIXELS", help="Side of the images that the encoder is "
+                                                "to see; 0 = as it was trained.")] = 0) -> None:
     """Turn public Hugging Face weights into a checkpoint to train from."""
     from calm_jax.commands import convert as work
     work.run(vit, llm, _names(qformer), out, seed, chat, image_size)

@@ -134,8 +134,8 @@ class Encoder(Checked):
           ConfigError: the family sees images of one size alone.
         """
         if image_size != self.image_size:
-            raise ConfigError(f"an encoder of the family {self.family!r} sees images of {self.image_size} pixels a side "
-                              f"alone, not of {image_size}")
+            raise ConfigError(f"an encoder of the family {self.family!r} sees images of {self.image_size} pixels a "
+                              f"side alone, not of {image_size}")
         return self
 
     def flops(self, parts: tuple[str, ...], depths: Depths) -> tuple[float, float] | None:

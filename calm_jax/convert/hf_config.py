@@ -54,8 +54,8 @@ def normalised(encoder: config_lib.Encoder, folder: pathlib.Path) -> config_lib.
             for name in ("mean", "std")} if found.flag("do_normalize", True) else {
             "mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
     if any(len(values) != 3 for values in said.values()) or min(said["std"]) <= 0:
-        raise found.refuse(f"image_mean {said['mean']} and image_std {said['std']} are not three numbers each, of which "
-                           "the last are above 0")
+        raise found.refuse(f"image_mean {said['mean']} and image_std {said['std']} are not three numbers each, of "
+                           "which the last are above 0")
     if all(said[name] == tuple(getattr(encoder, name)) for name in said):
         return encoder
     if not said.keys() <= {field.name for field in dataclasses.fields(encoder)}:

@@ -100,6 +100,7 @@ def _source(name: str, place: pathlib.Path) -> dict[str, str]:
 
 
 def _encoder(vit: pathlib.Path, image_size: int) -> config_lib.Encoder:
+    """As its config.json has it, for images of `image_size` pixels a side; 0 = as it was trained."""
     encoder = hf_config.normalised(families.read(hf_config.read(vit), "encoder"), vit)
     return encoder.resized(image_size) if image_size else encoder
 

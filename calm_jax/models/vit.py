@@ -1,4 +1,4 @@
-"""Vision transformers: what the encoder families that are ViTs have in common. Images in, tokens at a few depths out."""
+"""Vision transformers: what the encoder families that are ViTs have in common."""
 
 from __future__ import annotations
 

@@ -40,6 +40,11 @@ WIDE = dataclasses.replace(
     qformer=dataclasses.replace(miniature.MODEL.qformer, heads=8),
     decoder=dataclasses.replace(miniature.MODEL.decoder, width=VISUAL, heads=8, kv_heads=8, mlp_width=64, vocab=256),
     lora=config_lib.Lora(rank=4, alpha=4.0, dropout=0.0))
+# The other encoders have parameters of their own, and position embeddings of another grid.
+OTHERS = {name: dataclasses.replace(WIDE, encoder=config_lib.encoder(
+    family, image_size=32, native_size=40, patch=8, width=32, depth=2, heads=8, mlp_width=64, **options))
+    for name, family, options in (("dinov2", "dinov2", {"registers": 3}), ("swiglu", "dinov2", {"activation": "swiglu"}),
+                                  ("siglip", "siglip", {}))}
 # Three heads, odd widths: an axis that does not divide is left out.
 ODD = dataclasses.replace(
     miniature.MODEL,
@@ -129,8 +134,9 @@ def on_eight_devices() -> None:
     """Compiles in two threads, which is what takes time, and computes in one: collectives must not interleave."""
     assert len(jax.devices()) == 8
     meshes = {("wide", 1): MESHES if miniature.THOROUGH else SOME,
-              ("wide", 2): MESHES if miniature.THOROUGH else [(2, 2, 2)], ("odd", 1): [(1, 1, 8)]}
-    models = {"wide": WIDE, "odd": ODD}
+              ("wide", 2): MESHES if miniature.THOROUGH else [(2, 2, 2)], ("odd", 1): [(1, 1, 8)],
+              **{(name, 1): [(2, 2, 2)] for name in OTHERS}}
+    models = {"wide": WIDE, "odd": ODD, **OTHERS}
     work = [(name, accumulate, sizes) for (name, accumulate), some in meshes.items() for sizes in (None, *some)]
     result: dict = {"differences": {}}
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
@@ -158,7 +164,7 @@ def measured(tmp_path_factory) -> dict:
 
 @miniature.sweeps
 def test_every_mesh_gives_the_loss_and_gradients_of_one_device(measured):
-    assert len(MESHES) == 10 and len(measured["differences"]) == (21 if miniature.THOROUGH else 7)
+    assert len(MESHES) == 10 and len(measured["differences"]) == (24 if miniature.THOROUGH else 10)
     assert measured["loss wide 1"] == pytest.approx(measured["loss wide 2"], abs=1e-5)
     assert 0.01 < measured["largest wide"] < 10  # there is something to differ in, and float32 can hold it
     wrong = {mesh: value for mesh, value in measured["differences"].items() if not value < 1e-5}

@@ -487,8 +487,8 @@ def test_a_place_that_is_neither_folder_nor_hub_id_is_named(tmp_path):
 
 
 @pytest.mark.parametrize(("found", "reason"), [
-    ({"model_type": "clip_vision_model", "hidden_act": "gelu"}, "hidden_act is 'gelu' instead of quick_gelu"),
-    ({"model_type": "siglip"}, "model_type is 'siglip' instead of clip"),
+    ({"model_type": "clip_vision_model", "hidden_act": "silu"}, "hidden_act is 'silu' instead of quick_gelu or gelu"),
+    ({"model_type": "siglip2"}, "model_type is 'siglip2' instead of clip"),
 ])
 def test_encoders_that_calm_does_not_compute_are_refused(found, reason):
     with pytest.raises(ConfigError, match=reason):

@@ -24,10 +24,11 @@ from calm_jax.models import lora
 from calm_jax.models.calm import Calm
 from calm_jax.models.decoders.llama import Llama
 from calm_jax.models.encoders import Feature
-from calm_jax.models.encoders.clip import MEAN, STD, Clip, ConvStem
+from calm_jax.models.encoders.clip import MEAN, STD, ConvStem
 from calm_jax.models.mfam import Mfam
 from calm_jax.models.parameters import Geometry
 from calm_jax.models.qformer import QFormer
+from calm_jax.models.vit import Vit
 
 torch = pytest.importorskip("torch", reason="torch is not here; make test has it")
 torch.set_num_threads(1)  # the operations are so small that threads only wait for one another
@@ -179,11 +180,11 @@ def call(function, graphdef, state, *arrays):
     return function(nnx.merge(graphdef, state), *arrays)
 
 
-def fresh_clip(cfg: config_lib.Encoder) -> Clip:
-    return Clip(cfg, config_lib.Depths(), nnx.Rngs(0))
+def fresh_clip(cfg: config_lib.Encoder) -> Vit:
+    return cfg.build(config_lib.Depths(), nnx.Rngs(0))
 
 
-def our_vit(model: torch.nn.Module) -> Clip:
+def our_vit(model: torch.nn.Module) -> Vit:
     return build(lambda: fresh_clip(MODEL.encoder), clip.table(MODEL.encoder), weights(model))
 
 

@@ -5,7 +5,8 @@ from transformers import PretrainedConfig
 
 class CalmConfig(PretrainedConfig):
     """Args:
-        vit: image_size, patch, width, depth, heads, mlp_width, eps and stem ("patch" as CLIP, or "conv").
+        vit: image_size, native_size (of the images whose position embeddings are stored; 0 = image_size), patch, width,
+            depth, heads, mlp_width, eps, activation ("quick_gelu" or "gelu") and stem ("patch" as CLIP, or "conv").
         taps: part -> number of encoder blocks run before it reads (low, middle, high, thematic).
         qformer: width, depth, heads, mlp_width, cross_every, queries and eps of each of the three.
         thematic: pool, the side of the square of patches averaged into a thematic token, and norm, whether there is a

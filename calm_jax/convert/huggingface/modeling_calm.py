@@ -5,6 +5,7 @@ numbers do not depend on its version.
 """
 
 import itertools
+import math
 import os
 import warnings
 
@@ -87,15 +88,16 @@ class VisionAttention(nn.Module):
 
 
 class VisionMlp(nn.Module):
-    """With CLIP's quick-GELU."""
+    """With CLIP's quick-GELU, or the exact GELU."""
 
-    def __init__(self, width, hidden):
+    def __init__(self, width, hidden, activation):
         super().__init__()
         self.fc1, self.fc2 = Linear(width, hidden), Linear(hidden, width)
+        self.activation = activation
 
     def forward(self, x):
         y = self.fc1(x)
-        return self.fc2(y * torch.sigmoid(1.702 * y))
+        return self.fc2(F.gelu(y) if self.activation == "gelu" else y * torch.sigmoid(1.702 * y))
 
 
 class VisionBlock(nn.Module):
@@ -104,7 +106,7 @@ class VisionBlock(nn.Module):
         self.layer_norm1 = LayerNorm(vit["width"], vit["eps"])
         self.self_attn = VisionAttention(vit["width"], vit["heads"])
         self.layer_norm2 = LayerNorm(vit["width"], vit["eps"])
-        self.mlp = VisionMlp(vit["width"], vit["mlp_width"])
+        self.mlp = VisionMlp(vit["width"], vit["mlp_width"], vit["activation"])
 
     def forward(self, x):
         x = x + self.self_attn(self.layer_norm1(x))
@@ -112,7 +114,8 @@ class VisionBlock(nn.Module):
 
 
 class VisionEmbeddings(nn.Module):
-    """CLIP's patch embedding, or strided 3x3 convolutions down to the patch grid, a class token, learned positions."""
+    """CLIP's patch embedding, or strided 3x3 convolutions down to the patch grid, a class token, learned positions,
+    which are interpolated where they are of another grid."""
 
     def __init__(self, vit):
         super().__init__()
@@ -125,7 +128,17 @@ class VisionEmbeddings(nn.Module):
             self.stem = nn.ModuleList([nn.Conv2d(d_in, d_out, 3, 2) for d_in, d_out in itertools.pairwise(widths)]
                                       + [Linear(widths[-1], width)])
         self.class_embedding = nn.Parameter(torch.zeros(width))
-        self.position_embedding = nn.Embedding((vit["image_size"] // patch) ** 2 + 1, width)
+        self.grid = vit["image_size"] // patch
+        self.position_embedding = nn.Embedding(((vit["native_size"] or vit["image_size"]) // patch) ** 2 + 1, width)
+
+    def positions(self):
+        stored = self.position_embedding.weight
+        side = math.isqrt(len(stored) - 1)
+        if side == self.grid:
+            return stored
+        grid = stored[1:].float().T.unflatten(1, (side, side))[None]
+        grid = F.interpolate(grid, (self.grid, self.grid), mode="bicubic", align_corners=False)
+        return torch.cat([stored[:1], grid[0].flatten(1).T.to(stored.dtype)])
 
     def forward(self, pixels):
         if hasattr(self, "patch_embedding"):
@@ -136,7 +149,7 @@ class VisionEmbeddings(nn.Module):
                 x = F.gelu(layer(F.pad(x, (0, 1, 0, 1))), approximate="tanh")
             x = self.stem[-1](x.flatten(2).transpose(1, 2))
         cls = self.class_embedding.expand(len(x), 1, -1)
-        return torch.cat([cls, x], 1) + self.position_embedding.weight
+        return torch.cat([cls, x], 1) + self.positions()
 
 
 class VisionEncoder(nn.Module):
