@@ -552,9 +552,9 @@ def compare(kind: Any, old: Any, new: Any, path: str, lines: list[str]) -> None:
 def model(variant: str) -> Model:
     """The geometry of a variant.
 
-    `7b` and `13b` are CLIP ViT-L/14-336 + BLIP-2 + Vicuna v1.5, `1b` is the same with TinyLlama-1.1B, `laptop` is DINOv2
-    ViT-S/14 at 224 pixels + SmolLM2-135M: pretrained parts. `small` and `tiny` are trained from scratch. The paper names
-    models like Vicuna-7B; all choices are ours.
+    `7b` and `13b` are CLIP ViT-L/14-336 + BLIP-2 + Vicuna v1.5, `1b` is the same with TinyLlama-1.1B, `laptop` is
+    DINOv2 ViT-S/14 at 224 pixels + SmolLM2-135M: pretrained parts. `small` and `tiny` are trained from scratch. The
+    paper names models like Vicuna-7B; all choices are ours.
     """
     if variant == "7b":
         return Model()

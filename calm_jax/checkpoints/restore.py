@@ -9,6 +9,7 @@ person's adapters on top of other adapters stay a few megabytes. Only checkpoint
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import functools
 import os
@@ -24,7 +25,7 @@ from calm_jax import config as config_lib
 from calm_jax import sharding
 from calm_jax.checkpoints import array_io, lineage, locate, on_disk
 from calm_jax.checkpoints.meta import META, Pin, Saved, unpinned
-from calm_jax.errors import CheckpointError
+from calm_jax.errors import CheckpointError, ConfigError
 from calm_jax.models import lora
 from calm_jax.models.parameters import Geometry, Parameters, initial, numerics
 from calm_jax.text import chat as chat_lib
@@ -85,6 +86,8 @@ def origins(saved: Saved | None, config: config_lib.Config) -> dict[str, Origin]
         ours = dataclasses.replace(ours, depths=theirs.depths, thematic=theirs.thematic, visual_rms=theirs.visual_rms)
         if not any(path.startswith("mfam/qformers/") for path in array_io.shapes(saved)):
             ours = dataclasses.replace(ours, qformer=theirs.qformer)
+        with contextlib.suppress(ConfigError):  # a family that sees images of one size alone
+            ours = dataclasses.replace(ours, encoder=ours.encoder.resized(theirs.encoder.image_size))
     lines: list[str] = []
     config_lib.compare(config_lib.Model, dataclasses.asdict(theirs), dataclasses.asdict(ours), "model", lines)
     if lines:

@@ -43,8 +43,8 @@ WIDE = dataclasses.replace(
 # The other encoders have parameters of their own, and position embeddings of another grid.
 OTHERS = {name: dataclasses.replace(WIDE, encoder=config_lib.encoder(
     family, image_size=32, native_size=40, patch=8, width=32, depth=2, heads=8, mlp_width=64, **options))
-    for name, family, options in (("dinov2", "dinov2", {"registers": 3}), ("swiglu", "dinov2", {"activation": "swiglu"}),
-                                  ("siglip", "siglip", {}))}
+    for name, family, options in (("dinov2", "dinov2", {"registers": 3}),
+                                  ("swiglu", "dinov2", {"activation": "swiglu"}), ("siglip", "siglip", {}))}
 # Three heads, odd widths: an axis that does not divide is left out.
 ODD = dataclasses.replace(
     miniature.MODEL,
