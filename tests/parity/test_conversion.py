@@ -181,7 +181,8 @@ def test_what_a_conversion_does_not_hold_is_the_recipes_to_choose(tmp_path):
     rms = np.sqrt(np.square(words.astype(np.float64)).mean())
     assert abs(model.visual_rms - rms) <= 5e-4 * rms
     recipe = dataclasses.replace(model, encoder=model.encoder.resized(21),
-                                 qformer=dataclasses.replace(model.qformer, width=24, heads=2, depth=2), thematic=config_lib.Thematic(pool=1, norm=True), visual_rms=0.0)
+                                 qformer=dataclasses.replace(model.qformer, width=24, heads=2, depth=2),
+                                 thematic=config_lib.Thematic(pool=1, norm=True), visual_rms=0.0)
     config = config_lib.Config(seed=7, init=str(out), model=recipe)
     settled = workdir.settled(tmp_path / "run", config)
     assert settled == dataclasses.replace(config, model=dataclasses.replace(recipe, visual_rms=model.visual_rms))
