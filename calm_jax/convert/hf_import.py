@@ -63,7 +63,7 @@ def convert(vit: str, llm: str, qformers: list[str], out: str, seed: int = 0, *,
     pieces: Pieces = {}
     for prefix, cfg, place, found_there in (
             ("encoder/", model.encoder, places["vit"], torch_files.tensors(places["vit"])),
-            ("decoder/", model.decoder, places["llm"], _untied(torch_files.tensors(places["llm"]), places["llm"]))):
+            ("decoder/", model.decoder, places["llm"], torch_files.tensors(places["llm"]))):
         _add(pieces, prefix, families.of(cfg).table(cfg), place, found_there, shapes)
     if found:
         every = 3 // len(found)
@@ -140,13 +140,6 @@ def _chat(llm: pathlib.Path, cfg: config_lib.Decoder, template: str) -> Chat:
     return chat
 
 
-def _untied(found: Tensors, llm: pathlib.Path) -> Tensors:
-    """A language model whose head is its embedding keeps one tensor for both; CALM's head is a leaf of its own."""
-    tied = hf_config.read(llm).flag("tie_word_embeddings", False) and "lm_head.weight" not in found
-    both = found.get("model.embed_tokens.weight") if tied else None
-    return {**found, "lm_head.weight": both} if both else found
-
-
 def _add(pieces: Pieces, prefix: str, table: tables.Table, source: pathlib.Path, found: Tensors,
          shapes: tables.Shapes, lead: tuple[int, ...] = ()) -> None:
     """Puts the place of every tensor of a part into `pieces`; `lead` is the index in front of the part's own axes."""
@@ -160,6 +153,9 @@ def _add(pieces: Pieces, prefix: str, table: tables.Table, source: pathlib.Path,
         if found[name].unusable:
             raise torch_files.FileError(found[name].unusable)
         pieces.setdefault(prefix + entry.path, []).append(((*lead, *entry.index), found[name], entry.transform))
+    for name, other, sentence in tables.copies(table, found):
+        if found[name].unusable or not np.array_equal(found[name].read(), found[other].read()):
+            raise torch_files.FileError(f"{source}: {sentence}")
 
 
 def _add_qformers(pieces: Pieces, model: config_lib.Model, sources: list[pathlib.Path], found: list[Tensors],
