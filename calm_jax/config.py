@@ -162,6 +162,11 @@ class Decoder(Checked):
 
     family: str = field("", "name of the language model's family", "ours")
 
+    @property
+    def head_size(self) -> int:
+        """Channels of an attention head."""
+        return self.width // self.heads
+
     def wrong(self) -> list[str]:
         """As `Encoder.wrong`."""
         return []

@@ -28,11 +28,12 @@ TABLE: dict[str, tuple[tuple[str, ...], tuple[str | None, ...]]] = {
     "row": ((r".*/(o|down|embed)/kernel", r"mfam/qformers/(\d+/)?project/kernel", r"mfam/thematic/kernel"),
             ("tensor", "fsdp")),
     "vocabulary": ((r"decoder/embedding",), ("tensor", "fsdp")),
+    "column bias": ((r"decoder/blocks/(q|k|v)/bias",), ("tensor",)),
     "lora": ((r".*/lora/a",), ("fsdp", None)),
     "lora out": ((r".*/lora/b",), (None, "fsdp")),
     "positions": ((r"encoder/positions",), (None, "fsdp")),
     "convolution": ((r"encoder/stem/kernels/\d+",), (None, None, None, "fsdp")),
-    "small": ((r".*/bias", r".*/scale", r"encoder/(cls|registers)", r"encoder/stem/biases/\d+",
+    "small": ((r"(?!decoder/blocks/[qkv]/).*/bias", r".*/scale", r"encoder/(cls|registers)", r"encoder/stem/biases/\d+",
                r"mfam/qformers/(\d+/)?queries", r"score_head/out/kernel"), ()),
 }
 

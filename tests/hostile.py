@@ -261,7 +261,7 @@ CONFIGS = {
 @functools.cache
 def tensors(part: str) -> dict[str, np.ndarray]:
     """The torch tensors of a part of MODEL, of zeros."""
-    prefix, table = {"vit": ("encoder/", clip.table(MODEL.encoder)), "llm": ("decoder/", llama.table(None)),
+    prefix, table = {"vit": ("encoder/", clip.table(MODEL.encoder)), "llm": ("decoder/", llama.table(MODEL.decoder)),
                      "qformer": ("mfam/qformers/", mfam.qformer_table(MODEL.qformer))}[part]
     shapes = {path.removeprefix(prefix): leaf.shape for path, leaf in Geometry.of(MODEL).shapes.items()
               if path.startswith(prefix)}

@@ -69,6 +69,9 @@ def export(source: str, out: str, *, merge_lora: bool = False, parts: bool = Fal
     if (model.encoder.family, model.decoder.family) != COMPUTED:
         raise ConfigError(f"{saved.path} is of the families {model.encoder.family} and {model.decoder.family}; the "
                           f"torch model of exports computes {' and '.join(COMPUTED)} alone")
+    if options := _options(model.decoder):
+        raise ConfigError(f"the language model of {saved.path} has options that the torch model of exports does not "
+                          f"compute: {', '.join(options)}; such a model can be used here alone")
     chat = restore.chat(saved)
     if chat.template != "vicuna" or not isinstance(chat.tokenizer, SentencePieceTokenizer):
         raise ConfigError(f"{saved.path} writes conversations by the chat template {chat.template} in a tokenizer of "
@@ -93,6 +96,14 @@ def export(source: str, out: str, *, merge_lora: bool = False, parts: bool = Fal
         raise CheckpointError(f"{path} could not be written: {error}; free some space or choose another "
                               "place, and run the same command again") from error
     return path
+
+
+def _options(cfg: config_lib.Decoder) -> list[str]:
+    """What differs in a language model from LLaMA as huggingface/modeling_calm.py computes it."""
+    computed = {"tied": False, "head_dim": cfg.width // cfg.heads, "qkv_bias": False, "qk_norm": False,
+                "rope_factor": 1.0}
+    found = {name: getattr(cfg, name) for name in computed} | {"head_dim": cfg.head_size}
+    return [f"model.decoder.{name}={found[name]!r}" for name in computed if found[name] != computed[name]]
 
 
 def _write(place: pathlib.Path, folder: Folder, progress: Callable[[int], None]) -> None:
@@ -185,7 +196,7 @@ def everything(saved: Saved, model: config_lib.Model, leaves: Leaves, chat: Chat
     files |= {"pictures.py": pathlib.Path(pictures.__file__), "tokenizer.model": chat.tokenizer.files[0]}
     return Folder("", content, {
         "README.md": model_card.card(saved, model, content, config["taught"]),
-        "generation_config.json": _generation(chat),
+        "generation_config.json": _generation(chat, model.decoder),
         "tokenizer_config.json": _tokenizer_config(model, processor=True), "processor_config.json": processor,
         "config.json": config}, files)
 
@@ -207,8 +218,11 @@ def _special(chat: Chat) -> dict[str, int]:
     return {"bos_token_id": chat.tokenizer.bos, "eos_token_id": chat.stop, "pad_token_id": chat.pad}
 
 
-def _generation(chat: Chat) -> dict[str, Any]:
-    return {"do_sample": False, **_special(chat)}
+def _generation(chat: Chat, cfg: config_lib.Decoder) -> dict[str, Any]:
+    """What `generate` does unless it is told otherwise: it takes the most probable token, and none of those with which
+    a vocabulary is padded."""
+    padding = [*range(chat.tokenizer.vocab, cfg.vocab)]
+    return {"do_sample": False, **_special(chat), **({"suppress_tokens": padding} if padding else {})}
 
 
 def _tokenizer_config(model: config_lib.Model, *, processor: bool) -> dict[str, Any]:
@@ -251,11 +265,14 @@ def _parts(model: config_lib.Model, leaves: Leaves, chat: Chat, say: Callable[[s
     table = tables.Table(rows=tuple(row for row in mfam.table(model.qformer).rows if row.key.startswith("thematic")))
     folders.append(Folder("parts/thematic", tensors(table, _plain(_under(leaves, "mfam/thematic")), "mfam/"), {}))
     family = families.of(model.decoder)
-    table = family.table(model.decoder)
+    published, table = family.published(model.decoder, _special(chat)), family.table(model.decoder)
+    if published is None:
+        say("not written alone: the language model, which no published class can hold")
+        return folders
     content = tensors(table, _plain(leaves), "decoder/")
     folders += [Folder("parts/language_model", content, {
-        "config.json": family.published(model.decoder, _special(chat)) | _dtype(content),
-        "generation_config.json": _generation(chat),
+        "config.json": published | _dtype(content),
+        "generation_config.json": _generation(chat, model.decoder),
         "tokenizer_config.json": _tokenizer_config(model, processor=False)},
         {"tokenizer.model": chat.tokenizer.files[0]}),
         *_adapter(table, leaves, "decoder/", "language_model", model.lora)]

@@ -2,10 +2,10 @@
 
 Each part is a Hugging Face folder, a weight file or a hub id; the language model may be a GGUF file and the encoder an
 ONNX file (`convert.sources`). One Q-Former serves all three levels, three are low, middle and high; without any, the
-Q-Formers are initialised at random, as the fully connected layer is in any case. A Q-Former may be a file of LAVIS, such
-as blip2_pretrained.pth: without a config.json beside it, its tensors tell the geometry. Every value is kept bit for bit
-in its stored dtype; quantised ones become float32. Memory holds a few tensors, whatever the size of the model; an ONNX
-file, of 2 GB at most, is read whole. The checkpoint's meta.json names every source and the licence that it states.
+Q-Formers are initialised at random, as the fully connected layer is in any case. A Q-Former may be a file of LAVIS,
+such as blip2_pretrained.pth: without a config.json beside it, its tensors tell the geometry. Every value is kept bit
+for bit in its stored dtype; quantised ones become float32. Memory holds a few tensors, whatever the size of the model;
+an ONNX file, of 2 GB at most, is read whole. The checkpoint's meta.json names every source and the licence it states.
 """
 
 from __future__ import annotations
@@ -62,9 +62,8 @@ def convert(vit: str, llm: str, qformers: list[str], out: str, seed: int = 0, *,
     config = config_lib.Config(seed=seed, model=model, chat=chat.template)
     shapes = {path: leaf.shape for path, leaf in Geometry.of(model).shapes.items()}
     pieces: Pieces = {}
-    for prefix, cfg, source, tensors in (("encoder/", model.encoder, eyes, eyes.tensors()),
-                                         ("decoder/", model.decoder, words, _untied(words))):
-        _add(pieces, prefix, families.of(cfg).table(cfg), source.path, tensors, shapes)
+    for prefix, cfg, source in (("encoder/", model.encoder, eyes), ("decoder/", model.decoder, words)):
+        _add(pieces, prefix, families.of(cfg).table(cfg), source.path, source.tensors(), shapes)
         for note in source.notes:
             say(note)
     if found:
@@ -126,14 +125,6 @@ def _chat(llm: Source, cfg: config_lib.Decoder, template: str) -> Chat:
     return chat
 
 
-def _untied(llm: Source) -> Tensors:
-    """A language model whose head is its embedding keeps one tensor for both; CALM's head is a leaf of its own."""
-    found = llm.tensors()
-    tied = llm.config().flag("tie_word_embeddings", False) and "lm_head.weight" not in found
-    both = found.get("model.embed_tokens.weight") if tied else None
-    return {**found, "lm_head.weight": both} if both else found
-
-
 def _add(pieces: Pieces, prefix: str, table: tables.Table, source: pathlib.Path, found: Tensors,
          shapes: tables.Shapes, lead: tuple[int, ...] = ()) -> None:
     """Puts the place of every tensor of a part into `pieces`; `lead` is the index in front of the part's own axes."""
@@ -147,6 +138,9 @@ def _add(pieces: Pieces, prefix: str, table: tables.Table, source: pathlib.Path,
         if found[name].unusable:
             raise torch_files.FileError(found[name].unusable)
         pieces.setdefault(prefix + entry.path, []).append(((*lead, *entry.index), found[name], entry.transform))
+    for name, other, sentence in tables.copies(table, found):
+        if found[name].unusable or not np.array_equal(found[name].read(), found[other].read()):
+            raise torch_files.FileError(f"{source}: {sentence}")
 
 
 def _add_qformers(pieces: Pieces, model: config_lib.Model, sources: list[pathlib.Path], found: list[Tensors],

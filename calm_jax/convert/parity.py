@@ -227,7 +227,7 @@ class _Stages:
         self._align = _jit(model.mfam, lambda mfam, states: mfam({
             part: Feature(x, self.cfg.encoder.part(part).prefix) for part, x in states.items()}))
         self._embed = _jit(model, lambda model, *arguments: model.embed(*arguments))
-        self._turn = jax.jit(lambda positions: rotary(positions, self.cfg.decoder))
+        self._turn = jax.jit(lambda positions: rotary(positions, self.cfg.decoder, positions.shape[1]))
         split = [nnx.split(block) for block in model.decoder.blocks]
         say = jax.jit(lambda state, *arguments: nnx.merge(split[0][0], state)(*arguments))  # one program for all
         self._say = [functools.partial(say, state) for _, state in split]

@@ -88,10 +88,15 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Ignored:
-    """A regex, matched in full, of names that have no counterpart on the other side, and why."""
+    """A regex, matched in full, of names that have no counterpart on the other side, and why.
+
+    Attributes:
+      same: name of the torch tensor of which these must be copies, which whoever reads values checks (see `copies`).
+    """
 
     pattern: str
     reason: str
+    same: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -237,6 +242,15 @@ def match(table: Table, found: Shapes, shapes: Shapes) -> dict[str, Entry]:
     return places
 
 
+def copies(table: Table, names: Iterable[str]) -> list[tuple[str, str, str]]:
+    """(name, other, sentence) of every ignored tensor among `names` that must be a copy of another one there; the
+    sentence is for those that differ."""
+    renamed = {_renamed(table, name): name for name in names}
+    return [(name, renamed[rule.same], f"{name} is not the same as {renamed[rule.same]}: {rule.reason}")
+            for rule in table.ignored if rule.same in renamed
+            for key, name in renamed.items() if re.fullmatch(rule.pattern, key)]
+
+
 def fits(table: Table, found: Shapes, shapes: Shapes, pattern: str) -> bool:
     """Whether all tensors of the leaves whose path matches `pattern` in full are found, in the shapes needed."""
     rows = tuple(row for row in table.rows if re.fullmatch(pattern, row.path))
@@ -257,6 +271,9 @@ def to_jax(table: Table, tensors: Mapping[str, np.ndarray], shapes: Shapes) -> d
       WeightError: as `match`.
     """
     places = match(table, {name: tensor.shape for name, tensor in tensors.items()}, shapes)
+    if wrong := [sentence for name, other, sentence in copies(table, tensors)
+                 if not np.array_equal(tensors[name], tensors[other])]:
+        raise WeightError(wrong)
     dtypes: dict[str, list[np.dtype]] = {}
     for name, entry in places.items():
         dtypes.setdefault(entry.path, []).append(tensors[name].dtype)

@@ -140,10 +140,21 @@ def sample(geometry: Geometry, parameters: Parameters, batch: dict[str, Array], 
 def possible(logits: Float[Array, "... V"], count: Int[Array, ""] | int, shortest: Int[Array, ""], eos: int, vocab: int
              ) -> Float[Array, "... V"]:
     """The logits of token number `count`, or log-probabilities, which cannot be the end before the shortest length, nor
-    one of those tokens beyond `vocab` with which a vocabulary is padded."""
-    if logits.shape[-1] > vocab:
-        logits = jnp.where(jnp.arange(logits.shape[-1]) < vocab, logits, -jnp.inf)
+    one that nobody can say."""
+    logits = sayable(logits, vocab)
     return logits.at[..., eos].set(jnp.where(count < shortest, -jnp.inf, logits[..., eos]))
+
+
+def sayable(logits: Float[Array, "... V"], vocab: int) -> Float[Array, "... V"]:
+    """The logits, or log-probabilities, without tokens from `vocab` on, with which a vocabulary is padded.
+
+    Hugging Face's `generate` knows nothing of the tokenizer and may say one, unless it is told to suppress them, as
+    exports tell it. It masks the logits of a token that is taken or drawn, and the log-probabilities of beams; so is
+    it done here.
+    """
+    if logits.shape[-1] == vocab:
+        return logits
+    return jnp.where(jnp.arange(logits.shape[-1]) < vocab, logits, -jnp.inf)
 
 
 def choose(logits: Float[Array, "B V"], digests: UInt32[Array, "B"], count: Int[Array, ""] | int,

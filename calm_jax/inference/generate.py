@@ -113,7 +113,7 @@ class Generator:
     def _reader(self, name: str) -> Callable:
         """The program of a reader that lets the model say nothing."""
         if name != "head":
-            return self._program(scorer.expectation, tree=self._trees[name])
+            return self._program(scorer.expectation, tree=self._trees[name], vocab=self.tokenizer.vocab)
         if not any(path.startswith("score_head/") for path in self.parameters):
             raise ConfigError(
                 "the reader head needs a regression head, which this model does not have; train one "

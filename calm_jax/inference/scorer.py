@@ -95,12 +95,13 @@ class Tree:
 
 
 def expectation(geometry: Geometry, parameters: Parameters, batch: dict[str, Array], *, parts: tuple[str, ...],
-                tree: Tree, dtype: Any) -> tuple[Float[Array, "B"], Float[Array, "B"]]:
+                tree: Tree, vocab: int, dtype: Any) -> tuple[Float[Array, "B"], Float[Array, "B"]]:
     """Mean and standard deviation of the score that follows each prompt, over the texts of a tree by their
     probabilities.
 
     Args:
       batch: prompts as `decoding` takes them, which end where the answer begins.
+      vocab: tokens that can be said; those with which a vocabulary is padded share no probability.
     """
     count = len(tree.tokens)
     model, last, cache = decoding.prompted(geometry, parameters, batch, parts=parts, room=count, dtype=dtype)
@@ -110,7 +111,8 @@ def expectation(geometry: Geometry, parameters: Parameters, batch: dict[str, Arr
     sees = jnp.concatenate([jnp.broadcast_to(prompt, (rows, count, width)),
                             jnp.broadcast_to(tree.sees, (rows, count, count))], -1)
     behind, _ = model.decoder.extend(words, lengths[:, None] + tree.depths - 1, sees, cache, width)
-    logits = jax.nn.log_softmax(model.decoder.logits(jnp.concatenate([last, behind], 1)))
+    logits = model.decoder.logits(jnp.concatenate([last, behind], 1))
+    logits = jax.nn.log_softmax(decoding.sayable(logits, vocab))
     chances = jnp.where(tree.steps, logits[:, tree.nodes, tree.labels], 0.0).sum(-1)
     weights = jax.nn.softmax(chances)
     mean = weights @ tree.values

@@ -78,10 +78,9 @@ def thematic(model: config_lib.Model, parts: tuple[str, ...] = config_lib.PARTS)
 def language(model: config_lib.Model, tokens: int, answers: int) -> Work:
     """The language model on a row of so many tokens, with logits at so many of them."""
     cfg = model.decoder
-    head = cfg.width // cfg.heads
-    block = cfg.width * (2 * cfg.width + 2 * head * cfg.kv_heads + 3 * cfg.mlp_width)
+    block = cfg.width * (2 * cfg.head_size * (cfg.heads + cfg.kv_heads) + 3 * cfg.mlp_width)
     return Work(2.0 * (tokens * cfg.depth * block + answers * cfg.width * cfg.vocab),
-                2.0 * cfg.depth * tokens ** 2 * cfg.width)
+                2.0 * cfg.depth * tokens ** 2 * cfg.heads * cfg.head_size)
 
 
 def a_score(model: config_lib.Model, prompt: int, parts: tuple[str, ...] = config_lib.PARTS, tree: int = 0) -> Work:

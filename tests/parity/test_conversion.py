@@ -160,7 +160,7 @@ def test_every_tensor_arrives_bit_for_bit(tmp_path, monkeypatch, form, dtype):
     assert not list(tmp_path.glob("*.partial"))
     model, leaves = values(out)
     assert (model.encoder.depth, model.decoder.kv_heads, model.decoder.vocab) == (4, 2, 2048)
-    for prefix, table in (("encoder/", clip.table(model.encoder)), ("decoder/", llama_family.table(None))):
+    for prefix, table in (("encoder/", clip.table(model.encoder)), ("decoder/", llama_family.table(model.decoder))):
         mine = {name.removeprefix(prefix): leaf for name, leaf in leaves.items() if name.startswith(prefix)}
         back = tables.to_torch(table, mine)
         folder = tmp_path / ("vit" if prefix == "encoder/" else "llm")
@@ -370,16 +370,28 @@ def test_a_killed_conversion_leaves_nothing_that_a_reader_accepts(tmp_path):
 
 
 def test_a_tied_head_is_its_embedding(tmp_path):
+    """One leaf for both; a second copy in the folder must be the same."""
     sources = parts(tmp_path)
     config = llama().config
     config.tie_word_embeddings = True
-    model = transformers.LlamaForCausalLM(config)
     shutil.rmtree(sources[1])
-    write(model, tmp_path / "llm", "safetensors")
+    write(transformers.LlamaForCausalLM(config), tmp_path / "llm", "safetensors")
     shutil.copyfile(SHIPPED, tmp_path / "llm" / "tokenizer.model")
     assert "lm_head.weight" not in torch_files.tensors(tmp_path / "llm")
-    _, leaves = values(hf_import.convert(*sources, [], str(tmp_path / "out")))
-    np.testing.assert_array_equal(leaves["decoder/head/kernel"], leaves["decoder/embedding"].T)
+    model, leaves = values(hf_import.convert(*sources, [], str(tmp_path / "out")))
+    assert model.decoder.tied and not any(path.startswith("decoder/head") for path in leaves)
+    file = tmp_path / "llm" / "model.safetensors"
+    state = dict(safetensors_torch.load_file(file))
+    table = state["model.embed_tokens.weight"]
+    np.testing.assert_array_equal(leaves["decoder/embedding"], table.numpy())
+    safetensors_torch.save_file(state | {"lm_head.weight": table.clone()}, file)
+    _, again = values(hf_import.convert(*sources, [], str(tmp_path / "again")))
+    assert again.keys() == leaves.keys()
+    safetensors_torch.save_file(state | {"lm_head.weight": table + 1}, file)
+    with pytest.raises(ConfigError, match=r"lm_head.weight is not the same as model.embed_tokens.weight: .*set that to "
+                       "false in its config.json"):
+        hf_import.convert(*sources, [], str(tmp_path / "third"))
+    assert not (tmp_path / "third").exists()
 
 
 def change(path, **values_):

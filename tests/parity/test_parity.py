@@ -181,7 +181,7 @@ def our_vit(model: torch.nn.Module) -> Vit:
 
 
 def our_llama(cfg: config_lib.Decoder, model: torch.nn.Module) -> Llama:
-    return build(lambda: Llama(cfg, nnx.Rngs(0)), llama.table(None), weights(model))
+    return build(lambda: Llama(cfg, nnx.Rngs(0)), llama.table(cfg), weights(model))
 
 
 def llama_logits(model: Llama, tokens, positions, segments):
@@ -385,7 +385,7 @@ ROUND_TRIPS = {
                 mfam.qformer_table(MODEL.qformer)),
     "mfam": (lambda: TorchMfam(MODEL), lambda: Mfam(MODEL, nnx.Rngs(0)), mfam.table(MODEL.qformer)),
     "calm": (lambda: TorchCalm(MODEL), lambda: Calm(MODEL, nnx.Rngs(0)), whole.table(MODEL)),
-    "llama": (lambda: torch_llama(GROUPED), lambda: Llama(GROUPED, nnx.Rngs(0)), llama.table(None)),
+    "llama": (lambda: torch_llama(GROUPED), lambda: Llama(GROUPED, nnx.Rngs(0)), llama.table(GROUPED)),
 }
 
 
@@ -407,9 +407,9 @@ def test_round_trip_is_bit_exact_and_loads_strictly(name):
 
 def test_round_trip_keeps_bfloat16():
     tensors = {key: value.astype(ml_dtypes.bfloat16) for key, value in weights(torch_llama(GROUPED)).items()}
-    leaves = tables.to_jax(llama.table(None), tensors, shapes_of(lambda: Llama(GROUPED, nnx.Rngs(0))))
+    leaves = tables.to_jax(llama.table(GROUPED), tensors, shapes_of(lambda: Llama(GROUPED, nnx.Rngs(0))))
     assert {leaf.dtype for leaf in leaves.values()} == {np.dtype(ml_dtypes.bfloat16)}
-    for key, value in tables.to_torch(llama.table(None), leaves).items():
+    for key, value in tables.to_torch(llama.table(GROUPED), leaves).items():
         assert value.tobytes() == tensors[key].tobytes(), key
 
 
@@ -434,7 +434,7 @@ def test_every_wrong_tensor_is_named_in_one_error():
     shapes = shapes_of(lambda: Llama(MODEL.decoder, nnx.Rngs(0))) | {"blocks/q/lora/a": (3, 48, 2)}
     del shapes["norm/scale"]
     with pytest.raises(tables.WeightError) as error:
-        tables.to_jax(llama.table(None), tensors, shapes)
+        tables.to_jax(llama.table(GROUPED), tensors, shapes)
     message = str(error.value)
     assert "missing: model.layers.1.mlp.up_proj.weight (72, 48)" in message
     assert "unexpected: model.layers.3.mlp.up_proj.weight (72, 48)" in message
@@ -442,7 +442,7 @@ def test_every_wrong_tensor_is_named_in_one_error():
     assert "blocks/q/lora/a" in message
     assert "no leaf norm/scale" in message
     with pytest.raises(tables.WeightError, match=re.escape("blocks/q/lora/a")):
-        tables.to_torch(llama.table(None), {path: np.zeros(shape) for path, shape in shapes.items()})
+        tables.to_torch(llama.table(GROUPED), {path: np.zeros(shape) for path, shape in shapes.items()})
 
 
 def test_clip_keys_with_and_without_their_first_level():

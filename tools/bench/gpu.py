@@ -83,8 +83,7 @@ def products(config: config_lib.Config, rows: int) -> float:
     """Bytes of what `remat=dots` keeps of the language model, bfloat16, for so many rows of the first process: queries,
     keys, values, attention, its projection, gate and up; nothing reads the last product of a block again."""
     llama, [process] = config.model.decoder, config.processes.values()
-    head = llama.width // llama.heads
-    widths = 3 * llama.width + 2 * head * llama.kv_heads + 2 * llama.mlp_width
+    widths = llama.width + 2 * llama.head_size * (llama.heads + llama.kv_heads) + 2 * llama.mlp_width
     return 2.0 * rows * process.row.tokens * llama.depth * widths
 
 

@@ -559,7 +559,9 @@ class CalmForCausalLM(PreTrainedModel, GenerationMixin):
             mask[:, 0, length:, :length] = real[:, None]
             mask[:, 0, length:, length:] = sees
             hidden, _ = self.language_model.model(x, positions, mask)
-            chances = self.language_model.lm_head(hidden[:, length - 1:]).float().log_softmax(-1)
+            logits = self.language_model.lm_head(hidden[:, length - 1:]).float()
+            logits[..., self.generation_config.suppress_tokens or []] = -torch.inf  # nobody can say them
+            chances = logits.log_softmax(-1)
             chances = torch.stack([sum(chances[:, number[ids[:n]], token] for n, token in enumerate(ids))
                                    for ids in spelled], -1).softmax(-1)
             mean = chances @ values

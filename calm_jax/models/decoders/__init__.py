@@ -32,7 +32,7 @@ class Decoder(Protocol):
         """Hidden states after the final norm. Attention is causal and stays inside a segment (0 = padding).
 
         Args:
-          positions: of each token in its own conversation.
+          positions: of each token in its own conversation, which a row holds in full: below T.
           remat: what a block keeps for its backward pass (`config.Model.remat`).
           key: of dropout; None = none.
         """
@@ -65,6 +65,7 @@ class Decoder(Protocol):
         """M more tokens a row into slots `slot` to `slot + M` of the cache; returns their hidden states and the cache.
 
         Args:
+          positions: of each token in its own conversation, below S: all tokens before it are in the cache.
           sees: the slots that each token looks at, its own among them.
         """
         ...

@@ -1,4 +1,4 @@
-"""Token and visual embeddings in, hidden states or logits out: the LLaMA / Vicuna port."""
+"""Token and visual embeddings in, hidden states or logits out: LLaMA, and what differs from it by an option."""
 
 from __future__ import annotations
 
@@ -22,7 +22,11 @@ from calm_jax.models.lora import linears
 
 @dataclasses.dataclass(frozen=True)
 class LlamaConfig(config_lib.Decoder):
-    """LLaMA and Vicuna."""
+    """LLaMA and the families that differ from it by options: SmolLM2, TinyLlama, Llama 3, Qwen2, Qwen2.5 and Qwen3.
+
+    The defaults are Vicuna's. `positions` is how long a conversation may be, not what one costs: a program holds rotary
+    tables for the positions of the rows or the cache that it is compiled for, be it of a model of 131,072 positions.
+    """
 
     family: str = field("llama", "name of the language model's family", "ours")
     vocab: int = field(32_000, "tokens of the vocabulary", "Vicuna-7B v1.5", least=1)
@@ -35,11 +39,35 @@ class LlamaConfig(config_lib.Decoder):
     eps: float = field(1e-5, "RMSNorm epsilon", "Vicuna-7B v1.5", above=0)
     rope_theta: float = field(1e4, "rotary base", "Vicuna-7B v1.5", above=0)
     positions: int = field(4096, "longest conversation, tokens", "Vicuna-7B v1.5", least=1)
+    tied: bool = field(False, "the head is the embedding: one table for the words that are read and those that are "
+                       "said, and no parameter `head`", "Vicuna-7B v1.5; SmolLM2 and small Qwen and Llama 3.2: True")
+    head_dim: int = field(0, "channels of an attention head; 0 = width / heads", "Vicuna-7B v1.5; Qwen3: 128", least=0)
+    qkv_bias: bool = field(False, "queries, keys and values have biases", "Vicuna-7B v1.5; Qwen2, Qwen2.5: True")
+    qk_norm: bool = field(False, "RMSNorm over the channels of each head of queries and keys, before they are rotated",
+                          "Vicuna-7B v1.5; Qwen3: True")
+    rope_factor: float = field(1.0, "the slowest rotary frequencies are divided by it (the scaling `llama3`); 1 = no "
+                               "scaling", "Vicuna-7B v1.5; Llama 3.1: 8, Llama 3.2: 32", least=1)
+    rope_low_factor: float = field(1.0, "with rope_factor > 1: slowest are frequencies with at most so many turns in "
+                                   "rope_original positions", "Llama 3.1", above=0)
+    rope_high_factor: float = field(4.0, "with rope_factor > 1: frequencies with at least so many turns in "
+                                    "rope_original positions stay; those between the two are blended", "Llama 3.1",
+                                    above=0)
+    rope_original: int = field(8192, "with rope_factor > 1: positions of the training before the scaling", "Llama 3.1",
+                               least=1)
+
+    @property
+    def head_size(self) -> int:
+        return self.head_dim or self.width // self.heads
 
     def wrong(self) -> list[str]:
         checks = (
-            (self.width % self.heads == 0, f"width={self.width} is no multiple of heads={self.heads}"),
-            (self.heads % self.kv_heads == 0, f"heads={self.heads} is no multiple of kv_heads={self.kv_heads}"))
+            (self.head_dim > 0 or self.width % self.heads == 0,
+             f"width={self.width} is no multiple of heads={self.heads}, nor is head_dim set"),
+            (self.head_size % 2 == 0, f"a head has {self.head_size} channels, an odd number, which rotary positions "
+             "cannot turn in pairs"),
+            (self.heads % self.kv_heads == 0, f"heads={self.heads} is no multiple of kv_heads={self.kv_heads}"),
+            (self.rope_factor == 1 or self.rope_high_factor > self.rope_low_factor,
+             f"rope_high_factor={self.rope_high_factor:g} is not above rope_low_factor={self.rope_low_factor:g}"))
         return [message for holds, message in checks if not holds]
 
     def build(self, rngs: nnx.Rngs) -> Llama:
@@ -56,17 +84,35 @@ class Rotary(NamedTuple):
     sin: Float[Array, "B T 1 E"]
 
 
-def rotary(positions: Int[Array, "B T"], cfg: LlamaConfig) -> Rotary:
-    """The angles of tokens at `positions` below `cfg.positions`; E = H / 2.
+def frequencies(cfg: LlamaConfig) -> Float[np.ndarray, "E"]:
+    """Rotary frequencies, radians a position, float32, the fastest first; E = H / 2.
+
+    With the scaling `llama3`, those that turn at most `rope_low_factor` times in `rope_original` positions are divided
+    by `rope_factor`, those that turn at least `rope_high_factor` times stay, and those between are a blend of both.
+    """
+    half = cfg.head_size // 2
+    found = np.float32(cfg.rope_theta) ** (-np.arange(half, dtype=np.float32) / half)
+    if cfg.rope_factor == 1:
+        return found
+    turns = cfg.rope_original * found / (2 * np.pi)
+    kept = np.clip((turns - cfg.rope_low_factor) / (cfg.rope_high_factor - cfg.rope_low_factor), 0, 1)
+    return (found * (kept + (1 - kept) / cfg.rope_factor)).astype(np.float32)
+
+
+def rotary(positions: Int[Array, "B T"], cfg: LlamaConfig, length: int) -> Rotary:
+    """The angles of tokens at `positions`; E = H / 2.
 
     Looked up in tables: XLA would compute a cosine anew in every block, head and pass that reads it (a prompt's
     rotation took 5.3 ms so, and takes 0.3).
+
+    Args:
+      length: of the row or the cache; all positions are below it, and one that is not gives NaN. Tables of
+        `cfg.positions` rows would be constants of every program: 67 MB in Llama 3.2 3B.
     """
-    half = cfg.width // cfg.heads // 2
-    frequencies = np.float32(cfg.rope_theta) ** (-np.arange(half, dtype=np.float32) / half)
-    angles = np.arange(cfg.positions, dtype=np.float32)[:, None] * frequencies
+    angles = np.arange(length, dtype=np.float32)[:, None] * frequencies(cfg)
     tables = jnp.asarray(np.cos(angles)), jnp.asarray(np.sin(angles))
-    return Rotary(*(layers.by_rows(table[positions][:, :, None]) for table in tables))
+    return Rotary(*(layers.by_rows(table.at[positions].get(mode="fill", fill_value=jnp.nan)[:, :, None])
+                    for table in tables))
 
 
 def rotate(x: Float[Array, "B T N H"], by: Rotary) -> Float[Array, "B T N H"]:
@@ -76,17 +122,20 @@ def rotate(x: Float[Array, "B T N H"], by: Rotary) -> Float[Array, "B T N H"]:
 
 
 class Block(nnx.Module):
-    """Pre-norm block: rotary (grouped-query) attention and a SiLU-gated MLP, no biases."""
+    """Pre-norm block: rotary (grouped-query) attention and a SiLU-gated MLP; queries, keys and values may have biases,
+    and queries and keys a norm of their own."""
 
     def __init__(self, cfg: LlamaConfig, rngs: nnx.Rngs):
         self.heads, self.kv_heads = cfg.heads, cfg.kv_heads
-        kv_width = cfg.width // cfg.heads * cfg.kv_heads
+        q_width, kv_width = cfg.head_size * cfg.heads, cfg.head_size * cfg.kv_heads
         gain = (2 * cfg.depth) ** -0.5
         self.attention_norm = layers.RMSNorm(cfg.width, cfg.eps)
-        self.q = layers.Linear(cfg.width, cfg.width, bias=False, rngs=rngs)
-        self.k = layers.Linear(cfg.width, kv_width, bias=False, rngs=rngs)
-        self.v = layers.Linear(cfg.width, kv_width, bias=False, rngs=rngs)
-        self.o = layers.Linear(cfg.width, cfg.width, bias=False, rngs=rngs, gain=gain)
+        self.q = layers.Linear(cfg.width, q_width, bias=cfg.qkv_bias, rngs=rngs)
+        self.k = layers.Linear(cfg.width, kv_width, bias=cfg.qkv_bias, rngs=rngs)
+        self.v = layers.Linear(cfg.width, kv_width, bias=cfg.qkv_bias, rngs=rngs)
+        self.q_norm = layers.RMSNorm(cfg.head_size, cfg.eps, whole=False) if cfg.qk_norm else None
+        self.k_norm = layers.RMSNorm(cfg.head_size, cfg.eps, whole=False) if cfg.qk_norm else None
+        self.o = layers.Linear(q_width, cfg.width, bias=False, rngs=rngs, gain=gain)
         self.mlp_norm = layers.RMSNorm(cfg.width, cfg.eps)
         self.gate = layers.Linear(cfg.width, cfg.mlp_width, bias=False, rngs=rngs)
         self.up = layers.Linear(cfg.width, cfg.mlp_width, bias=False, rngs=rngs)
@@ -94,13 +143,14 @@ class Block(nnx.Module):
 
     def queries(self, y, by, key=None):
         """Rotated queries `[B, T, N, H]` of the normed input."""
-        return rotate(rearrange(self.q(y, key), "b t (n h) -> b t n h", n=self.heads), by)
+        q = rearrange(self.q(y, key), "b t (n h) -> b t n h", n=self.heads)
+        return rotate(q if self.q_norm is None else self.q_norm(q), by)
 
     def keys_values(self, y, by, keys=(None, None)):
         """Rotated keys and values `[B, T, K, H]` of the normed input."""
         k, v = (rearrange(linear(y, key), "b t (n h) -> b t n h", n=self.kv_heads)
                 for linear, key in zip((self.k, self.v), keys, strict=True))
-        return rotate(k, by), v
+        return rotate(k if self.k_norm is None else self.k_norm(k), by), v
 
     def finish(self, x, mixed, keys=(None,) * 4):
         """Adds the attention output and the MLP to the residual stream."""
@@ -117,21 +167,23 @@ class Block(nnx.Module):
 
 
 class Llama(nnx.Module):
-    """Embedding table `[V, D]`, blocks, final norm, untied head `[D, V]`."""
+    """Embedding table `[V, D]`, blocks, final norm, and a head `[D, V]` unless the embedding is it (`cfg.tied`)."""
 
     def __init__(self, cfg: LlamaConfig, rngs: nnx.Rngs):
         self.cfg = cfg
-        # Unit variance (ours), as the other layers' outputs: a word must not drown in what attention adds to it.
-        self.embedding = nnx.Param(nnx.initializers.normal(1.0)(rngs.params(), (cfg.vocab, cfg.width)))
+        # Unit variance (ours), as the other layers' outputs: a word must not drown in what attention adds to it. A tied
+        # one has the variance of a head's kernel instead: logits of unit variance matter more, and norms scale words.
+        scale = cfg.width ** -0.5 if cfg.tied else 1.0
+        self.embedding = nnx.Param(nnx.initializers.normal(scale)(rngs.params(), (cfg.vocab, cfg.width)))
         self.blocks = layers.stack(lambda rngs: Block(cfg, rngs), cfg.depth, rngs)
         self.norm = layers.RMSNorm(cfg.width, cfg.eps)
-        self.head = layers.Linear(cfg.width, cfg.vocab, bias=False, rngs=rngs)
+        self.head = None if cfg.tied else layers.Linear(cfg.width, cfg.vocab, bias=False, rngs=rngs)
 
     def unroll(self, *, transposed: bool) -> None:
         """From here on `blocks` is a list of blocks that share nothing: `prefill` and `extend` slice no weights.
 
         Args:
-          transposed: and all kernels are, which is for CPUs.
+          transposed: and all kernels are, which is for CPUs; a tied embedding is stored `[V, D]` in any case.
         """
         self.blocks = nnx.List([layers.unstack(self.blocks, index) for index in range(self.cfg.depth)])
         if transposed:
@@ -139,20 +191,34 @@ class Llama(nnx.Module):
                 linear.transpose()
 
     def embed(self, tokens: Int[Array, "B T"], dtype: Any) -> Float[Array, "B T D"]:
-        return layers.by_rows(layers.by_vocabulary(self.embedding[...].astype(dtype))[tokens])
+        return layers.by_rows(self._table(dtype)[tokens])
+
+    def _table(self, dtype: Any) -> Float[Array, "V D"]:
+        return layers.by_vocabulary(self.embedding[...].astype(dtype))
 
     def __call__(self, x: Float[Array, "B T D"], positions: Int[Array, "B T"], segments: Int[Array, "B T"], *,
                  remat: str = "none", key: Key[Array, ""] | None = None) -> Float[Array, "B T D"]:
-        """Hidden states after the final norm. Attention is causal and stays inside a segment (0 = padding)."""
+        """Hidden states after the final norm. Attention is causal and stays inside a segment (0 = padding).
+
+        Args:
+          positions: of each token in its own conversation, which the row holds in full: all are below T.
+        """
         keys = None if key is None else jax.random.split(key, self.cfg.depth)
-        by = rotary(positions, self.cfg)
+        by = rotary(positions, self.cfg, x.shape[1])
         x = layers.scan(self.blocks, x, lambda block, x, key: block(x, by, segments, key),
                         remat=remat, keys=keys)
         return self.norm(x)
 
     def logits(self, hidden: Float[Array, "B K D"]) -> Float[Array, "B K V"]:
-        """float32 logits; give only the positions where something is asked."""
-        return self.head(hidden).astype(jnp.float32)
+        """float32 logits; give only the positions where something is asked.
+
+        A tied embedding is the kernel as it is stored: a transposed copy would be a tenth to a third of a small model's
+        memory (113 MB of SmolLM2-135M's 538), and is hardly faster for one row and slower for eight.
+        """
+        if self.head is not None:
+            return self.head(hidden).astype(jnp.float32)
+        logits = layers.times_transposed(hidden, self._table(hidden.dtype))
+        return layers.by_rows(logits, whole=False).astype(jnp.float32)
 
     def prefill(self, x: Float[Array, "B T D"], lengths: Int[Array, "B"], room: int,
                 before: Before | None = None) -> tuple[Float[Array, "B 1 D"], Cache]:
@@ -170,7 +236,7 @@ class Llama(nnx.Module):
             slots, positions = before.cache[0][0].shape[2], before.length + places
             known = jnp.broadcast_to((jnp.arange(slots) < before.length).astype(jnp.int32), (batch, slots))
             seen = jnp.concatenate([known, segments], 1)
-        by = rotary(positions, self.cfg)
+        by = rotary(positions, self.cfg, slots + length)
         cache: Cache = []
         for index in range(self.cfg.depth):
             block = layers.unstack(self.blocks, index)
@@ -200,12 +266,13 @@ class Llama(nnx.Module):
         rows, although their prompts differ in length: `positions` says where in its text a token stands.
 
         Args:
+          positions: below the S slots of the cache, for each of a token's predecessors has one.
           sees: the slots that each token looks at, its own among them.
 
         Returns:
           Hidden states `[B, M, D]` and the new cache.
         """
-        by = rotary(positions, self.cfg)
+        by = rotary(positions, self.cfg, cache[0][0].shape[2])
         updated: Cache = []
         for index in range(self.cfg.depth):
             block = layers.unstack(self.blocks, index)
