@@ -1,10 +1,11 @@
-"""Hugging Face checkpoints of the parts in; one CALM checkpoint to train from, out.
+"""Published checkpoints of the parts in; one CALM checkpoint to train from, out.
 
-Each part is a folder, a weight file or a hub id. One Q-Former serves all three levels, three are low, middle and high;
-without any, the Q-Formers are initialised at random, as the fully connected layer does in any case. A Q-Former may be
-a file of LAVIS, such as blip2_pretrained.pth: without a config.json beside it, its tensors tell the geometry. Every
-value is kept bit for bit in its stored dtype. Memory holds a few tensors, whatever the size of the model. The
-checkpoint's meta.json names every source and the licence that its README.md states.
+Each part is a Hugging Face folder, a weight file or a hub id; the language model may be a GGUF file and the encoder an
+ONNX file (`convert.sources`). One Q-Former serves all three levels, three are low, middle and high; without any, the
+Q-Formers are initialised at random, as the fully connected layer is in any case. A Q-Former may be a file of LAVIS,
+such as blip2_pretrained.pth: without a config.json beside it, its tensors tell the geometry. Every value is kept bit
+for bit in its stored dtype; quantised ones become float32. Memory holds a few tensors, whatever the size of the model;
+an ONNX file, of 2 GB at most, is read whole. The checkpoint's meta.json names every source and the licence it states.
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ import tqdm
 
 from calm_jax import config as config_lib
 from calm_jax.checkpoints import streaming
-from calm_jax.convert import families, hf_config, mfam, tables, torch_files
+from calm_jax.convert import families, hf_config, mfam, sources, tables, torch_files
+from calm_jax.convert.sources import Source
 from calm_jax.errors import ConfigError
 from calm_jax.models.parameters import Geometry
-from calm_jax.text import tokenizers
 from calm_jax.text.chat import Chat
 
 Tensors = Mapping[str, torch_files.Tensor]
@@ -52,22 +53,22 @@ def convert(vit: str, llm: str, qformers: list[str], out: str, seed: int = 0, *,
     """
     if len(qformers) not in (0, 1, 3):
         raise ConfigError(f"--qformer takes one Q-Former for all levels or three, not {len(qformers)}")
-    places = {"vit": torch_files.locate(vit), "llm": torch_files.locate(llm)}
-    sources = [torch_files.locate(name) for name in qformers]
-    found = [torch_files.tensors(path) for path in sources]
-    model = _model(_encoder(places["vit"], image_size), places["llm"], [_qformer(path, tensors) for path, tensors in
-                                                                        zip(sources, found, strict=True)])
-    chat = _chat(places["llm"], model.decoder, template)
+    eyes, words = sources.find(vit), sources.find(llm)
+    places = [torch_files.locate(name) for name in qformers]
+    found = [torch_files.tensors(path) for path in places]
+    model = _model(_encoder(eyes, image_size), words, [_qformer(path, tensors) for path, tensors in
+                                                       zip(places, found, strict=True)])
+    chat = _chat(words, model.decoder, template)
     config = config_lib.Config(seed=seed, model=model, chat=chat.template)
     shapes = {path: leaf.shape for path, leaf in Geometry.of(model).shapes.items()}
     pieces: Pieces = {}
-    for prefix, cfg, place, found_there in (
-            ("encoder/", model.encoder, places["vit"], torch_files.tensors(places["vit"])),
-            ("decoder/", model.decoder, places["llm"], torch_files.tensors(places["llm"]))):
-        _add(pieces, prefix, families.of(cfg).table(cfg), place, found_there, shapes)
+    for prefix, cfg, source in (("encoder/", model.encoder, eyes), ("decoder/", model.decoder, words)):
+        _add(pieces, prefix, families.of(cfg).table(cfg), source.path, source.tensors(), shapes)
+        for note in source.notes:
+            say(note)
     if found:
         every = 3 // len(found)
-        _add_qformers(pieces, model, sources * every, found * every, shapes, say)
+        _add_qformers(pieces, model, places * every, found * every, shapes, say)
     leaves = {path: streaming.Leaf(shapes[path], np.result_type(*(tensor.dtype for _, tensor, _ in parts)),
                                    tuple((index, _reader(tensor, transform)) for index, tensor, transform in parts))
               for path, parts in pieces.items()}
@@ -77,8 +78,10 @@ def convert(vit: str, llm: str, qformers: list[str], out: str, seed: int = 0, *,
         say(f"left to random numbers: {group}")
     meta = {"process": "", "rows": 0, "best": None, "trained": [], "base": "", "seed": seed,
             "config": dataclasses.asdict(config), "tokenizer": chat.tokenizer.fingerprint,
-            "sources": {"vit": _source(vit, places["vit"]), "llm": _source(llm, places["llm"]),
-                        "qformer": [_source(*pair) for pair in zip(qformers, sources, strict=True)]}}
+            "sources": {"vit": {"name": vit, "licence": eyes.licence()},
+                        "llm": {"name": llm, "licence": words.licence()},
+                        "qformer": [{"name": name, "licence": torch_files.licence(place)}
+                                    for name, place in zip(qformers, places, strict=True)]}}
     with tqdm.tqdm(total=sum(leaf.nbytes for leaf in leaves.values()), unit="B", unit_scale=True, desc="converting",
                    mininterval=0.5) as bar:
         return streaming.save(out, leaves, meta, files=chat.tokenizer.files, progress=bar.update)
@@ -95,20 +98,16 @@ def _rms(leaves: Mapping[str, streaming.Leaf]) -> float:
     return float(f"{(total / np.prod(leaf.shape)) ** 0.5:.4g}")
 
 
-def _source(name: str, place: pathlib.Path) -> dict[str, str]:
-    return {"name": name, "licence": torch_files.licence(place)}
-
-
-def _encoder(vit: pathlib.Path, image_size: int) -> config_lib.Encoder:
+def _encoder(vit: Source, image_size: int) -> config_lib.Encoder:
     """As its config.json has it, for images of `image_size` pixels a side; 0 = as it was trained."""
-    encoder = hf_config.normalised(families.read(hf_config.read(vit), "encoder"), vit)
+    encoder = hf_config.normalised(families.read(vit.config(), "encoder"), vit.path)
     return encoder.resized(image_size) if image_size else encoder
 
 
-def _model(encoder: config_lib.Encoder, llm: pathlib.Path, qformers: list[config_lib.QFormer]) -> config_lib.Model:
+def _model(encoder: config_lib.Encoder, llm: Source, qformers: list[config_lib.QFormer]) -> config_lib.Model:
     """The geometry of the parts; what no part decides is that of `7b`."""
     model = dataclasses.replace(config_lib.model("7b"), encoder=encoder,
-                                decoder=families.read(hf_config.read(llm), "language model"))
+                                decoder=families.read(llm.config(), "language model"))
     if qformers:
         if any(kind != qformers[0] for kind in qformers):
             raise ConfigError("the Q-Formers of the three levels differ in geometry; CALM's are alike")
@@ -126,11 +125,9 @@ def _qformer(path: pathlib.Path, found: Tensors) -> config_lib.QFormer:
         raise hf_config.GeometryError(f"{path}: {error}") from None
 
 
-def _chat(llm: pathlib.Path, cfg: config_lib.Decoder, template: str) -> Chat:
-    """The tokenizer beside a language model, and the chat template that is named or that its special tokens tell."""
-    folder = llm if llm.is_dir() else llm.parent
-    tokenizer = tokenizers.load(str(folder), remedy="it belongs to the language model beside it, as tokenizer.model or "
-                                "tokenizer.json: fetch it into that folder")
+def _chat(llm: Source, cfg: config_lib.Decoder, template: str) -> Chat:
+    """The tokenizer of a language model, and the chat template that is named or that its special tokens tell."""
+    tokenizer = llm.tokenizer()
     if not template:
         template = next((name for name, token in TOLD.items() if tokenizer.special(token) is not None), "vicuna")
     chat = Chat.of(tokenizer, template)
