@@ -129,7 +129,7 @@ def _chat(llm: Source, cfg: config_lib.Decoder, template: str) -> Chat:
     """The tokenizer of a language model, and the chat template that is named or that its special tokens tell."""
     tokenizer = llm.tokenizer()
     if not template:
-        template = next((name for name, token in TOLD.items() if tokenizer.special(token) is not None), "vicuna")
+        template = next((name for token, name in TOLD.items() if tokenizer.special(token) is not None), "vicuna")
     chat = Chat.of(tokenizer, template)
     if not chat.fits(cfg.vocab):
         raise ConfigError(f"{tokenizer.name} has {tokenizer.vocab} pieces and the language model beside it "

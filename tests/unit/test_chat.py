@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import types
 
 import pytest
 import tokenizers as library
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from calm_jax.config import Model, decoder
+from calm_jax.convert import hf_import
 from calm_jax.data.samples import Answer, BadRecord, ImageRef, Mention, Sample, Turn
 from calm_jax.errors import ConfigError
 from calm_jax.registry import TEMPLATES
@@ -116,6 +118,15 @@ def test_a_template_whose_tokens_are_not_there_is_refused_with_those_that_are_kn
     with pytest.raises(ConfigError, match="the nearest is 'chatml'"):
         chat_lib.load("", "chatmll")
     assert set(TEMPLATES.names()) == {"vicuna", "chatml", "llama3", "qwen", "zephyr"}
+
+
+@pytest.mark.parametrize("template", SPECIAL)
+def test_a_conversion_takes_the_template_that_the_special_tokens_tell(folders, template):
+    tokenizer = tokenizers.load(str(folders[template]))
+    llm, cfg = types.SimpleNamespace(tokenizer=lambda: tokenizer), decoder("llama", vocab=tokenizer.vocab)
+    assert hf_import._chat(llm, cfg, "").template == template
+    if template == "chatml":
+        assert hf_import._chat(llm, cfg, "qwen").template == "qwen"
 
 
 def test_a_config_beside_it_says_what_begins_and_ends_a_text(tmp_path, folders):
