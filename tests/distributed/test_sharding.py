@@ -33,17 +33,18 @@ SOME = [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2), (1, 2, 4)]
 ROWS = 16  # divides among eight devices also in two micro-batches
 VISUAL = 96  # channels of the language model, so that a visual pool has a shape that nothing else has
 
-# Eight heads and widths that divide by eight; one LoRA, so that its rules are used too.
+# Eight heads and widths that divide by eight; one LoRA, so that its rules are used too. Nine patches an image: with as
+# many as rows, position embeddings would have the shape of activations.
 WIDE = dataclasses.replace(
     miniature.MODEL,
-    encoder=dataclasses.replace(miniature.MODEL.encoder, heads=8, stem="patch"),
+    encoder=dataclasses.replace(miniature.MODEL.encoder, image_size=24, heads=8, stem="patch"),
     qformer=dataclasses.replace(miniature.MODEL.qformer, heads=8),
     decoder=dataclasses.replace(miniature.MODEL.decoder, width=VISUAL, heads=8, kv_heads=8, mlp_width=64, vocab=256),
     lora=config_lib.Lora(rank=4, alpha=4.0, dropout=0.0))
 # The other encoders have parameters of their own, and position embeddings of another grid.
 OTHERS = {name: dataclasses.replace(WIDE, encoder=config_lib.encoder(
     family, image_size=32, native_size=40, patch=8, width=32, depth=2, heads=8, mlp_width=64, **options))
-    for name, family, options in (("dinov2", "dinov2", {"registers": 3}),
+    for name, family, options in (("registers", "dinov2", {"registers": 3}),
                                   ("swiglu", "dinov2", {"activation": "swiglu"}), ("siglip", "siglip", {}))}
 # Three heads, odd widths: an axis that does not divide is left out.
 ODD = dataclasses.replace(
