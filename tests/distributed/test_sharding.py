@@ -46,6 +46,9 @@ OTHERS = {name: dataclasses.replace(WIDE, encoder=config_lib.encoder(
     family, image_size=32, native_size=40, patch=8, width=32, depth=2, heads=8, mlp_width=64, **options))
     for name, family, options in (("registers", "dinov2", {"registers": 3}),
                                   ("swiglu", "dinov2", {"activation": "swiglu"}), ("siglip", "siglip", {}))}
+# The language model with every option: a tied embedding, wider heads in groups, biases, norms of queries and keys.
+OPTIONS = dataclasses.replace(WIDE, decoder=dataclasses.replace(
+    WIDE.decoder, kv_heads=4, head_dim=16, tied=True, qkv_bias=True, qk_norm=True, rope_factor=4.0, rope_original=16))
 # Three heads, odd widths: an axis that does not divide is left out.
 ODD = dataclasses.replace(
     miniature.MODEL,
@@ -92,10 +95,10 @@ def difference(ours, theirs) -> float:
     return max(jax.tree.leaves(jax.tree.map(lambda x, y: float(np.abs(x - y).max()), a, b)))
 
 
-def compiled(flat: bool) -> str:
+def compiled(model: config_lib.Model, flat: bool) -> str:
     """HLO of the compiled train step on fsdp=8; `flat`: the negative control, a visual pool flat over the batch."""
     mesh = sharding.make_mesh(config_lib.Mesh(fsdp=8))
-    step = a_step(WIDE, 1, mesh)
+    step = a_step(model, 1, mesh)
     if flat:
         def embed(self, tokens, visual, pool):
             rows, size, width = pool.shape
@@ -116,7 +119,7 @@ def compiled(flat: bool) -> str:
     single = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     state = State(jax.ShapeDtypeStruct((), np.int32), dict(shapes), jax.eval_shape(step.tx.init, dict(shapes)))
     train = compile_train(step, State(single, layout, moments), {})
-    batch = jax.eval_shape(lambda: miniature.batch(WIDE, PROCESS))
+    batch = jax.eval_shape(lambda: miniature.batch(model, PROCESS))
     return train.lower(state, {}, batch, jax.eval_shape(lambda: jax.random.key(0))).compile().as_text()
 
 
@@ -136,12 +139,13 @@ def on_eight_devices() -> None:
     assert len(jax.devices()) == 8
     meshes = {("wide", 1): MESHES if miniature.THOROUGH else SOME,
               ("wide", 2): MESHES if miniature.THOROUGH else [(2, 2, 2)], ("odd", 1): [(1, 1, 8)],
-              **{(name, 1): [(2, 2, 2)] for name in OTHERS}}
-    models = {"wide": WIDE, "odd": ODD, **OTHERS}
+              ("options", 1): [(1, 2, 4), (2, 2, 2)], **{(name, 1): [(2, 2, 2)] for name in OTHERS}}
+    models = {"wide": WIDE, "odd": ODD, "options": OPTIONS, **OTHERS}
     work = [(name, accumulate, sizes) for (name, accumulate), some in meshes.items() for sizes in (None, *some)]
     result: dict = {"differences": {}}
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        texts = pool.submit(lambda: {str(flat): exchanged(compiled(flat)) for flat in (False, True)})
+        texts = pool.submit(lambda: {name: exchanged(compiled(model, flat)) for name, model, flat in (
+            ("wide", WIDE, False), ("options", OPTIONS, False), ("flat", WIDE, True))})
         ready = pool.map(lambda item: prepared(models[item[0]], *item[1:]), work)
         for (name, accumulate, sizes), (compute, arguments) in zip(work, ready, strict=True):
             outcome = jax.device_get(compute(*arguments))
@@ -165,9 +169,10 @@ def measured(tmp_path_factory) -> dict:
 
 @miniature.sweeps
 def test_every_mesh_gives_the_loss_and_gradients_of_one_device(measured):
-    assert len(MESHES) == 10 and len(measured["differences"]) == (24 if miniature.THOROUGH else 10)
+    assert len(MESHES) == 10 and len(measured["differences"]) == (26 if miniature.THOROUGH else 12)
     assert measured["loss wide 1"] == pytest.approx(measured["loss wide 2"], abs=1e-5)
-    assert 0.01 < measured["largest wide"] < 10  # there is something to differ in, and float32 can hold it
+    for name in ("wide", "options"):
+        assert 0.01 < measured[f"largest {name}"] < 10  # there is something to differ in, and float32 can hold it
     wrong = {mesh: value for mesh, value in measured["differences"].items() if not value < 1e-5}
     print(f"largest difference over {len(measured['differences'])} meshes: {max(measured['differences'].values()):.2e}")
     assert not wrong, wrong
@@ -187,15 +192,26 @@ def of_all_rows(collectives) -> list:
         or shape == [POOL, VISUAL])]
 
 
-def test_no_visual_token_and_no_other_activation_of_another_row_is_gathered(measured):
+@pytest.mark.parametrize("name", ["wide", "options"])
+def test_no_visual_token_and_no_other_activation_of_another_row_is_gathered(measured, name):
     """FSDP moves weights, and gradients of weights, and no rows."""
-    collectives = measured["collectives"]["False"]
+    collectives = measured["collectives"][name]
     assert any(kind == "all-gather" for kind, _, _ in collectives)  # the weights
     assert not of_all_rows(collectives)
 
 
 def test_the_check_for_gathered_visual_tokens_can_fail(measured):
-    assert ("all-gather", [POOL, VISUAL]) in of_all_rows(measured["collectives"]["True"])
+    assert ("all-gather", [POOL, VISUAL]) in of_all_rows(measured["collectives"]["flat"])
+
+
+def test_the_options_of_a_language_model_are_split_where_they_are_used():
+    """Biases as the columns that they are added to, an embedding by words and channels, norms of heads nowhere."""
+    layout = sharding.parameters(Geometry.of(OPTIONS).shapes, eight(1, 2, 4))
+    specs = {path.removeprefix("decoder/"): tuple(layout[path].spec) for path in layout if path.startswith("decoder/")}
+    for name in "qkv":
+        assert specs[f"blocks/{name}/bias"] == (None, "tensor") == specs[f"blocks/{name}/kernel"][::2]
+    assert specs["embedding"] == ("tensor", "fsdp") and specs["blocks/q_norm/scale"] == (None, None)
+    assert not any(path.startswith("head") for path in specs)
 
 
 # ---- arithmetic on shapes, in this process ----------------------------------------------------------------------

@@ -147,7 +147,7 @@ def test_scaled_frequencies_are_those_of_llama_3():
                                                   ("Qwen3", False)])
 @torch.no_grad()
 def test_greedy_tokens_cached_uncached_and_by_generate(name, transposed):
-    """Prompts beyond the positions before the scaling; blocks unrolled, kernels as on CPUs or as on accelerators."""
+    """Prompts beyond the positions before the scaling; unrolled, kernels as CPUs or accelerators have them."""
     theirs, cfg, new = torch_model(name), read(as_published(name)), 12
     plain = ours(cfg, stored(theirs))
     model = nnx.clone(plain)
