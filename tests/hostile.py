@@ -677,6 +677,120 @@ def bin_items() -> tuple[dict[str, Callable], Callable]:
     return made, harmed
 
 
+@functools.cache
+def gguf_file() -> bytes:
+    """A sound GGUF file of a small LLaMA."""
+    import gguf
+    path = _scratch() / "sound.gguf"
+    cfg, words = MODEL.decoder, [chr(0x100 + number) for number in range(MODEL.decoder.vocab)]
+    writer = gguf.GGUFWriter(str(path), "llama")
+    for add, value in (("block_count", cfg.depth), ("context_length", 64), ("embedding_length", cfg.width),
+                       ("feed_forward_length", cfg.mlp_width), ("head_count", cfg.heads), ("layer_norm_rms_eps", 1e-5),
+                       ("head_count_kv", cfg.kv_heads), ("tokenizer_model", "gpt2"), ("tokenizer_pre", "smollm"),
+                       ("token_list", words), ("token_types", [1] * len(words)), ("bos_token_id", 1),
+                       ("eos_token_id", 2), ("token_merges", [])):
+        getattr(writer, f"add_{add}")(value)
+    names = {"self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
+             "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
+             "mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
+             "model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output", "model.layers": "blk"}
+    for name, value in tensors("llm").items():
+        for theirs, other in names.items():
+            name = name.replace(theirs, other)
+        writer.add_tensor(name, value)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path.read_bytes()
+
+
+def gguf_items() -> tuple[dict[str, Callable], Callable]:
+    content = gguf_file()
+
+    def ready(made):
+        return lambda folder, outside, rng: (folder / "model.gguf").write_bytes(made)
+
+    def harmed(folder, outside, rng):
+        # Most of a file is values, which may be anything; faults shall meet its header.
+        head = content.rindex(b"output.weight") + 64
+        (folder / "model.gguf").write_bytes(damaged(content[:head], rng) + content[head:] if rng.random() < 0.8
+                                            else damaged(content, rng))
+
+    def size(at, value):
+        return ready(content[:at] + value.to_bytes(8, "little") + content[at + 8:])
+
+    return {"sound": ready(content), "magic alone": ready(b"GGUF"), "empty": ready(b""),
+            "many tensors": size(8, (1 << 64) - 1), "many fields": size(16, 1 << 40), "long name": size(24, 1 << 62),
+            "pipe": lambda folder, outside, rng: os.mkfifo(folder / "model.gguf"),
+            "folder": lambda folder, outside, rng: (folder / "model.gguf").mkdir()}, harmed
+
+
+def read_gguf(folder: pathlib.Path) -> None:
+    hf_import.convert(str(hub() / "vit"), str(folder / "model.gguf"), [], str(folder.with_name("out")),
+                      say=lambda _: None)
+
+
+@functools.cache
+def onnx_file() -> bytes:
+    """A file of a DINOv2 encoder of one block, as far as it is read; it cannot be run."""
+    import onnx
+    constants, nodes, width = {}, [], 4
+
+    def node(name, kind, *inputs, output="x", **options):
+        for value in inputs:
+            if isinstance(value, np.ndarray):
+                constants[f"c{len(constants)}"] = value
+        names = [next(key for key, held in constants.items() if held is value) if isinstance(value, np.ndarray)
+                 else value for value in inputs]
+        nodes.append(onnx.helper.make_node(kind, names, [f"{output}{len(nodes)}"], name=name, **options))
+        return nodes[-1].output[0]
+
+    def full(*shape):
+        return np.ones(shape, np.float32)
+
+    embeddings, layer = "/backbone/embeddings", "/backbone/encoder/layer.0"
+    node(f"{embeddings}/patch_embeddings/projection/Conv", "Conv", "images", full(width, 3, 2, 2), full(width))
+    node(f"{embeddings}/Expand", "Expand", full(1, 1, width), "x")
+    grid = node(f"{embeddings}/Reshape", "Reshape", full(1, 9, width), "x")
+    grid = node(f"{embeddings}/Resize", "Resize", grid, "", "", "x", mode="cubic")
+    node(f"{embeddings}/Concat", "Concat", full(1, 1, width), grid, axis=1)
+    for norm in ("norm1", "norm2"):
+        node(f"{layer}/{norm}/LayerNormalization", "LayerNormalization", "x", full(width), full(width), epsilon=1e-6)
+    shape = np.array([1, -1, 2, 2])
+    node(f"{layer}/attention/attention/Reshape", "Reshape", "x", shape)
+    for place, out, into in (("attention/attention/query", width, width), ("attention/attention/key", width, width),
+                             ("attention/attention/value", width, width), ("attention/output/dense", width, width),
+                             ("mlp/fc1", 16, width), ("mlp/fc2", width, 16)):
+        node(f"{layer}/{place}/MatMul", "MatMul", "x", full(into, out))
+        node(f"{layer}/{place}/Add", "Add", full(out), "x")
+    node(f"{layer}/mlp/activation/Erf", "Erf", "x")
+    for scale in ("layer_scale1", "layer_scale2"):
+        node(f"{layer}/{scale}/Mul", "Mul", "x", full(width))
+    graph = onnx.helper.make_graph(nodes, "g", [], [], [
+        onnx.numpy_helper.from_array(value, name) for name, value in constants.items()])
+    return onnx.helper.make_model(graph).SerializeToString()
+
+
+def onnx_items() -> tuple[dict[str, Callable], Callable]:
+    content = onnx_file()
+
+    def ready(made):
+        return lambda folder, outside, rng: (folder / "model.onnx").write_bytes(made)
+
+    def harmed(folder, outside, rng):
+        (folder / "model.onnx").write_bytes(damaged(content, rng))
+
+    return {"sound": ready(content), "empty": ready(b""), "text": ready(b"not found\n"),
+            "pipe": lambda folder, outside, rng: os.mkfifo(folder / "model.onnx"),
+            "folder": lambda folder, outside, rng: (folder / "model.onnx").mkdir()}, harmed
+
+
+def read_onnx(folder: pathlib.Path) -> None:
+    hf_import.convert(str(folder / "model.onnx"), str(hub() / "llm"), [], str(folder.with_name("out")),
+                      say=lambda _: None)
+
+
 def checkpoint_items() -> tuple[dict[str, Callable], Callable]:
     def meta(change):
         """A checkpoint whose marker fits its changed meta data, as one who means harm would make it."""
@@ -765,7 +879,8 @@ def kinds() -> dict[str, tuple[tuple[dict[str, Callable], Callable], Callable[[p
     found = {
         "picture": ((picture_items(), random_picture), read_picture),
         "config": (config_items(), convert), "index": (index_items(), convert),
-        "safetensors": (safetensors_items(), convert), "checkpoint": (checkpoint_items(), read_checkpoint),
+        "safetensors": (safetensors_items(), convert), "gguf": (gguf_items(), read_gguf),
+        "onnx": (onnx_items(), read_onnx), "checkpoint": (checkpoint_items(), read_checkpoint),
         **{name: (dataset(make, column), functools.partial(prepare, name)) for name, make, column in (
             ("csv", csv_folder, 0), ("qa", qa_folder, 0), ("oasis", oasis_folder, 1), ("para", para_folder, 1),
             ("ava", ava_folder, None))},

@@ -31,7 +31,7 @@ MAY: dict[str, set[str]] = {
     "convert": {*BASE, "models", "text", "checkpoints", "data", "inference", "convert"},
     "evaluation": {*BASE, "inference", "text", "data", "evaluation"},
 }
-FOREIGN = {"torch", "transformers", "tensorflow", "tensorflow_datasets"}
+FOREIGN = {"torch", "transformers", "tensorflow", "tensorflow_datasets", "gguf", "onnx"}
 TRAVELLING = sorted((PACKAGE / "convert" / "huggingface").glob("[!_]*.py"))  # run elsewhere, as files, not modules
 SHIPPED = [path for path in TRAVELLING if path.stem.endswith("_calm")]  # those that exported models carry
 FILES = sorted(set(path for path in PACKAGE.rglob("*.py") if "configs" not in path.parts) - set(TRAVELLING))
