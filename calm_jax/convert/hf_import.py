@@ -4,7 +4,7 @@ Each part is a folder, a weight file or a hub id. One Q-Former serves all three 
 without any, the Q-Formers are initialised at random, as the fully connected layer does in any case. A Q-Former may be
 a file of LAVIS, such as blip2_pretrained.pth: without a config.json beside it, its tensors tell the geometry. Every
 value is kept bit for bit in its stored dtype. Memory holds a few tensors, whatever the size of the model. The
-checkpoint's meta.json names every source and the licence that its README.md states.
+checkpoint's meta.json names every source and the licence that its README.md or its provenance.json states.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import tqdm
 
 from calm_jax import config as config_lib
 from calm_jax.checkpoints import streaming
-from calm_jax.convert import families, hf_config, mfam, tables, torch_files
+from calm_jax.convert import families, hf_config, mfam, parts, tables, torch_files
 from calm_jax.errors import ConfigError
 from calm_jax.models.parameters import Geometry
 from calm_jax.text import tokenizers
@@ -83,7 +83,7 @@ def convert(vit: str, llm: str, qformers: list[str], out: str, seed: int = 0, *,
 
 
 def _source(name: str, place: pathlib.Path) -> dict[str, str]:
-    return {"name": name, "licence": torch_files.licence(place)}
+    return parts.source(name, place)
 
 
 def _model(vit: pathlib.Path, llm: pathlib.Path, qformers: list[config_lib.QFormer]) -> config_lib.Model:
