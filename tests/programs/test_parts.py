@@ -197,7 +197,7 @@ def test_a_package_that_cannot_be_had_is_said_with_the_last_line_of_pip(fake, mo
 
 
 def test_without_pip_and_uv_the_remedy_is_said(fake, monkeypatch):
-    monkeypatch.setattr(command.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(command.importlib.util, "find_spec", lambda *names: None)
     monkeypatch.setattr(command.shutil, "which", lambda name: f"/usr/bin/{name}")
     assert command._pip()[0] == "/usr/bin/uv"
     monkeypatch.setattr(command.shutil, "which", lambda name: None)
