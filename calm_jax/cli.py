@@ -350,13 +350,28 @@ def evaluate(
 # ---- weights ------------------------------------------------------------------------------------------------------
 
 
+@command("parts", WEIGHTS, example="calm parts\ncalm parts laptop --out parts/laptop")
+def parts(
+        name: Annotated[str, typer.Argument(metavar="[NAME]", help="The set to fetch; none: list them all.",
+                                            show_default=False)] = "",
+        out: Annotated[str, typer.Option(metavar="DIR", help="Folder of the set; default: parts/NAME.",
+                                         show_default=False)] = "") -> None:
+    """List known sets of pretrained parts, or fetch one: encoder and language model."""
+    from calm_jax.commands import parts as work
+    work.run(name, out)
+
+
 @command("convert", WEIGHTS, example="calm convert --vit openai/clip-vit-large-patch14-336 --llm lmsys/vicuna-7b-v1.5 "
-         "--out runs/calm-7b")
+         "--out runs/calm-7b\ncalm convert --parts parts/laptop --out runs/laptop-start")
 def convert(
-        vit: Annotated[str, typer.Option(metavar="DIR|FILE|HUB", help="The encoder: CLIP, SigLIP or DINOv2.")],
-        llm: Annotated[str, typer.Option(metavar="DIR|FILE|HUB", help="The language model: a LlamaForCausalLM, such as "
-                                         "Vicuna.")],
         out: Annotated[str, typer.Option(metavar="DIR", help="Folder of the checkpoint; must not exist.")],
+        vit: Annotated[str, typer.Option(metavar="DIR|FILE|HUB", help="The encoder: CLIP, SigLIP or DINOv2; also an "
+                                         "ONNX file of DINOv2.",
+                                         show_default=False)] = "",
+        llm: Annotated[str, typer.Option(metavar="DIR|FILE|HUB", help="The language model: LLaMA, Vicuna, SmolLM2, "
+                                         "Qwen2.5 or Qwen3; also a GGUF file.", show_default=False)] = "",
+        parts: Annotated[str, typer.Option(metavar="DIR|NAME", help="Both at once, with their chat template: a set "
+                                           "that calm parts fetched, or the name of one.", show_default=False)] = "",
         qformer: Annotated[str, typer.Option(metavar="X[,X,X]", help="The Q-Formers: one for all levels, or "
                                              "low,middle,high; default: initialised at random.",
                                              show_default=False)] = "",
@@ -367,7 +382,7 @@ def convert(
                                                 "to see; 0 = as it was trained.")] = 0) -> None:
     """Turn public Hugging Face weights into a checkpoint to train from."""
     from calm_jax.commands import convert as work
-    work.run(vit, llm, _names(qformer), out, seed, chat, image_size)
+    work.run(vit, llm, _names(qformer), out, seed, chat, image_size, parts=parts)
 
 
 @command("export", WEIGHTS, example="calm export --checkpoint runs/finetune --out runs/calm-hf")

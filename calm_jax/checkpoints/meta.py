@@ -92,6 +92,8 @@ def read_meta(path: pathlib.Path) -> dict[str, Any]:
         for source in (sources.table("vit"), sources.table("llm"), *(dataclasses.replace(
                 sources, values=source, name=f"{sources.name}: qformer") for source in qformers)):
             source.text("name"), source.text("licence")
+            for field in ("version", "sha256", "statement"):
+                source.text(field, "")
     return dict(found.values)
 
 

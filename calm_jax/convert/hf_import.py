@@ -20,6 +20,7 @@ import tqdm
 from calm_jax import config as config_lib
 from calm_jax.checkpoints import streaming
 from calm_jax.convert import families, hf_config, mfam, sources, tables, torch_files
+from calm_jax.convert import parts as parts_lib
 from calm_jax.convert.sources import Source
 from calm_jax.errors import ConfigError
 from calm_jax.models.parameters import Geometry
@@ -78,10 +79,8 @@ def convert(vit: str, llm: str, qformers: list[str], out: str, seed: int = 0, *,
         say(f"left to random numbers: {group}")
     meta = {"process": "", "rows": 0, "best": None, "trained": [], "base": "", "seed": seed,
             "config": dataclasses.asdict(config), "tokenizer": chat.tokenizer.fingerprint,
-            "sources": {"vit": {"name": vit, "licence": eyes.licence()},
-                        "llm": {"name": llm, "licence": words.licence()},
-                        "qformer": [{"name": name, "licence": torch_files.licence(place)}
-                                    for name, place in zip(qformers, places, strict=True)]}}
+            "sources": {"vit": _told(vit, eyes), "llm": _told(llm, words),
+                        "qformer": [parts_lib.source(*pair) for pair in zip(qformers, places, strict=True)]}}
     with tqdm.tqdm(total=sum(leaf.nbytes for leaf in leaves.values()), unit="B", unit_scale=True, desc="converting",
                    mininterval=0.5) as bar:
         return streaming.save(out, leaves, meta, files=chat.tokenizer.files, progress=bar.update)
@@ -96,6 +95,12 @@ def _rms(leaves: Mapping[str, streaming.Leaf]) -> float:
     total = sum(np.square(rows, dtype=np.float64).sum() for _, read in leaf.pieces
                 for rows in np.array_split(np.asarray(read(), np.float32), 16))
     return float(f"{(total / np.prod(leaf.shape)) ** 0.5:.4g}")
+
+
+def _told(name: str, source: Source) -> dict[str, str]:
+    """What the checkpoint says of a part; its licence, where no provenance tells it, is what the part itself states."""
+    told = parts_lib.source(name, source.path)
+    return told if told["licence"] else told | {"licence": source.licence()}
 
 
 def _encoder(vit: Source, image_size: int) -> config_lib.Encoder:

@@ -75,10 +75,21 @@ def card(saved: Saved, model: config_lib.Model, content: Sequence[torch_files.Te
         f"{model.decoder.width} x {model.decoder.depth}:",
         f"{count / 1e6:,.1f} million parameters in {', '.join(dtypes)}.", "",
         "## Parts and licences", "",
-        *_table(("part", "from", "licence"),
-                [(part, source["name"], source["licence"] or "not stated in its folder") for part, source in sources]
-                or [("all", "trained from random numbers", "")]), "",
+        *_parts(sources), "",
         "The licences of the parts and of the training data go with the weights; the code is Apache-2.0.", ""])
+
+
+def _parts(sources: Sequence[tuple[str, Mapping[str, str]]]) -> list[str]:
+    """The table of the parts, with the columns of which anything is known, and what else is stated of them."""
+    if not sources:
+        return _table(("part", "from", "licence"), [("all", "trained from random numbers", "")])
+    more = {field: title for field, title in (("version", "version"), ("sha256", "SHA-256"))
+            if any(source.get(field) for _, source in sources)}
+    return [*_table(("part", "from", "licence", *more.values()),
+                    [(part, source["name"], source["licence"] or "not stated in its folder",
+                      *(source.get(field, "") for field in more)) for part, source in sources]),
+            *(line for part, source in sources if source.get("statement")
+              for line in ("", f"{part.capitalize()}: {_cell(source['statement'])}"))]
 
 
 def ancestry(saved: Saved) -> tuple[list[dict[str, Any]], list[tuple[str, dict[str, str]]]]:

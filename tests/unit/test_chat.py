@@ -29,8 +29,8 @@ WRITTEN = {
     "qwen": "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n*? One.<|im_end|>\n"
             "<|im_start|>assistant\nGood.<|im_end|>\n<|im_start|>user\nTwo?<|im_end|>\n<|im_start|>assistant\n6.5."
             "<|im_end|>\n",
-    "zephyr": f"<|system|>\n{SYSTEM}<|endoftext|>\n<|user|>\n*? One.<|endoftext|>\n<|assistant|>\nGood.<|endoftext|>\n"
-              "<|user|>\nTwo?<|endoftext|>\n<|assistant|>\n6.5.<|endoftext|>\n",
+    "zephyr": f"<|system|>\n{SYSTEM}<|endoftext|>\n<|user|>\n*? One.<|endoftext|>\n<|assistant|>\nGood.<|endoftext|>"
+              "\n<|user|>\nTwo?<|endoftext|>\n<|assistant|>\n6.5.<|endoftext|>",  # the tokenizer's own end of a text
     "llama3": f"<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\n{SYSTEM}<|eot_id|>"
               "<|start_header_id|>user<|end_header_id|>\n\n*? One.<|eot_id|>"
               "<|start_header_id|>assistant<|end_header_id|>\n\nGood.<|eot_id|>"

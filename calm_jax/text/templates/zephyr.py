@@ -1,4 +1,5 @@
-"""Zephyr's template, as TinyLlama-Chat speaks it; the system message is Vicuna's (ours)."""
+"""Zephyr, as TinyLlama-Chat speaks it: `<|user|>\\nprompt</s>\\n<|assistant|>\\nanswer</s>`; the system message is
+Vicuna's (ours). Its markers are plain text, and no token begins a conversation, as in TinyLlama's own template."""
 
 from __future__ import annotations
 
@@ -7,5 +8,5 @@ from calm_jax.text.templates.vicuna import SYSTEM
 
 END = Special(EOS)
 TEMPLATE = ChatTemplate(
-    begin=(f"<|system|>\n{SYSTEM}", END, "\n"), user=("<|user|>\n",), assistant=(END, "\n<|assistant|>\n"),
-    end=(END, "\n"), markers=("<|system|>", "<|user|>", "<|assistant|>", "</s>"))
+    begin=(f"<|system|>\n{SYSTEM}", END), user=("\n<|user|>\n",), assistant=(END, "\n<|assistant|>\n"), end=(END,),
+    markers=("<s>", "</s>", "<unk>", "<|system|>", "<|user|>", "<|assistant|>"))
