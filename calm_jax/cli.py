@@ -352,7 +352,7 @@ def evaluate(
 
 @command("parts", WEIGHTS, example="calm parts\ncalm parts laptop --out parts/laptop")
 def parts(
-        name: Annotated[str, typer.Argument(metavar="[NAME]", help="The set to fetch; none: list them all.",
+        name: Annotated[str, typer.Argument(metavar="NAME", help="The set to fetch; none: list them all.",
                                             show_default=False)] = "",
         out: Annotated[str, typer.Option(metavar="DIR", help="Folder of the set; default: parts/NAME.",
                                          show_default=False)] = "") -> None:
