@@ -693,7 +693,8 @@ def gguf_file() -> bytes:
     names = {"self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
              "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
              "mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
-             "model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output", "model.layers": "blk"}
+             "model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output",
+             "model.layers": "blk"}
     for name, value in tensors("llm").items():
         for theirs, other in names.items():
             name = name.replace(theirs, other)
