@@ -176,7 +176,7 @@ def test_a_gguf_file_is_read_as_the_model_it_was_made_of_and_as_transformers_rea
     assert cfg == truth
     # transformers does not read the head's size of a Qwen3 from the file.
     known = {"config": model.config} if kind == "qwen3" else {}
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="model.gguf", dtype="float32", **known)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=path.name, dtype="float32", **known)
     for name, value in theirs.state_dict().items():
         if name in found:
             np.testing.assert_allclose(found[name].read().astype(np.float32), value.numpy(), rtol=1e-6, atol=1e-7,
