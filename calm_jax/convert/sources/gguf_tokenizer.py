@@ -3,7 +3,9 @@
 A GGUF file has the vocabulary, the merges or scores and the names of special tokens. How text is split into words
 before that is a name alone (`tokenizer.ggml.pre`); what it stands for is in llama.cpp and in the tokenizer.json of the
 published model. Where these two differ the tokenizer.json counts, for with it the model was trained: Qwen's normalises
-to NFC, which llama.cpp leaves out; SmolLM2's makes every digit a word of its own. A name that is not known is refused.
+to NFC, which llama.cpp leaves out; SmolLM2's makes every digit a word of its own. transformers ignores the name and
+splits SmolLM2's text as GPT-2 does: ids differ at some numerals beyond 0 to 9, as in " ½". A name that is not known is
+refused.
 """
 
 from __future__ import annotations

@@ -36,6 +36,11 @@ PARAMETER = re.compile(r"(?:^|\.)((?:embeddings\.(?:patch_embeddings\.projection
                        r"register_tokens|position_embeddings))|encoder\.layer\.\d+\.[\w.]+\.(?:weight|bias|lambda1)|"
                        r"layernorm\.(?:weight|bias))$")
 EMBEDDINGS = "embeddings"
+# Layers as transformers from 5 on calls them in memory -> their names in published files.
+RENAMED = ((r"\.attention\.q_proj\.", ".attention.attention.query."),
+           (r"\.attention\.k_proj\.", ".attention.attention.key."),
+           (r"\.attention\.v_proj\.", ".attention.attention.value."),
+           (r"\.attention\.o_proj\.", ".attention.output.dense."), (r"\.mlp\.down_proj\.", ".mlp.weights_out."))
 LONGEST = 500  # characters of a name
 
 
@@ -107,6 +112,7 @@ class Onnx:
         found: dict[str, list[tuple[Any, bool]]] = {}
         for node in self._graph.node:
             for name, *parts in self._of_node(node):
+                name = _published(name)
                 if name in found and [(one.name, turned) for one, turned in found[name]] != [
                         (one.name, turned) for one, turned in parts]:
                     raise self._refuse(f"{name} is two different tensors")
@@ -114,7 +120,11 @@ class Onnx:
         for constant in self._graph.initializer:  # those that kept their names, and of which no node tells more
             own = PARAMETER.search(constant.name) if len(constant.name) < LONGEST else None
             if own:
-                found.setdefault(own[1], [(constant, False)])
+                found.setdefault(_published(own[1]), [(constant, False)])
+        for name in [name for name in found if ".mlp.gate_proj." in name]:  # one matrix in published files
+            other = name.replace("gate_proj", "up_proj")
+            if other in found:
+                found[name.replace("gate_proj", "weights_in")] = [*found.pop(name), *found.pop(other)]
         return found
 
     def _of_node(self, node: Any) -> Iterator[tuple[Any, ...]]:
@@ -263,12 +273,16 @@ class Onnx:
 
     def _check(self, gated: bool, layers: int) -> None:
         """Raises FileError for another activation than the exact GELU, or, gated, SiLU."""
+        kinds: dict[int, set[str]] = {}
+        for path, nodes in self._layers.items():
+            within = re.match(r"encoder/layer\.(\d+)/mlp(?:/|$)", path)
+            if within:
+                kinds.setdefault(int(within[1]), set()).update(
+                    node.op_type for node in nodes if node.op_type != "Gelu"
+                    or _attributes(node).get("approximate", b"none") == b"none")
         for layer in range(layers):
-            nodes = [node for place in ("mlp", "mlp/activation")
-                     for node in self._within(f"encoder/layer.{layer}/{place}")]
-            kinds = {node.op_type for node in nodes if node.op_type != "Gelu"
-                     or _attributes(node).get("approximate", b"none") == b"none"}
-            if not kinds & ({"Sigmoid"} if gated else {"Erf", "Gelu"}) or kinds & {"Tanh", "Relu"}:
+            found = kinds.get(layer, set())
+            if not found & ({"Sigmoid"} if gated else {"Erf", "Gelu"}) or found & {"Tanh", "Relu"}:
                 raise self._refuse(f"the activation of block {layer} is not that of DINOv2")
 
     # ---- tensors -----------------------------------------------------------------------------------------------------
@@ -276,11 +290,12 @@ class Onnx:
     def _shape(self, name: str) -> tuple[int, ...]:
         if name not in self._places:
             raise self._refuse(f"no node in it uses {name}")
-        shapes = [tuple(constant.dims)[::-1] if turned else tuple(constant.dims)
-                  for constant, turned in self._places[name]]
-        if len(shapes) == 2:
-            return (1, shapes[0][1] + shapes[1][1], shapes[0][2]) if len(shapes[1]) == 3 else shapes[1]
-        return shapes[0]
+        first, *others = [tuple(constant.dims)[::-1] if turned else tuple(constant.dims)
+                          for constant, turned in self._places[name]]
+        axis = _axis(name)
+        if any(len(shape) != len(first) or len(first) <= axis for shape in others):
+            raise self._refuse(f"{name} is made of two tensors that do not fit together")
+        return (*first[:axis], sum(shape[axis] for shape in (first, *others)), *first[axis + 1:]) if others else first
 
     def _tensor(self, name: str) -> Tensor:
         parts, shape = self._places[name], self._shape(name)
@@ -298,7 +313,7 @@ class Onnx:
             try:
                 values = [onnx.numpy_helper.to_array(constant) for constant, _ in parts]
                 values = [value.T if turned else value for value, (_, turned) in zip(values, parts, strict=True)]
-                found = values[0] if len(values) == 1 else np.concatenate(values, 1)
+                found = values[0] if len(values) == 1 else np.concatenate(values, _axis(name))
             except (TypeError, ValueError) as error:
                 raise FileError(f"{self.path} is damaged: {name} cannot be read ({error}); fetch it again") from None
             if found.shape != shape:
@@ -332,6 +347,17 @@ def _read(path: pathlib.Path) -> Any:
     if not graph.node:
         raise FileError(f"{path} is truncated or no ONNX file: there is no graph in it; fetch it again")
     return graph
+
+
+def _published(name: str) -> str:
+    for pattern, replacement in RENAMED:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def _axis(name: str) -> int:
+    """The axis along which a tensor is joined where it is made of two constants."""
+    return 1 if name.endswith("position_embeddings") else 0
 
 
 def _folder(node: Any) -> str:
