@@ -353,7 +353,7 @@ def evaluate(
 @command("convert", WEIGHTS, example="calm convert --vit openai/clip-vit-large-patch14-336 --llm lmsys/vicuna-7b-v1.5 "
          "--out runs/calm-7b")
 def convert(
-        vit: Annotated[str, typer.Option(metavar="DIR|FILE|HUB", help="The encoder: CLIP, SigLIP or DINOv2.")],
+        vit: Annotated[str, typer.Option(metavar="DIR|FILE|HUB", help="The encoder: a CLIP, SigLIP or DINOv2.")],
         llm: Annotated[str, typer.Option(metavar="DIR|FILE|HUB", help="The language model: a LlamaForCausalLM, such as "
                                          "Vicuna.")],
         out: Annotated[str, typer.Option(metavar="DIR", help="Folder of the checkpoint; must not exist.")],
