@@ -105,6 +105,15 @@ def test_an_export_and_its_parts_are_used_as_transformers_models_are(exported, r
         assert words in error
 
 
+def test_torch_computes_another_activation_and_interpolates_position_embeddings_alike(tmp_path):
+    encoder = dataclasses.replace(miniature.MODEL.encoder, stem="patch", native_size=40, activation="gelu")
+    source = miniature.saved(tmp_path / "run", parts=config_lib.PARTS, encoder=encoder)
+    hf_export.export(source, str(tmp_path / "hf"))
+    result = parity.check(source, str(tmp_path / "hf"), new_tokens=2)
+    print(parity.show(result))
+    assert result.holds() and not result.differs and result.logits < 2e-5
+
+
 @pytest.mark.parametrize(("form", "dtype"), [("safetensors", "float16"), ("safetensors sharded", "bfloat16"),
                                              ("bin", "bfloat16"), ("bin sharded", "float32")])
 def test_torch_to_orbax_to_torch_is_bit_exact(tmp_path, monkeypatch, form, dtype):
