@@ -24,6 +24,7 @@ from calm_jax.checkpoints import array_io, locate, on_disk, restore
 from calm_jax.checkpoints.store import Checkpoints
 from calm_jax.convert import hf_export, hf_import, parity, tables, torch_files, whole
 from calm_jax.errors import CheckpointError, ConfigError
+from calm_jax.models import parameters
 from calm_jax.text import chat as chat_lib
 from calm_jax.text.tokenizers import SHIPPED
 
@@ -171,6 +172,24 @@ def test_updates_and_our_own_stem_compute_the_same(tmp_path, merge):
     assert "vision_tower.embeddings.stem.0.weight" in names
 
 
+def test_what_a_vocabulary_is_padded_with_is_never_said_by_torch_either(tmp_path, monkeypatch):
+    """Its logits are the highest by far: greedy, by beam search and in what scores are read from."""
+    def loud(model, key):
+        found = initial(model, key)
+        return found | {"decoder/head/kernel": found["decoder/head/kernel"].at[:, 2048:].multiply(20)}
+
+    initial = parameters.initial
+    monkeypatch.setattr(parameters, "initial", loud)
+    source = miniature.saved(tmp_path / "run", decoder=dataclasses.replace(miniature.MODEL.decoder, vocab=2112))
+    out = hf_export.export(source, str(tmp_path / "hf"))
+    assert json.loads((out / "generation_config.json").read_text())["suppress_tokens"] == [*range(2048, 2112)]
+    result = parity.check(source, str(out), new_tokens=16)
+    assert result.holds() and result.scores < 1e-4, parity.show(result)
+    (out / "generation_config.json").unlink()  # the check can fail
+    result = parity.check(source, str(out), new_tokens=4)
+    assert result.agree < result.answers and result.scores > 1e-3, parity.show(result)
+
+
 def test_adapters_are_pefts(tmp_path):
     """The language model alone with its adapter, by PEFT, is the merged language model."""
     import peft
@@ -305,6 +324,11 @@ def test_wrong_input_is_one_clear_sentence(tmp_path):
     (tmp_path / "there").mkdir()
     with pytest.raises(CheckpointError, match="there exists already; choose another folder"):
         hf_export.export(source, str(tmp_path / "there"))
+    optional = miniature.saved(tmp_path / "optional", decoder=dataclasses.replace(
+        miniature.MODEL.decoder, tied=True, head_dim=24, qkv_bias=True, qk_norm=True, rope_factor=2.0))
+    with pytest.raises(ConfigError, match=r"does not compute: model.decoder.tied=True, model.decoder.head_dim=24, "
+                       r"model.decoder.qkv_bias=True, model.decoder.qk_norm=True, model.decoder.rope_factor=2.0;"):
+        hf_export.export(optional, out)
     conv = miniature.saved(tmp_path / "conv", lora=dataclasses.replace(LORA,
                                                                        targets="encoder/stem/embed|decoder/blocks/q"),
                    encoder=dataclasses.replace(miniature.MODEL.encoder, stem="patch"))

@@ -146,6 +146,51 @@ def test_what_a_vocabulary_is_padded_with_is_never_said(talkative, demo, samplin
     assert said.max() < 2048
     if sampling == GREEDY:
         np.testing.assert_array_equal(said, plain.ids(plain.arrays(asked, demo.pixels, 6), 6, sampling))
+        for reader in SAID:  # nor does it share the probability from which scores are read
+            scores = [[(score.value, score.spread) for score in each.scores(asked, demo.pixels, reader=reader)]
+                      for each in (wide, plain)]
+            np.testing.assert_allclose(*scores, atol=1e-5)
+
+
+def test_a_language_model_of_every_option_answers_as_its_full_forward(demo):
+    """A tied and padded embedding, wider heads in groups, biases, norms of queries and keys, scaled frequencies; with
+    kernels as CPUs and as accelerators have them."""
+    decoder = dataclasses.replace(MODEL.decoder, vocab=2112, head_dim=16, tied=True, qkv_bias=True, qk_norm=True,
+                                  rope_factor=8.0, rope_original=32)
+    model, rng = dataclasses.replace(MODEL, decoder=decoder), np.random.default_rng(0)
+    parameters = jax.jit(lambda key: initial(model, key))(jax.random.key(3))
+    for path, leaf in parameters.items():
+        if path.endswith(("bias", "scale")):
+            parameters[path] = leaf + 0.3 * rng.normal(size=leaf.shape).astype(np.float32)
+        if path.startswith("decoder/") and path.endswith(("o/kernel", "down/kernel")):
+            parameters[path] = 2 * leaf  # so that answers are no single word
+    geometry, limit = Geometry.of(model), 6
+    generator = Generator(model, parameters, chat_lib.load())
+    assert "decoder/head/kernel" not in generator.parameters
+    assert generator.parameters["decoder/embedding"].shape == (2112, 48)
+    arrays = generator.arrays(questions(), demo.pixels, limit)
+    width = arrays["tokens"].shape[1] + limit
+
+    @jax.jit
+    def following(tokens, visual, lengths):
+        positions = jnp.broadcast_to(jnp.arange(width), tokens.shape)
+        bound = geometry.bind(parameters)
+        hidden = bound({"images": arrays["images"], "tokens": tokens, "visual": visual, "positions": positions,
+                        "segments": (positions < lengths[:, None]).astype(jnp.int32)}, config_lib.PARTS)
+        return bound.answer_logits(hidden, lengths[:, None] - 1)[:, 0, :2048]
+
+    tokens, visual = (np.pad(arrays[name], ((0, 0), (0, limit)), constant_values=value)
+                      for name, value in (("tokens", 0), ("visual", -1)))
+    for count in range(limit):
+        ends = arrays["lengths"] + count
+        tokens[np.arange(4), ends] = np.asarray(following(tokens, visual, ends).argmax(-1))
+    expected = [tokens[row, length:length + limit] for row, length in enumerate(arrays["lengths"])]
+    assert generator.chat.stop not in np.concatenate(expected) and len(set(np.concatenate(expected))) > 4
+    np.testing.assert_array_equal(generator.ids(arrays, limit), expected)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(layers, "platform", lambda: "tpu")
+        plain = Generator(model, parameters, chat_lib.load())
+    np.testing.assert_array_equal(plain.ids(arrays, limit), expected)
 
 
 def test_kernels_may_lie_either_way(talkative, demo, monkeypatch):
