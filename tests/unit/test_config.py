@@ -14,7 +14,8 @@ import miniature
 import pytest
 
 from calm_jax import config as config_lib
-from calm_jax import sharding
+from calm_jax import json_files, sharding
+from calm_jax.convert import families
 from calm_jax.data import builders, tasks
 from calm_jax.errors import ConfigError
 from calm_jax.models.parameters import Geometry
@@ -88,6 +89,31 @@ def test_the_7b_geometry_has_as_many_parameters_as_its_models():
     count = lambda prefix: sum(leaf.size for path, leaf in shapes.items() if path.startswith(prefix))  # noqa: E731
     assert count("decoder/") == 6_738_415_616  # LLaMA-2-7B
     assert count("encoder/") == 303_507_456 - 2 * 1024  # CLIP ViT-L/14-336's encoder without the norm behind it
+
+
+# What the published config.json of each part says of its geometry.
+PUBLISHED = {
+    ("laptop", "encoder"): {
+        "model_type": "dinov2", "image_size": 518, "patch_size": 14, "hidden_size": 384, "num_hidden_layers": 12,
+        "num_attention_heads": 6, "mlp_ratio": 4, "hidden_act": "gelu", "layer_norm_eps": 1e-6, "qkv_bias": True},
+    ("laptop", "language model"): {
+        "model_type": "llama", "vocab_size": 49_152, "hidden_size": 576, "num_hidden_layers": 30,
+        "num_attention_heads": 9, "num_key_value_heads": 3, "intermediate_size": 1536, "rms_norm_eps": 1e-5,
+        "rope_theta": 100_000, "max_position_embeddings": 8192, "tie_word_embeddings": True, "hidden_act": "silu"},
+    ("1b", "language model"): {
+        "model_type": "llama", "vocab_size": 32_000, "hidden_size": 2048, "num_hidden_layers": 22,
+        "num_attention_heads": 32, "num_key_value_heads": 4, "intermediate_size": 5632, "rms_norm_eps": 1e-5,
+        "rope_theta": 10_000, "max_position_embeddings": 2048, "tie_word_embeddings": False, "hidden_act": "silu"},
+}
+
+
+@pytest.mark.parametrize(("variant", "what"), PUBLISHED)
+def test_a_variant_has_the_geometry_of_its_published_parts(variant, what):
+    found = families.read(json_files.Table(PUBLISHED[variant, what], "config.json", "", ConfigError), what)
+    model = config_lib.model(variant)
+    assert model.encoder == found.resized(224) if what == "encoder" else model.decoder == found
+    assert variant == "1b" or sum(leaf.size for path, leaf in Geometry.of(model).shapes.items()
+                                  if path.startswith("mfam/")) == 7_390_464
 
 
 def fields(kind=config_lib.Config) -> typing.Iterator[tuple[type, dataclasses.Field]]:
