@@ -185,9 +185,9 @@ def test_what_a_vocabulary_is_padded_with_is_never_said_by_torch_either(tmp_path
     assert json.loads((out / "generation_config.json").read_text())["suppress_tokens"] == [*range(2048, 2112)]
     result = parity.check(source, str(out), new_tokens=16)
     assert result.holds() and result.scores < 1e-4, parity.show(result)
-    (out / "generation_config.json").unlink()  # the check can fail
-    result = parity.check(source, str(out), new_tokens=4)
-    assert result.agree < result.answers and result.scores > 1e-3, parity.show(result)
+    (out / "generation_config.json").unlink()  # else torch says them, and the tokenizer does not know them
+    with pytest.raises(ConfigError, match="piece id is out of range"):
+        parity.check(source, str(out), new_tokens=4)
 
 
 def test_adapters_are_pefts(tmp_path):

@@ -212,8 +212,8 @@ class Llama(nnx.Module):
     def logits(self, hidden: Float[Array, "B K D"]) -> Float[Array, "B K V"]:
         """float32 logits; give only the positions where something is asked.
 
-        A tied embedding is the kernel as it is stored: a transposed copy would be a tenth to a third of a small model's
-        memory (113 MB of SmolLM2-135M's 538), and is hardly faster for one row and slower for eight.
+        A tied embedding is read as it is stored, without a copy `[D, V]`. SmolLM2-135M's has 113 MB of the model's 538;
+        on two cores of a Xeon, one token takes 8.6 ms (6.7 with a copy), eight take 18 (23), sixteen 23 (26).
         """
         if self.head is not None:
             return self.head(hidden).astype(jnp.float32)
