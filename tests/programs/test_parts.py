@@ -142,7 +142,7 @@ def test_a_set_is_fetched_whole_with_licences_and_provenance_and_checked_again(f
     with pytest.raises(torch_files.FileError, match=r"eye\.onnx is not the file that was fetched.*remove"):
         cli.invoke(["parts", "fake", "--out", "sets/mine"])
     with pytest.raises(torch_files.FileError, match=r"eye\.onnx is not the file that was fetched"):
-        hf_import._source("mine", mine / "encoder/eye.onnx")
+        parts.source("mine", mine / "encoder/eye.onnx")
     (mine / "language_model/tongue.gguf").unlink()
     with pytest.raises(torch_files.FileError, match=r"tongue\.gguf is missing"):
         parts.read(mine / "language_model")
@@ -231,7 +231,7 @@ def test_wrong_use_is_one_sentence(fake, tmp_path):
 def test_conversion_takes_both_parts_and_the_template_and_names_the_recipe(fake, monkeypatch, tmp_path, capsys):
     asked = []
 
-    def convert(*given, template):
+    def convert(*given, template, image_size):
         asked.append((given, template))
         return tmp_path / "calm"
 
@@ -251,13 +251,13 @@ def test_conversion_takes_both_parts_and_the_template_and_names_the_recipe(fake,
 
 def test_a_checkpoint_and_its_card_name_version_hash_and_statement(fake, capsys):
     cli.invoke(["parts", "fake"])
-    found = hf_import._source("given", pathlib.Path("parts/fake/encoder/eye.onnx"))
+    found = parts.source("given", pathlib.Path("parts/fake/encoder/eye.onnx"))
     assert found == {"name": "eye.onnx of fake-eye 1.0", "licence": "MIT", "version": "1.0",
                      "sha256": fake.encoder.member_sha256, "statement": fake.encoder.statement}
     pathlib.Path("other").mkdir()
-    assert hf_import._source("given", pathlib.Path("other")) == {"name": "given", "licence": ""}
+    assert parts.source("given", pathlib.Path("other")) == {"name": "given", "licence": ""}
     (pathlib.Path("parts/fake/encoder") / "mine.onnx").write_bytes(b"mine")  # beside it, and of somebody else
-    assert hf_import._source("given", pathlib.Path("parts/fake/encoder/mine.onnx"))["name"] == "given"
+    assert parts.source("given", pathlib.Path("parts/fake/encoder/mine.onnx"))["name"] == "given"
     lines = model_card._parts([("encoder", found), ("language model", {"name": "given", "licence": ""})])
     assert lines[0] == "| part | from | licence | version | SHA-256 |"
     assert fake.encoder.member_sha256 in lines[2]
