@@ -314,7 +314,8 @@ def _scorer(config: config_lib.Config, setup: Any, rows: int) -> tuple[Any, dict
         "lengths": ((), jnp.int32), "digests": ((), jnp.uint32)}.items()}
     tree = scorer.Tree.of(chat.tokenizer, scorer.SAID["expectation"])
     program = jax.jit(functools.partial(generate.placed, mesh, functools.partial(
-        scorer.expectation, geometry, parts=parts, dtype=setup.step.dtype, tree=tree)))
+        scorer.expectation, geometry, parts=parts, dtype=setup.step.dtype, tree=tree,
+        vocab=chat.tokenizer.vocab)))
     work = flops.a_score(model, width, parts, len(tree.tokens))
     return program.lower(parameters, batch), {"parameters": a_device(parameters), "batch": a_device(batch)}, {
         "forward": work.forward}
