@@ -7,6 +7,7 @@ import functools
 import hashlib
 import json
 import mmap
+import tokenize
 from pathlib import Path
 from typing import Any
 
@@ -160,7 +161,7 @@ class Stored:
                 starts = np.load(path.with_suffix(".npy"), mmap_mode="r")
                 with open(path, "rb") as stream:  # an empty file cannot be mapped
                     text = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) if path.stat().st_size else b""
-            except (OSError, ValueError, EOFError) as error:
+            except (OSError, ValueError, EOFError, SyntaxError, tokenize.TokenError) as error:  # NumPy's of a header
                 raise ConfigError(f"{path} cannot be read ({error}); prepare {self.name} again with "
                                   "--rebuild") from None
             self._open["labels", split] = (starts, text)
