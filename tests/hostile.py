@@ -751,7 +751,8 @@ def onnx_file() -> bytes:
         return np.ones(shape, np.float32)
 
     embeddings, layer = "/backbone/embeddings", "/backbone/encoder/layer.0"
-    node(f"{embeddings}/patch_embeddings/projection/Conv", "Conv", "images", full(width, 3, 2, 2), full(width))
+    node(f"{embeddings}/patch_embeddings/projection/Conv", "Conv", "images", full(width, 3, 2, 2), full(width),
+         strides=[2, 2])
     node(f"{embeddings}/Expand", "Expand", full(1, 1, width), "x")
     grid = node(f"{embeddings}/Reshape", "Reshape", full(1, 9, width), "x")
     grid = node(f"{embeddings}/Resize", "Resize", grid, "", "", "x", mode="cubic")
@@ -760,6 +761,7 @@ def onnx_file() -> bytes:
         node(f"{layer}/{norm}/LayerNormalization", "LayerNormalization", "x", full(width), full(width), epsilon=1e-6)
     shape = np.array([1, -1, 2, 2])
     node(f"{layer}/attention/attention/Reshape", "Reshape", "x", shape)
+    node(f"{layer}/attention/attention/Mul", "Mul", "x", np.full((), 2 ** -0.5, np.float32))
     for place, out, into in (("attention/attention/query", width, width), ("attention/attention/key", width, width),
                              ("attention/attention/value", width, width), ("attention/output/dense", width, width),
                              ("mlp/fc1", 16, width), ("mlp/fc2", width, 16)):
@@ -773,6 +775,34 @@ def onnx_file() -> bytes:
     return onnx.helper.make_model(graph).SerializeToString()
 
 
+def changed_graph(content: bytes, rng: Rng) -> bytes:
+    """A sound message of a graph in which one node or constant is not as its kind has to be."""
+    import onnx
+    model = onnx.load_from_string(content)
+    node, constant = rng.choice(model.graph.node), rng.choice(model.graph.initializer)
+    attributes = [attribute for other in model.graph.node for attribute in other.attribute]
+    attribute = rng.choice(attributes)
+
+    def another_type():
+        name = attribute.name
+        attribute.CopyFrom(onnx.helper.make_attribute(name, rng.choice([1, 0.5, b"x", [1, 2], [0.5], [b"a", b"b"]])))
+
+    def of_attribute():
+        attribute.type = rng.choice([0, 1, 2, 3, 4, 5, 6, 7])
+
+    rng.choice([
+        lambda: node.ClearField("input"), lambda: node.input.append(rng.choice(["", "x", constant.name])),
+        lambda: node.input.reverse(), lambda: node.ClearField("output"), lambda: node.ClearField("attribute"),
+        lambda: node.output.__setitem__(0, constant.name), lambda: setattr(node, "name", "/" * rng.randint(0, 9)),
+        lambda: setattr(node, "op_type", rng.choice([other.op_type for other in model.graph.node])),
+        lambda: setattr(constant, "raw_data", constant.raw_data[:rng.randrange(len(constant.raw_data))]),
+        lambda: setattr(constant, "data_type", rng.randrange(24)), lambda: constant.ClearField("dims"),
+        lambda: constant.dims.append(rng.choice([-1, 0, 1 << 62])),
+        lambda: setattr(constant, "name", rng.choice(model.graph.initializer).name),
+        lambda: model.graph.node.append(node), another_type, of_attribute])()
+    return model.SerializeToString()
+
+
 def onnx_items() -> tuple[dict[str, Callable], Callable]:
     content = onnx_file()
 
@@ -780,7 +810,8 @@ def onnx_items() -> tuple[dict[str, Callable], Callable]:
         return lambda folder, outside, rng: (folder / "model.onnx").write_bytes(made)
 
     def harmed(folder, outside, rng):
-        (folder / "model.onnx").write_bytes(damaged(content, rng))
+        made = changed_graph(content, rng) if rng.random() < 0.6 else damaged(content, rng)
+        (folder / "model.onnx").write_bytes(made)
 
     return {"sound": ready(content), "empty": ready(b""), "text": ready(b"not found\n"),
             "pipe": lambda folder, outside, rng: os.mkfifo(folder / "model.onnx"),

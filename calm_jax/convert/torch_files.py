@@ -183,7 +183,7 @@ def _safetensors(path: pathlib.Path) -> Iterator[Tensor]:
             else:
                 yield _unusable(path, name, shape, f"is {kind}")
     except (safetensors.SafetensorError, OSError, ValueError) as error:
-        raise FileError(f"{path} is truncated or no safetensors file ({_reason(error)}); fetch it again") from None
+        raise FileError(f"{path} is truncated or no safetensors file ({reason(error)}); fetch it again") from None
 
 
 def _pickled(path: pathlib.Path) -> Iterator[Tensor]:
@@ -202,7 +202,7 @@ def _pickled(path: pathlib.Path) -> Iterator[Tensor]:
         raise FileError(f"{path} is a pickle of other things than weights, and is not opened: it could run any code; "
                         "save it as safetensors where it comes from") from None
     except Exception as error:  # torch and pickle raise what they like on damaged files
-        raise FileError(f"{path} is truncated or no weight file ({_reason(error)}); fetch it again") from None
+        raise FileError(f"{path} is truncated or no weight file ({reason(error)}); fetch it again") from None
     for _ in range(4):  # LAVIS keeps the weights beside its training config; a table may hold itself
         if isinstance(content, Mapping) and len(content) <= 8 and isinstance(content.get("model"), Mapping):
             content = content["model"]
@@ -225,7 +225,7 @@ def _check_archive(path: pathlib.Path) -> None:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
     except (OSError, ValueError, zipfile.BadZipFile, NotImplementedError) as error:
-        raise FileError(f"{path} is a damaged archive ({_reason(error)}); fetch it again") from None
+        raise FileError(f"{path} is a damaged archive ({reason(error)}); fetch it again") from None
     if not any(re.fullmatch(r"[^/]*/data\.pkl", entry.filename) for entry in entries) or any(
             entry.compress_type != zipfile.ZIP_STORED for entry in entries):
         raise FileError(f"{path} is an archive (zip) of other things than torch's weights; unpack it, and give "
@@ -271,7 +271,7 @@ def _unusable(path: pathlib.Path, name: str, shape: tuple[int, ...], flaw: str) 
     return Tensor(name, shape, np.dtype(np.int64), read, sentence)
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
     """The first line of what an error says."""
     return (str(error).strip().splitlines() or [repr(error)])[0][:300]
 

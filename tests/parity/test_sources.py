@@ -255,6 +255,8 @@ def test_a_gguf_file_that_is_not_read_is_one_sentence(tmp_path):
     refused("tokenizer.ggml.pre is 'poro-chat', and how that splits text is known of gpt-2, smollm")
     of(lambda writer: writer.add_sliding_window(64))
     refused("its attention sees a sliding window alone")
+    of(lambda writer: writer.add_float32("llama.attention.scale", 0.5))
+    refused(r"its metadata have llama\.attention\.scale, which may change what it computes")
     of(nothing)
     content = path.read_bytes()
     path.write_bytes(content[:-2000])
@@ -376,6 +378,37 @@ def test_an_onnx_file_that_is_not_read_is_one_sentence(tmp_path):
     def integers(graph):
         graph.node.add(op_type="DequantizeLinear", name="q")
 
+    def number(ending, attribute="value"):
+        """The attribute of the first node whose name ends so."""
+        def of(graph):
+            node = next(node for node in graph.node if node.name.endswith(ending))
+            return next(found for found in node.attribute if found.name == attribute)
+        return of
+
+    def overlapping(graph):
+        number("projection/Conv", "strides")(graph).ints[:] = [3, 3]
+
+    def scaled(graph):
+        for node in graph.node:
+            if node.op_type == "Mul" and re.search(r"layer\.1/attention/[^/]*$", node.name):
+                node.op_type = "Div"
+
+    def twice(graph):
+        graph.initializer.add().CopyFrom(graph.initializer[0])
+
+    def short(graph):
+        for node in graph.node:
+            if node.op_type == "Constant" and "/attention/" in node.name:
+                node.attribute[0].t.raw_data = b"abc"
+
+    def unconnected(graph):
+        del next(node for node in graph.node if node.name.endswith("backbone/embeddings/Transpose")).input[:]
+
+    def untyped(graph):
+        attribute = number("norm1/LayerNormalization", "epsilon")(graph)
+        attribute.Clear()
+        attribute.name, attribute.type, attribute.s = "epsilon", attribute.STRING, b"small"
+
     path.write_bytes(content[: len(content) // 2])
     refused("is truncated or no ONNX file")
     path.write_bytes(b"")
@@ -384,6 +417,15 @@ def test_an_onnx_file_that_is_not_read_is_one_sentence(tmp_path):
     refused("the activation of block 0 is not that of DINOv2; give the encoder's Hugging Face folder")
     changed(nearest)
     refused("position embeddings are not interpolated bicubically")
+    changed(overlapping)
+    refused("its patches are not squares beside each other")
+    changed(scaled)
+    refused(r"the attention of block 1 is scaled by \S+, not by the 0\.288675 of heads of 12 channels")
+    changed(twice)
+    refused("two of its constants have one name")
+    for harm in (short, unconnected, untyped):
+        changed(harm)
+        refused("is damaged: a node in its graph is not as its kind has to be .*; fetch it again")
     changed(integers)
     refused(r"its weights were quantised \(DequantizeLinear\)")
     changed(rename)

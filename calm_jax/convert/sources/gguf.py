@@ -34,6 +34,12 @@ BLOCK = {"attn_norm": "input_layernorm", "attn_q": "self_attn.q_proj", "attn_k":
          "attn_k_norm": "self_attn.k_norm", "ffn_norm": "post_attention_layernorm", "ffn_gate": "mlp.gate_proj",
          "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj"}
 FREQUENCIES = "rope_freqs.weight"
+# Metadata of an architecture that are read here, or that change no number: others may, and are refused.
+KNOWN = {"block_count", "context_length", "embedding_length", "feed_forward_length", "vocab_size", "expert_count",
+         "expert_used_count", "attention.head_count", "attention.head_count_kv", "attention.key_length",
+         "attention.value_length", "attention.layer_norm_rms_epsilon", "attention.causal", "attention.sliding_window",
+         "rope.dimension_count", "rope.freq_base", "rope.scale_linear", "rope.scaling.type", "rope.scaling.factor",
+         "rope.scaling.original_context_length", "rope.scaling.finetuned", "tensor_data_layout", "pooling_type"}
 PLAIN = {0: np.dtype(np.float32), 1: np.dtype(np.float16), 30: np.dtype(ml_dtypes.bfloat16)}  # ggml's number of a type
 # Of the scaling `llama3` in every published model.
 LOW, HIGH = 1.0, 4.0
@@ -70,6 +76,11 @@ class Gguf:
             raise self._refuse("its values have another number of channels than its keys")
         if self._key("expert_count") in self._found and self._whole("expert_count", 1 << 16, 0, least=0):
             raise self._refuse("it is a mixture of experts")
+        unknown = [name[:80] for name in self._found.values
+                   if name.startswith(self._key("")) and name.removeprefix(self._key("")) not in KNOWN]
+        if unknown:
+            raise self._refuse(f"its metadata have {', '.join(unknown[:8])}{', ...' if len(unknown) > 8 else ''}, "
+                               "which may change what it computes and which nothing here knows")
         if not self._found.flag(self._key("attention.causal"), True):
             raise self._refuse("its attention sees what comes after")
         positions = self._whole("context_length", hf_config.TOKENS)

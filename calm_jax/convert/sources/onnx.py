@@ -8,6 +8,7 @@ several equal tensors. The nodes that use them are named after the layer
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import pathlib
@@ -26,6 +27,7 @@ from calm_jax.text.tokenizers import Tokenizer
 LARGEST = (1 << 31) - 1  # bytes; protobuf has no larger messages
 # onnx's number of a type -> NumPy's.
 DTYPES = {1: np.dtype(np.float32), 10: np.dtype(np.float16), 16: np.dtype(ml_dtypes.bfloat16)}
+NUMBERS = {1, 6, 7, 10, 11}  # types of small constants: float32, int32, int64, float16, float64
 QUANTISED = {"DequantizeLinear", "DynamicQuantizeLinear", "MatMulInteger", "QLinearMatMul", "QLinearConv",
              "ConvInteger", "MatMulNBits"}
 REMEDY = "give the encoder's Hugging Face folder"
@@ -54,7 +56,18 @@ class Onnx:
     def __init__(self, path: pathlib.Path):
         self.path = path
         self._graph = _read(path)
+        with _walking(path):
+            self._look()
+
+    def _look(self) -> None:
+        """Finds the constants of the encoder.
+
+        Raises:
+          FileError: there is none, or it is of a kind that is not read.
+        """
         self._constants = {constant.name: constant for constant in self._graph.initializer}
+        if len(self._constants) < len(self._graph.initializer):
+            raise self._refuse("two of its constants have one name")
         self._makers = {output: node for node in self._graph.node for output in node.output}
         found = {node.op_type for node in self._graph.node} & QUANTISED
         if found:
@@ -66,10 +79,14 @@ class Onnx:
         used = {constant.name for parts in self._places.values() for constant, _ in parts}
         unused = [name for name, constant in self._constants.items() if name not in used
                   and constant.data_type in DTYPES]
-        self.notes = (f"of {path.name}, {len(unused)} tensors are of no use to an encoder: {', '.join(unused[:3])}"
+        self.notes = (f"of {self.path.name}, {len(unused)} tensors are of no use to an encoder: {', '.join(unused[:3])}"
                       f"{', ...' if len(unused) > 3 else ''}",) if unused else ()
 
     def config(self) -> json_files.Table:
+        with _walking(self.path):
+            return json_files.Table(self._config(), str(self.path), REMEDY, hf_config.GeometryError)
+
+    def _config(self) -> dict[str, Any]:
         patches = self._shape("embeddings.patch_embeddings.projection.weight")
         stored = self._shape("embeddings.position_embeddings")
         side = math.isqrt(max(stored[1] - 1, 0)) if len(stored) == 3 else 0
@@ -82,16 +99,18 @@ class Onnx:
         width, gated = patches[0], "encoder.layer.0.mlp.weights_in.weight" in self._places
         registers = "embeddings.register_tokens" in self._places
         hidden = 4 * width if gated else self._shape("encoder.layer.0.mlp.fc1.weight")[0]
+        heads = self._heads(width, len(layers))
         self._check(gated, len(layers))
-        values = {
+        self._check_scale(width // heads, len(layers))
+        self._check_patches(patches[2])
+        return {
             "model_type": "dinov2_with_registers" if registers else "dinov2", "hidden_size": width,
-            "num_hidden_layers": len(layers), "num_attention_heads": self._heads(width, len(layers)),
+            "num_hidden_layers": len(layers), "num_attention_heads": heads,
             "patch_size": patches[2], "num_channels": patches[1], "image_size": side * patches[2],
             "layer_norm_eps": self._eps(len(layers)), "hidden_act": "gelu", "use_swiglu_ffn": gated,
             "mlp_ratio": hidden // width if hidden % width == 0 else hidden / width,
             "qkv_bias": "encoder.layer.0.attention.attention.query.bias" in self._places,
             **({"num_register_tokens": self._shape("embeddings.register_tokens")[1]} if registers else {})}
-        return json_files.Table(values, str(self.path), REMEDY, hf_config.GeometryError)
 
     def tensors(self) -> dict[str, Tensor]:
         return {name: self._tensor(name) for name in self._places}
@@ -230,9 +249,9 @@ class Onnx:
         if constant is None and node is not None and node.op_type == "Constant":
             constant = _attributes(node).get("value")
         if constant is not None and hasattr(constant, "dims"):
-            if math.prod(constant.dims) > 16:
-                return None
             import onnx
+            if math.prod(constant.dims) > 16 or constant.data_location == 1 or constant.data_type not in NUMBERS:
+                return None
             return [float(value) for value in onnx.numpy_helper.to_array(constant).reshape(-1)]
         if node is not None and node.op_type == "Concat" and depth and len(node.input) <= 8:
             parts = [self._numbers(part, depth - 1) for part in node.input]
@@ -261,12 +280,16 @@ class Onnx:
         found = set()
         for layer in range(layers):
             for norm in ("norm1", "norm2"):
+                own = set()
                 for node in self._within(f"encoder/layer.{layer}/{norm}"):
                     if node.op_type == "LayerNormalization":
-                        found.add(float(np.float32(_attributes(node).get("epsilon", 1e-5))))
+                        own.add(float(np.float32(_attributes(node).get("epsilon", 1e-5))))
                     elif node.op_type == "Add":
-                        found.update(numbers[0] for name in node.input
-                                     if (numbers := self._numbers(name)) and len(numbers) == 1)
+                        own.update(numbers[0] for name in node.input
+                                   if (numbers := self._numbers(name)) and len(numbers) == 1)
+                if len(own) != 1:
+                    raise self._refuse(f"the epsilon of {norm} in its block {layer} was not found")
+                found |= own
         if len(found) != 1:
             raise self._refuse("its blocks have no one epsilon of LayerNorm")
         return float(str(np.float32(found.pop())))  # 1e-06, not 9.999999974752427e-07
@@ -284,6 +307,32 @@ class Onnx:
             found = kinds.get(layer, set())
             if not found & ({"Sigmoid"} if gated else {"Erf", "Gelu"}) or found & {"Tanh", "Relu"}:
                 raise self._refuse(f"the activation of block {layer} is not that of DINOv2")
+
+    def _check_scale(self, head: int, layers: int) -> None:
+        """Raises FileError where attention is not divided by the root of the channels of a head: at once, or queries
+        and keys by its root each. A scale that the graph computes from a shape has a root in it."""
+        for layer in range(layers):
+            scale, rooted = 1.0, False
+            for node in (*self._within(f"encoder/layer.{layer}/attention/attention"),
+                         *self._within(f"encoder/layer.{layer}/attention")):
+                rooted |= node.op_type == "Sqrt"
+                numbers = [found[0] for name in node.input if (found := self._numbers(name)) and len(found) == 1
+                           ] if node.op_type in ("Mul", "Div") else []
+                if len(numbers) == 1:
+                    scale = scale * numbers[0] if node.op_type == "Mul" else scale / numbers[0] if numbers[0] else 0.0
+            if not rooted and not math.isclose(scale, head ** -0.5, rel_tol=1e-3):
+                raise self._refuse(f"the attention of block {layer} is scaled by {scale:.6g}, not by the "
+                                   f"{head ** -0.5:.6g} of heads of {head} channels")
+
+    def _check_patches(self, side: int) -> None:
+        """Raises FileError where patches overlap, or do not cover the image."""
+        for node in self._within("embeddings/patch_embeddings/projection"):
+            if node.op_type == "Conv":
+                options = {"strides": [1, 1], "pads": [0], "dilations": [1], "group": 1, **_attributes(node)}
+                if list(options["strides"]) != [side, side] or any(options["pads"]) or set(
+                        options["dilations"]) != {1} or options["group"] != 1 or options.get(
+                        "auto_pad", b"NOTSET") not in (b"NOTSET", b"VALID"):
+                    raise self._refuse("its patches are not squares beside each other")
 
     # ---- tensors -----------------------------------------------------------------------------------------------------
 
@@ -322,6 +371,19 @@ class Onnx:
             return found
 
         return Tensor(name, shape, DTYPES[parts[0][0].data_type], read)
+
+
+@contextlib.contextmanager
+def _walking(path: pathlib.Path) -> Iterator[None]:
+    """Makes a sentence of what a damaged graph does to those who walk through it: nodes may lack inputs, have
+    attributes of other types and constants of other sizes than their kind says."""
+    try:
+        yield
+    except FileError:
+        raise
+    except (ArithmeticError, AttributeError, IndexError, TypeError, ValueError) as error:
+        raise FileError(f"{path} is damaged: a node in its graph is not as its kind has to be "
+                        f"({torch_files.reason(error)}); fetch it again") from None
 
 
 def _read(path: pathlib.Path) -> Any:
