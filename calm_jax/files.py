@@ -11,6 +11,7 @@ import contextlib
 import errno
 import fcntl
 import glob
+import hashlib
 import itertools
 import json
 import os
@@ -40,6 +41,12 @@ def _faithful(error: UnicodeError) -> tuple[bytes, int]:
 
 
 codecs.register_error(FAITHFUL, _faithful)
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file's content, in hexadecimal."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def write(path: str | os.PathLike, content: str | bytes, *, durable: bool = False) -> None:

@@ -66,8 +66,8 @@ def read(path: pathlib.Path) -> Saved:
 def _verified(path: pathlib.Path) -> Saved:
     try:
         marker = json_files.table(path / MARKER, remedy="", error=ValueError)
-        files, digest = marker.table("files").values, marker.text("digest")
-        valid = META in files and all(map(_listed, files.items())) and digest == _digest(files)
+        listed, digest = marker.table("files").values, marker.text("digest")
+        valid = META in listed and all(map(_listed, listed.items())) and digest == _digest(listed)
     except ValueError:
         if not path.exists():
             raise Vanished(path) from None
@@ -84,14 +84,14 @@ def _verified(path: pathlib.Path) -> Saved:
                 return f"{name} is no file"
             if found != size:
                 return f"{name} has {found} bytes instead of {size}"
-            return None if _checksum(file) == checksum else f"{name} was changed"
+            return None if files.sha256(file) == checksum else f"{name} was changed"
         except FileNotFoundError:
             return f"{name} is missing"
         except OSError as error:
             return f"{name} cannot be read ({error.strerror or error})"
 
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        problems = [text for text in pool.map(problem, files.items()) if text]
+        problems = [text for text in pool.map(problem, listed.items()) if text]
     if problems and digest_of(path) != digest:
         raise Vanished(path)
     if problems:
@@ -183,14 +183,9 @@ def write_marker(path: pathlib.Path) -> None:
     """Lists every file with its size and checksum; written last and atomically, it makes the folder a checkpoint."""
     names = sorted(str(file.relative_to(path)) for file in path.rglob("*") if file.is_file() and file.name != MARKER)
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        sums = list(pool.map(lambda name: _checksum(path / name), names))
-    files = {name: [(path / name).stat().st_size, checksum] for name, checksum in zip(names, sums, strict=True)}
-    write_json(path / MARKER, {"files": files, "digest": _digest(files)})
-
-
-def _checksum(file: pathlib.Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+        sums = list(pool.map(lambda name: files.sha256(path / name), names))
+    listed = {name: [(path / name).stat().st_size, checksum] for name, checksum in zip(names, sums, strict=True)}
+    write_json(path / MARKER, {"files": listed, "digest": _digest(listed)})
 
 
 def _digest(files: Mapping[str, Any]) -> str:

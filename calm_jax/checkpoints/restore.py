@@ -165,6 +165,11 @@ def _own(saved: Saved, paths: Collection[str]) -> dict[str, Origin]:
             raise CheckpointError(f"{saved.path}/{META} is damaged: it does not say where {path} "
                                   "is; use another checkpoint") from None
 
+    # What is there under a name of before would be drawn anew under today's, and nobody would notice.
+    if strange := sorted({*held, *listed["parameters"]} - set(Geometry.of(saved.config.model).shapes)):
+        more = f" and {len(strange) - 1} more" if len(strange) > 1 else ""
+        raise CheckpointError(f"the checkpoint {saved.path} has the parameter {strange[0]}{more}, which models do not "
+                              "have today; use another checkpoint, or the version of this program that wrote it")
     rest = [path for path in paths if path not in held and path not in listed["parameters"]]
     below = _own(lineage.sole(saved), rest) if rest and unpinned(meta) else {
         path: Drawn(meta["seed"]) for path in rest}

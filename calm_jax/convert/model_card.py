@@ -82,7 +82,7 @@ def card(saved: Saved, model: config_lib.Model, content: Sequence[torch_files.Te
 def _parts(sources: Sequence[tuple[str, Mapping[str, str]]]) -> list[str]:
     """The table of the parts, with the columns of which anything is known, and what else is stated of them."""
     if not sources:
-        return _table(("part", "from", "licence"), [("all", "trained from random numbers", "")])
+        return _table(("part", "from", "licence"), [("all", "randomly initialised", "")])
     more = {field: title for field, title in (("version", "version"), ("sha256", "SHA-256"))
             if any(source.get(field) for _, source in sources)}
     return [*_table(("part", "from", "licence", *more.values()),

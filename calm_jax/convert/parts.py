@@ -7,12 +7,11 @@ comes from the hub or from the wheel of a Python package, of which one file is u
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import os
 import pathlib
 import re
 
-from calm_jax import json_files
+from calm_jax import files, json_files
 from calm_jax.convert import torch_files
 from calm_jax.errors import ConfigError, nearest
 
@@ -206,14 +205,9 @@ def check(path: pathlib.Path, digest: str) -> None:
     """Raises FileError where a fetched file is missing or has another SHA-256."""
     if not path.is_file():
         raise torch_files.FileError(f"{path} is missing; remove its folder and fetch the parts again")
-    if (found := sha256(path)) != digest:
+    if (found := files.sha256(path)) != digest:
         raise torch_files.FileError(f"{path} is not the file that was fetched: its SHA-256 is {found} instead of "
                                     f"{digest}; remove its folder and fetch the parts again")
-
-
-def sha256(path: pathlib.Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def source(name: str, place: pathlib.Path) -> dict[str, str]:

@@ -22,6 +22,7 @@ import jax
 from calm_jax import config as config_lib
 from calm_jax import files
 from calm_jax.checkpoints import locate
+from calm_jax.checkpoints.meta import config_of
 from calm_jax.errors import ConfigError
 
 LOCK, CONFIG = "lock", "config.json"
@@ -91,7 +92,7 @@ def settled(workdir: pathlib.Path, config: config_lib.Config) -> config_lib.Conf
     folder was claimed, or as the checkpoint in `init` has it, a conversion that measured its word embeddings.
 
     Raises:
-      CheckpointError: there is no checkpoint in `init`.
+      CheckpointError: there is no checkpoint in `init`, or its config is none of today's.
     """
     if config.model.visual_rms or not config.init:
         return config
@@ -102,8 +103,8 @@ def settled(workdir: pathlib.Path, config: config_lib.Config) -> config_lib.Conf
         except (KeyError, TypeError, ValueError):  # `check` says what is wrong
             return config
     else:
-        *_, (_, meta) = locate.offered(config.init).values()
-        model = meta["config"]["model"]
+        *_, (place, meta) = locate.offered(config.init).values()
+        model = dataclasses.asdict(config_of(place, meta).model)
     return dataclasses.replace(config, model=dataclasses.replace(
         config.model, visual_rms=model.get("visual_rms", 0.0)))
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import transformers
 from flax import nnx
-from test_parity import assert_close, compiled, llama_logits, randomised, shapes_of, weights
+from test_parity import assert_close, compiled, greedy, llama_logits, randomised, shapes_of, weights
 
 from calm_jax import config as config_lib
 from calm_jax import json_files
@@ -153,40 +153,9 @@ def test_greedy_tokens_cached_uncached_and_by_generate(name, transposed):
     model = nnx.clone(plain)
     model.unroll(transposed=transposed)
     lengths = np.array([9, 81, 44])
-    prompts, width = random_tokens(3, 81), 81
-    size = width + new
-
-    def start(model, tokens, lengths):
-        last, cache = model.prefill(model.embed(tokens, jnp.float32), lengths, new)
-        return model.logits(last)[:, 0], cache
-
-    def step(model, tokens, positions, done, cache):
-        slots = jnp.arange(size)
-        sees = (slots < lengths[:, None]) | ((slots >= width) & (slots <= width + done))
-        hidden, cache = model.extend(model.embed(tokens[:, None], jnp.float32), positions[:, None], sees[:, None],
-                                     cache, width + done)
-        return model.logits(hidden)[:, 0], cache
-
-    start, step, full = compiled(model, start), compiled(model, step), compiled(plain, llama_logits)
-    logits, cache = start(prompts, lengths)
-    sequences = np.zeros((3, size), int)
-    sequences[:, :width] = prompts
-    positions = np.broadcast_to(np.arange(size), (3, size))
-    for done in range(new):
-        written = lengths + done
-        uncached = full(sequences, positions, (positions < written[:, None]).astype(np.int32))
-        uncached = uncached[np.arange(3), written - 1]
-        assert_close(f"{name}: logits of new token {done}, cached and not", logits, uncached)
-        tokens = np.asarray(logits.argmax(-1))
-        np.testing.assert_array_equal(tokens, uncached.argmax(-1))
-        sequences[np.arange(3), written] = tokens
-        logits, cache = step(tokens, written, done, cache)
-    for row, length in enumerate(lengths):
-        prompt = torch.from_numpy(prompts[row:row + 1, :length])
-        expected = theirs.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=new)
-        np.testing.assert_array_equal(sequences[row, :length + new], expected[0])
+    sequences = greedy(name, model, plain, theirs, random_tokens(3, 81), lengths, new)
     said = {int(token) for row, length in enumerate(lengths) for token in sequences[row, length:length + new]}
-    assert len(said) > 3  # models of random numbers repeat themselves, and not all the same
+    assert len(said) > 3  # randomly initialised models repeat themselves, and not all the same
 
 
 def test_a_program_holds_no_tables_of_positions_that_it_never_sees():

@@ -346,46 +346,50 @@ def test_calm(count):
 # ---- (e) cached generation --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("cfg", [MODEL.decoder, GROUPED], ids=["multi-head", "grouped-query"])
-@torch.no_grad()
-def test_cached_greedy_decoding(cfg):
-    theirs, new = torch_llama(cfg), 8
-    ours = our_llama(cfg, theirs)
-    lengths = np.array([3, 11, 6])
-    prompts = random_tokens(3, lengths.max())
-    width, size = lengths.max(), lengths.max() + new
+def greedy(name, model, plain, theirs, prompts, lengths, new) -> np.ndarray:
+    """Rows of prompts of these lengths, each with `new` greedy tokens after it: the same from the cache of `model`,
+    from the whole sequence through `plain`, and by `generate` of `theirs`."""
+    count, width = prompts.shape
+    size = width + new
 
     def start(model, tokens, lengths):
         last, cache = model.prefill(model.embed(tokens, jnp.float32), lengths, new)
-        return model.logits(last[:, 0]), cache
+        return model.logits(last)[:, 0], cache
 
     def step(model, tokens, positions, done, cache):
         slots = jnp.arange(size)
         sees = (slots < lengths[:, None]) | ((slots >= width) & (slots <= width + done))
         x = model.embed(tokens[:, None], jnp.float32)
         hidden, cache = model.extend(x, positions[:, None], sees[:, None], cache, width + done)
-        return model.logits(hidden[:, 0]), cache
+        return model.logits(hidden)[:, 0], cache
 
-    start, step, full = compiled(ours, start), compiled(ours, step), compiled(ours, llama_logits)
-
+    start, step, full = compiled(model, start), compiled(model, step), compiled(plain, llama_logits)
     logits, cache = start(prompts, lengths)
-    sequences = np.zeros((3, size), int)
-    sequences[:, :lengths.max()] = prompts
-    positions = np.broadcast_to(np.arange(size), (3, size))
+    sequences = np.zeros((count, size), int)
+    sequences[:, :width] = prompts
+    positions = np.broadcast_to(np.arange(size), (count, size))
     for done in range(new):
         written = lengths + done
         uncached = full(sequences, positions, (positions < written[:, None]).astype(np.int32))
-        uncached = uncached[np.arange(3), written - 1]
-        assert_close(f"logits of new token {done}, cached and not", logits, uncached)
+        uncached = uncached[np.arange(count), written - 1]
+        assert_close(f"{name}: logits of new token {done}, cached and not", logits, uncached)
         tokens = np.asarray(logits.argmax(-1))
         np.testing.assert_array_equal(tokens, uncached.argmax(-1))
-        sequences[np.arange(3), written] = tokens
+        sequences[np.arange(count), written] = tokens
         logits, cache = step(tokens, written, done, cache)
-
     for row, length in enumerate(lengths):
         prompt = torch.from_numpy(prompts[row:row + 1, :length])
         expected = theirs.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=new)
         np.testing.assert_array_equal(sequences[row, :length + new], expected[0])
+    return sequences
+
+
+@pytest.mark.parametrize("cfg", [MODEL.decoder, GROUPED], ids=["multi-head", "grouped-query"])
+@torch.no_grad()
+def test_cached_greedy_decoding(cfg):
+    theirs = torch_llama(cfg)
+    ours, lengths = our_llama(cfg, theirs), np.array([3, 11, 6])
+    greedy("LLaMA", ours, ours, theirs, random_tokens(3, lengths.max()), lengths, 8)
 
 
 # ---- (f) the tables themselves ----------------------------------------------------------------------------------

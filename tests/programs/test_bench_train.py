@@ -134,7 +134,14 @@ def test_the_public_geometry_has_as_many_trained_parameters_on_both_sides(file, 
     (dataclasses.replace(config(), model=dataclasses.replace(
         miniature.MODEL, lora=config_lib.Lora(rank=2, targets=r".*/(q|v)"))), "low-rank updates in the blocks of the"),
     (miniature.config(model=dataclasses.replace(miniature.MODEL, score_head=config_lib.ScoreHead(8)),
-                      processes={"only": miniature.process(score_head=1.0)}), "has no regression head")])
+                      processes={"only": miniature.process(score_head=1.0)}), "has no regression head"),
+    (miniature.config(model=dataclasses.replace(
+        miniature.MODEL, thematic=config_lib.Thematic(pool=2),
+        decoder=dataclasses.replace(miniature.MODEL.decoder, tied=True))),
+     r"not model\.decoder\.tied=True, model\.thematic\.pool=2; leave --against out"),
+    (miniature.config(model=dataclasses.replace(miniature.MODEL, encoder=config_lib.encoder(
+        "siglip", image_size=32, patch=8, width=32, depth=2, heads=2, mlp_width=64))),
+     r"not model\.encoder\.family=siglip")])
 def test_what_torch_cannot_do_alike_is_refused_before_anything_runs(of, sentence):
     with pytest.raises(ConfigError, match=sentence):
         bench_train.whole(of, bench_train.learning(of))

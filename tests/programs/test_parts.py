@@ -18,7 +18,7 @@ import zipfile
 import miniature
 import pytest
 
-from calm_jax import cli
+from calm_jax import cli, files
 from calm_jax.commands import parts as command
 from calm_jax.convert import hf_import, model_card, parts, torch_files
 from calm_jax.errors import ConfigError
@@ -52,7 +52,7 @@ def part(folder: pathlib.Path, package: str, **more: bytes) -> parts.Wheel:
     """A wheel in that folder as a set names it."""
     member, content = FILES[package]
     place = wheel(folder, package, member, content, **more)
-    return parts.Wheel(package, "1.0", parts.sha256(place), place.stat().st_size, member,
+    return parts.Wheel(package, "1.0", files.sha256(place), place.stat().st_size, member,
                        hashlib.sha256(content).hexdigest(), len(content), 1, "MIT", f"What {package} was trained on is "
                        "not stated.")
 
@@ -166,7 +166,7 @@ def test_what_is_no_wheel_is_refused(fake, monkeypatch, index, tmp_path):
     damaged = index / "fake_eye-1.0-py3-none-any.whl"
     damaged.write_bytes(b"no zip at all")
     monkeypatch.setattr(command, "_download", lambda part, into: (into.mkdir(), damaged)[1])
-    change(monkeypatch, fake, sha256=parts.sha256(damaged))
+    change(monkeypatch, fake, sha256=files.sha256(damaged))
     refused("fake_eye-1.0-py3-none-any.whl is no wheel that can be unpacked")
 
 

@@ -179,7 +179,7 @@ def test_an_unfinished_folder_of_the_same_step_is_written_anew(store):
 
 def test_what_is_pruned_while_it_is_verified_is_looked_for_again(store, monkeypatch):
     save(store, 1)
-    checksum, store.policy = on_disk._checksum, config_lib.Checkpoint(keep=1)
+    checksum, store.policy = on_disk.files.sha256, config_lib.Checkpoint(keep=1)
     gone = []
 
     def meanwhile(file):
@@ -189,7 +189,7 @@ def test_what_is_pruned_while_it_is_verified_is_looked_for_again(store, monkeypa
             shutil.rmtree(store.folder / "00000001")  # from a file system without locks
         return checksum(file)
 
-    monkeypatch.setattr(on_disk, "_checksum", meanwhile)
+    monkeypatch.setattr(on_disk.files, "sha256", meanwhile)
     assert locate.find(store.folder).step == 2
     with pytest.raises(CheckpointError, match="00000001") as error:  # asked for by its own name: it is gone
         locate.find(store.folder / "00000001")

@@ -116,6 +116,28 @@ def test_another_geometry_is_refused(trained):
         restore.origins(locate.find(trained / "base"), config)
 
 
+@pytest.mark.parametrize("where", ["held", "borrowed"])
+def test_a_parameter_that_models_no_longer_have_is_refused_not_drawn_anew(tmp_path, where):
+    """A layer was `mfam/thematic/kernel` once; under its new name nobody holds it."""
+    saved = locate.find(miniature.saved(tmp_path / "now"))
+    one, store = jax.sharding.SingleDeviceSharding(jax.devices()[0]), Checkpoints(tmp_path / "then",
+                                                                                  config_lib.Checkpoint())
+    wanted = {path: jax.ShapeDtypeStruct(shape, np.float32, sharding=one) for path, shape in
+              array_io.shapes(saved).items()}
+    held = array_io.restore(saved, {"parameters": wanted})["parameters"]
+    old = held.pop("mfam/thematic/project/kernel")
+    borrowed = {"checkpoints": [], "parameters": {}}
+    if where == "held":
+        held["mfam/thematic/kernel"] = old
+    else:
+        borrowed["parameters"]["mfam/thematic/kernel"] = {"seed": 0}
+    store.save(3, {"parameters": held, "optimizer": ()}, saved.meta | {"borrowed": borrowed})
+    store.close()
+    for read in (restore.model, lambda folder: restore.lazily(locate.find(folder))):
+        with pytest.raises(CheckpointError, match="has the parameter mfam/thematic/kernel, which models do not have"):
+            read(tmp_path / "then")
+
+
 def test_a_head_that_is_left_out_is_said(tmp_path):
     saved = locate.find(miniature.saved(tmp_path, score_head=config_lib.ScoreHead(4)))
     (line,) = restore.changes(saved, miniature.config())

@@ -136,8 +136,21 @@ def taught_parts(learns: Mapping[str, bool]) -> dict[str, bool]:
     return parts | {"lora": any(learn for path, learn in learns.items() if "/lora/" in path)}
 
 
+def beyond(model: config_lib.Model) -> list[str]:
+    """What torch_side.py does not compute of a model; it would build another one without a word."""
+    if (model.encoder.family, model.decoder.family) != ("clip", "llama"):
+        return [f"model.encoder.family={model.encoder.family}, model.decoder.family={model.decoder.family}"]
+    options = (("encoder.activation", model.encoder.activation, "quick_gelu"),
+               ("encoder.native_size", model.encoder.native, model.encoder.image_size),
+               ("thematic.pool", model.thematic.pool, 1), ("thematic.norm", model.thematic.norm, False))
+    return model.decoder.beyond() + [f"model.{name}={value}" for name, value, plain in options if value != plain]
+
+
 def whole(config: config_lib.Config, learns: Mapping[str, bool]) -> None:
-    """Raises ConfigError where torch's side, which freezes whole parts, cannot do the same."""
+    """Raises ConfigError where torch's side, which freezes whole parts, cannot do the same, or is of another model."""
+    if other := beyond(config.model):
+        raise ConfigError(f"--against torch builds CLIP, LLaMA and an MFAM without options, not {', '.join(other)}; "
+                          "leave --against out, or measure another variant")
     parts = taught_parts(learns)
     for name, prefix in PREFIXES.items():
         mixed = [path for path, learn in learns.items()

@@ -260,6 +260,7 @@ class Onnx:
 
     def _heads(self, width: int, layers: int) -> int:
         """Attention heads, from the last but one number of the shape that queries, keys and values are given."""
+        heads: set[int] = set()
         for layer in range(layers):
             found = set()
             for node in (*self._within(f"encoder/layer.{layer}/attention/attention"),

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int64, UInt8
 
-from calm_jax import json_files
+from calm_jax import files, json_files
 from calm_jax.data import pictures
 from calm_jax.data.builders.labels import SPLITS
 from calm_jax.data.samples import BadRecord, ImageRef, Record
@@ -31,8 +31,7 @@ def names(data_dir: Path | str) -> tuple[str, ...]:
 def checksums(folder: Path) -> dict[str, tuple[int, str]]:
     """Name -> size in bytes and SHA-256 of every file of pictures in a dataset's folder."""
     def checksum(path):
-        with path.open("rb") as stream:
-            return path.stat().st_size, hashlib.file_digest(stream, "sha256").hexdigest()
+        return path.stat().st_size, files.sha256(path)
 
     paths = sorted(folder.glob("*.array_record-*-of-*[0-9]"))
     with concurrent.futures.ThreadPoolExecutor() as pool:
