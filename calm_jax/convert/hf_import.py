@@ -73,7 +73,7 @@ def convert(vit: str, llm: str, qformers: list[str], out: str, seed: int = 0, *,
     leaves = {path: streaming.Leaf(shapes[path], np.result_type(*(tensor.dtype for _, tensor, _ in parts)),
                                    tuple((index, _reader(tensor, transform)) for index, tensor, transform in parts))
               for path, parts in pieces.items()}
-    config = dataclasses.replace(config, model=dataclasses.replace(model, visual_rms=_rms(leaves)))
+    config = dataclasses.replace(config, model=dataclasses.replace(model, visual_rms=_rms(leaves, say)))
     groups = {"/".join(path.split("/")[:2]) for path in shapes} - {"/".join(path.split("/")[:2]) for path in leaves}
     for group in sorted(groups):
         say(f"left to random numbers: {group}")
@@ -86,15 +86,20 @@ def convert(vit: str, llm: str, qformers: list[str], out: str, seed: int = 0, *,
         return streaming.save(out, leaves, meta, files=chat.tokenizer.files, progress=bar.update)
 
 
-def _rms(leaves: Mapping[str, streaming.Leaf]) -> float:
+def _rms(leaves: Mapping[str, streaming.Leaf], say: Callable[[str], None]) -> float:
     """The root mean square of the word embeddings, to four digits: fresh visual tokens begin at that of words. 0 where
-    a family keeps them elsewhere than ours do."""
+    a family keeps them elsewhere than ours do, and, which is said, where it is no number that a config can hold."""
     leaf = leaves.get("decoder/embedding")
     if leaf is None:
         return 0.0
-    total = sum(np.square(rows, dtype=np.float64).sum() for _, read in leaf.pieces
-                for rows in np.array_split(np.asarray(read(), np.float32), 16))
-    return float(f"{(total / np.prod(leaf.shape)) ** 0.5:.4g}")
+    with np.errstate(all="ignore"):  # they are somebody else's, and are kept bit for bit whatever they are
+        total = sum(np.square(rows, dtype=np.float64).sum() for _, read in leaf.pieces
+                    for rows in np.array_split(np.asarray(read(), np.float32), 16))
+        rms = float(f"{(total / np.prod(leaf.shape)) ** 0.5:.4g}")
+    if rms and not config_lib.SMALLEST <= rms <= config_lib.LARGEST:  # NaN is not, either
+        say(f"the root mean square of the word embeddings is {rms:g}: fresh visual tokens begin at 1 instead")
+        return 0.0
+    return rms
 
 
 def _told(name: str, source: Source) -> dict[str, str]:

@@ -174,6 +174,18 @@ def test_every_tensor_arrives_bit_for_bit(tmp_path, monkeypatch, form, dtype):
             np.testing.assert_array_equal(bits(back[key]), bits(tensor.read()), name)
 
 
+def test_word_embeddings_that_are_no_numbers_are_kept_and_said(tmp_path):
+    sources, said = parts(tmp_path), []
+    place = tmp_path / "llm" / "model.safetensors"
+    tensors = safetensors_torch.load_file(place)
+    tensors["model.embed_tokens.weight"][3, 4] = float("nan")
+    safetensors_torch.save_file(tensors, place, {"format": "pt"})
+    model, leaves = values(hf_import.convert(*sources, [], str(tmp_path / "out"), say=said.append))
+    assert model.visual_rms == 0 and any("word embeddings is nan" in line for line in said)
+    np.testing.assert_array_equal(bits(leaves["decoder/embedding"]),
+                                  bits(tensors["model.embed_tokens.weight"].numpy()))
+
+
 def test_what_a_conversion_does_not_hold_is_the_recipes_to_choose(tmp_path):
     out = hf_import.convert(*parts(tmp_path), [], str(tmp_path / "out"), seed=3)
     saved, words = locate.find(out), torch_files.tensors(tmp_path / "llm")["model.embed_tokens.weight"].read()
