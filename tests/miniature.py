@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 
@@ -139,5 +141,18 @@ def environment(cache: pathlib.Path | None = None, devices: int = 1) -> dict[str
     return env
 
 
-def run(arguments: list[str], env: dict[str, str], timeout: float = 900) -> subprocess.CompletedProcess:
-    return subprocess.run(arguments, cwd=ROOT, env=env, text=True, capture_output=True, timeout=timeout)
+def run(arguments: list[str], env: dict[str, str], timeout: float = 900, cwd: pathlib.Path = ROOT
+        ) -> subprocess.CompletedProcess:
+    """A program that ends within `timeout` seconds; one that does not is asked where all its threads are (SIGUSR1, to
+    which training answers), and fails the test with what it said."""
+    started = subprocess.Popen(arguments, cwd=cwd, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    try:
+        said = started.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        started.send_signal(signal.SIGUSR1)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            started.communicate(timeout=20)
+        started.kill()
+        said = started.communicate()
+        pytest.fail(f"{arguments} did not end within {timeout} s; it said:\n{said[0][-4000:]}\n{said[1][-12000:]}")
+    return subprocess.CompletedProcess(arguments, started.returncode, *said)

@@ -51,7 +51,7 @@ def calm(wheel, tmp_path_factory):
         if start:
             return subprocess.Popen(command, cwd=work, env=base, text=True, stdout=subprocess.PIPE,
                                     stderr=subprocess.STDOUT, **options)
-        return subprocess.run(command, cwd=work, env=base, text=True, capture_output=True, timeout=900, **options)
+        return miniature.run(command, base, cwd=work)
 
     run.work, run.python, run.env = work, python, base
     return run
