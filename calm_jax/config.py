@@ -351,6 +351,8 @@ class Process(Checked):
     eval_batches: int = field(8, "validation batches", "ours", least=1)
     train_share: float = field(1.0, "share of the training records that is used, the same ones in every epoch", "ours",
                                above=0, most=1)
+    cached: bool = field(False, "the frozen encoder's features are kept on disk and used again, in half precision; "
+                         "False = each step encodes its images", "ours")
     shuffle_labels: bool = field(False, "control: every conversation is about the pictures of another record", "ours")
 
     def __post_init__(self):
@@ -445,6 +447,10 @@ class Config(Checked):
             if tokens > self.model.decoder.positions:
                 wrong.append(f"processes.{name}.row.tokens={tokens} exceeds model.decoder.positions="
                              f"{self.model.decoder.positions}")
+            if self.processes[name].cached and self.data.workers:
+                wrong.append(f"processes.{name}.cached=True encodes images in the training process, which "
+                             f"data.workers={self.data.workers} data processes cannot; set data.workers=0, and "
+                             "data.threads instead")
             if self.processes[name].score_head and not self.model.score_head.width:
                 wrong.append(f"processes.{name}.score_head={self.processes[name].score_head} teaches a regression "
                              "head, and the model has none; set model.score_head.width, such as 256")
@@ -542,13 +548,18 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 
 
 def compare(kind: Any, old: Any, new: Any, path: str, lines: list[str]) -> None:
+    """Adds a line to `lines` for each field, of a config of type `kind`, whose value differs, as `differences`."""
     if isinstance(old, dict) and isinstance(new, dict):
+        if kind in FAMILIES and old.get("family") == new.get("family"):
+            kind = _family(kind, new, path)
         entries = {f.name: f for f in dataclasses.fields(kind)} if dataclasses.is_dataclass(kind) else {}
         hints = typing.get_type_hints(kind) if entries else {}
         for name in sorted(old.keys() | new.keys()):
             if name in entries and entries[name].metadata["runtime"]:
                 continue
             below = hints.get(name) if entries else typing.get_args(kind)[1]
+            if name in entries and name not in old:  # of before there was this field: it did what its default does
+                old = {**old, name: _default(entries[name])}
             compare(below, old.get(name, "(absent)"), new.get(name, "(absent)"), f"{path}.{name}", lines)
     elif (list(old) if isinstance(old, tuple) else old) != (list(new) if isinstance(new, tuple) else new):
         lines.append(f"{path}: {old!r} -> {new!r}")
@@ -596,6 +607,12 @@ def model(variant: str) -> Model:
     raise ConfigError(f"there is no variant {variant!r}{nearest(variant, VARIANTS)}")
 
 
+def _default(entry: dataclasses.Field) -> Any:
+    """The default of a field, as `dataclasses.asdict` has it."""
+    value = entry.default if entry.default is not dataclasses.MISSING else entry.default_factory()
+    return dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value
+
+
 def describe() -> str:
     """A table of all fields with default, meaning and source."""
     lines: list[str] = []
@@ -612,8 +629,7 @@ def describe() -> str:
             elif entry.name == "processes":
                 walk(Process, f"{path}.processes.NAME")
             else:
-                default = entry.default if entry.default is not dataclasses.MISSING else entry.default_factory()
-                lines.append(f"{path}.{entry.name} = {default!r}")
+                lines.append(f"{path}.{entry.name} = {_default(entry)!r}")
                 lines.append(f"    {family}{entry.metadata['doc']} [{entry.metadata['source']}]")
 
     walk(Config, "config")

@@ -12,6 +12,7 @@ need not plan again what was read long ago (`Rows.resume`).
 A batch is a dict of arrays with a leading row axis B:
 
   images     uint8 [B, I, H, W, 3]   pictures the row owns; unused slots are black
+             or, of a frozen encoder that has seen them before, features/PART float16 [B, I, S, E]; unused slots are 0
   tokens     int32 [B, T]            word ids
   visual     int32 [B, T]            index into the row's I * N visual tokens, -1 at words
   segments   int32 [B, T]            1, 2, ... for the conversations of a row, 0 = padding
@@ -30,9 +31,11 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import functools
 import logging
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NoReturn, Protocol
 
 import grain
 import numpy as np
@@ -41,7 +44,7 @@ from jaxtyping import Int, UInt8
 
 from calm_jax import config as config_lib
 from calm_jax.data import cues, images, tasks
-from calm_jax.data.samples import BadRecord, Dataset, Sample
+from calm_jax.data.samples import BadRecord, Dataset, ImageRef, Sample
 from calm_jax.data.tasks.context import Context
 from calm_jax.errors import ConfigError
 from calm_jax.text import chat as chat_lib
@@ -52,6 +55,9 @@ NAMED = 20  # bad records that are named in the log
 OPEN_ROWS = 16  # rows the planner fills at the same time: more packs tighter and mixes neighbours further apart
 BLOCK = 256  # rows planned at a time
 KEPT = 3  # blocks in memory: threads and workers read a little out of order
+
+# Waits for what the model gets of a picture, and for the attributes that must not be asked about it.
+Look = Callable[[], tuple[dict[str, np.ndarray], frozenset[str]]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,15 +99,27 @@ def shared(indices: Int[np.ndarray, "n"], share: float, seed: int) -> Int[np.nda
     return np.sort(drawn[:max(1, round(share * len(indices)))])
 
 
-def blank(row: config_lib.Row, size: int, pad: int = 0) -> dict[str, np.ndarray]:
-    """The arrays of a row that holds nothing yet, all but its cursor.
+class FeatureSource(Protocol):
+    """Knows what a frozen encoder sees of pictures (`features.encoding.Encoding`)."""
+
+    def ask(self, kind: str, content: bytes | None, ref: ImageRef, fitter: Callable[[], images.Fitter]
+            ) -> Callable[[], Any]:
+        """Has a picture looked at; the function returned waits for `arrays`, part -> features, and `doubtful`."""
+
+
+def blank(process: config_lib.Process, encoder: config_lib.Encoder, *, cached: bool, pad: int = 0
+          ) -> dict[str, np.ndarray]:
+    """The arrays of a row of a process that holds nothing yet, all but its cursor.
 
     Args:
-      size: side of a picture.
+      cached: it brings features instead of images.
       pad: the id of padding.
     """
+    row, size = process.row, encoder.image_size
+    seen = {part: encoder.part(part) for part in process.parts} if cached else {}
     return {
-        "images": np.zeros((row.images, size, size, 3), np.uint8),
+        **({f"features/{part}": np.zeros((row.images, one.tokens, one.width), np.float16) for part, one in seen.items()}
+           or {"images": np.zeros((row.images, size, size, 3), np.uint8)}),
         "tokens": np.full(row.tokens, pad, np.int32),
         "visual": np.full(row.tokens, -1, np.int32),
         "segments": np.zeros(row.tokens, np.int32),
@@ -118,12 +136,18 @@ def blank(row: config_lib.Row, size: int, pad: int = 0) -> dict[str, np.ndarray]
 class Rows:
     """The numbered rows of one process over one split. Thread-safe; cheap to copy into worker processes.
 
+    Args:
+      cache_mb: decoded pictures kept in memory.
+      features: rows bring what it knows of pictures; None: they bring the pictures.
+
     Attributes:
       bad: names and reasons of the records that could not be used so far, by this copy.
     """
 
     def __init__(self, process: config_lib.Process, datasets: Mapping[str, Dataset], chat: Chat,
-                 model: config_lib.Model, *, seed: int, split: str, cache_mb: int = 0):
+                 model: config_lib.Model, *, seed: int, split: str, cache_mb: int = 0,
+                 features: FeatureSource | None = None):
+        self.encoder, self.features = model.encoder, features
         self.process, self.chat, self.seed, self.split = process, chat, seed, split
         self.layout = Layout.of(model, process.parts)
         self.size, self.padding = model.encoder.image_size, model.encoder.padding
@@ -286,12 +310,11 @@ class Rows:
 
     def pack(self, planned: Planned) -> dict[str, np.ndarray]:
         """Reads and edits the pictures of a planned row and lays its conversations out one after the other."""
-        row, size = self.process.row, self.size
-        out = blank(row, size, self.chat.pad)
+        process = self.process
+        out = blank(process, self.encoder, cached=self.features is not None, pad=self.chat.pad)
         token, image, place = 0, 0, 0
-        fitters: dict[tuple[int, int], images.Fitter] = {}
+        looks = self._looks(planned)
         for number, (example, (sample, encoded)) in enumerate(zip(planned.examples, planned.texts, strict=True), 1):
-            dataset = self.sources[example.source].dataset
             length, supervised = len(encoded.tokens), len(encoded.places)
             span, answers = slice(token, token + length), slice(place, place + supervised)
             out["tokens"][span] = encoded.tokens
@@ -302,11 +325,10 @@ class Rows:
             out["labels"][answers] = encoded.labels
             try:
                 doubtful: set[str] = set()
-                for slot, ref in enumerate(encoded.images, image):
-                    if (example.source, ref.index) not in fitters:
-                        fitters[example.source, ref.index] = images.Fitter(self._pictures.read(dataset, ref.index))
-                    out["images"][slot], names = images.render_noting(
-                        fitters[example.source, ref.index], ref, size, self.padding)
+                for slot, look in enumerate(looks[number - 1], image):
+                    arrays, names = look()
+                    for name, value in arrays.items():
+                        out[name][slot] = value
                     doubtful |= names
                 # An edit that changed nothing visible would make its label false: those turns are not learned from.
                 asked = np.asarray([turn.subject not in doubtful for turn in sample.turns])
@@ -320,6 +342,42 @@ class Rows:
             token, image, place = token + length, image + len(encoded.images), place + supervised
         return out
 
+    def _looks(self, planned: Planned) -> list[list[Look]]:
+        """Of each picture of each conversation of a row, a function that gives its arrays and what must not be asked
+        about it. Each is read once, and all that must be encoded are asked for before the first is waited for."""
+        fitters: dict[tuple[int, int], images.Fitter] = {}
+
+        def fitter(source: int, index: int) -> images.Fitter:
+            if (source, index) not in fitters:
+                fitters[source, index] = images.Fitter(self._pictures.read(self.sources[source].dataset, index))
+            return fitters[source, index]
+
+        def rendered(source: int, ref: ImageRef) -> tuple[dict[str, np.ndarray], frozenset[str]]:
+            square, doubtful = images.render_noting(fitter(source, ref.index), ref, self.size, self.padding)
+            return {"images": square}, doubtful
+
+        def looked(known: FeatureSource, source: int, ref: ImageRef) -> Look:
+            dataset = self.sources[source].dataset
+            content = dataset.content(ref.index) if hasattr(dataset, "content") else None
+            wait = known.ask("features", content, ref, functools.partial(fitter, source, ref.index))
+
+            def features() -> tuple[dict[str, np.ndarray], frozenset[str]]:
+                seen = wait()
+                return {f"features/{part}": seen.arrays[part] for part in self.process.parts}, seen.doubtful
+
+            return features
+
+        def look(source: int, ref: ImageRef) -> Look:
+            if self.features is None:
+                return functools.partial(rendered, source, ref)
+            try:
+                return looked(self.features, source, ref)
+            except BadRecord as error:
+                return functools.partial(_raised, error)
+
+        return [[look(example.source, ref) for ref in encoded.images]
+                for example, (_, encoded) in zip(planned.examples, planned.texts, strict=True)]
+
     def _count_bad(self, example: Example, error: BadRecord) -> None:
         dataset = self.sources[example.source].dataset
         try:
@@ -330,6 +388,10 @@ class Rows:
             more = "; further ones are counted, not named" if len(self.bad) == NAMED - 1 else ""
             logging.warning("skipped %s: %s%s", key, error, more)
         self.bad[key] = str(error)
+
+
+def _raised(error: BadRecord) -> NoReturn:
+    raise error
 
 
 class Pictures:
