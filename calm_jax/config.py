@@ -23,6 +23,8 @@ from calm_jax.errors import ConfigError, nearest
 PARTS = ("low", "middle", "high", "thematic")  # the LLM's input order (paper)
 LEVELS = PARTS[:3]
 VARIANTS = ("tiny", "small", "laptop", "1b", "7b", "13b")
+# Variants whose frozen encoder is much of what a step costs, and whose features are small: they are kept on disk.
+CACHED = ("laptop",)
 CHATS = {"laptop": "chatml", "1b": "zephyr"}  # variant -> chat template of its language model, where not Vicuna's
 
 

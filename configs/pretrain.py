@@ -51,11 +51,11 @@ def get_config(variant: str = "tiny"):
         tasks=tasks, parts=c.LEVELS, row=row, batch=rows, phrasings=phrasings, steps=unlabeled, optimizer=optimizer,
         train=(".*",) if scratch else (r"mfam/qformers/.*",),
         freeze=() if scratch else (r"mfam/thematic/.*", *encoder_llm),
-        eval_every=max(-(-unlabeled // 3), 1))
+        eval_every=max(-(-unlabeled // 3), 1), cached=variant in c.CACHED)
     processes["generic"] = c.Process(
         tasks={"caption": 1.0}, parts=("thematic",), row=row, batch=rows, steps=pairs, optimizer=optimizer,
         train=(".*",) if scratch else (r"mfam/thematic/.*",),
         freeze=() if scratch else (r"mfam/qformers/.*", *encoder_llm),
-        eval_every=max(-(-pairs // 2), 1))
+        eval_every=max(-(-pairs // 2), 1), cached=variant in c.CACHED)
     return c.to_config_dict(c.Config(model=model, chat=c.CHATS.get(variant, "vicuna"), run=tuple(processes),
                                      processes=processes))

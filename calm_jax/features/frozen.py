@@ -78,8 +78,8 @@ def encoder(model: config_lib.Model, geometry: Geometry, parameters: Parameters,
 
 
 def worth_keeping(model: config_lib.Model, parts: tuple[str, ...], dtype: Any) -> bool:
-    """Whether visual tokens of pictures are so small that finding them is a gain, and may be kept: by one process alone,
-    where CALM_CACHE_GB does not say 0."""
+    """Whether visual tokens of pictures are so small that finding them is a gain, and may be kept: by a process
+    alone, where CALM_CACHE_GB does not say 0."""
     count = sum(model.visual_tokens(part) for part in parts)
     small = count * model.decoder.width * jnp.dtype(dtype).itemsize <= LARGE
     return small and jax.process_count() == 1 and store.gigabytes(GIGABYTES["tokens"]) > 0

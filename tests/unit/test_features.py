@@ -63,7 +63,7 @@ def asked(encoding, dataset, ref, kind="features"):
     return encoding.ask(kind, dataset.content(ref.index), ref, lambda: images.Fitter(dataset.pixels(ref.index)))
 
 
-# ---- the store --------------------------------------------------------------------------------------------------------
+# ---- the store -----------------------------------------------------------------------------------------------------
 
 
 def test_a_store_gives_back_what_was_put_and_the_latest_used_stay(tmp_path):
@@ -168,7 +168,7 @@ def test_nothing_is_kept_where_the_size_is_nought(monkeypatch, place):
     assert kept.get(b"one") is None and not place.exists()
 
 
-# ---- what a key names -------------------------------------------------------------------------------------------------
+# ---- what a key names ----------------------------------------------------------------------------------------------
 
 
 def test_another_content_window_edit_or_encoding_is_another_key():
@@ -196,11 +196,12 @@ def test_another_encoder_size_depth_or_dtype_finds_nothing_that_is_kept(paramete
         encoding.close()
 
 
-# ---- encoding ---------------------------------------------------------------------------------------------------------
+# ---- encoding ------------------------------------------------------------------------------------------------------
 
 
 def test_what_is_found_is_what_was_computed_and_what_the_encoder_sees(parameters, demo):
-    refs = [ImageRef(0), ImageRef(1, (0.1, 0.0, 0.8, 0.9)), ImageRef(2, edits=(Edit("noise", 1, 3),)), ImageRef(len(demo) - 1)]
+    refs = [ImageRef(0), ImageRef(1, (0.1, 0.0, 0.8, 0.9)), ImageRef(2, edits=(Edit("noise", 1, 3),)),
+            ImageRef(len(demo) - 1)]
     encoding = seen_by(parameters)
     waits = [asked(encoding, demo, ref) for ref in refs + refs[::-1]]  # all are asked for before one is waited for
     computed = [wait() for wait in waits]
@@ -261,7 +262,7 @@ def test_who_waits_is_told_of_a_failure_and_of_the_end(demo):
         asked(encoding, demo, ImageRef(1))
 
 
-# ---- training ---------------------------------------------------------------------------------------------------------
+# ---- training ------------------------------------------------------------------------------------------------------
 
 
 def losses(workdir):
@@ -300,7 +301,7 @@ def test_training_on_kept_features_is_training_and_the_same_whether_they_were_ke
     for step, (loss, _) in cold.items():
         assert loss == pytest.approx(live[step][0], rel=2e-3)
     assert {file.name for file in place.iterdir() if file.suffix == ".sqlite"} == {"features.sqlite", "pooled.sqlite"}
-    with pytest.raises(ConfigError, match="processes.only.cached: "):
+    with pytest.raises(ConfigError, match=r"processes\.only\.cached: "):
         train("cold", dataclasses.replace(FROZEN, cached=False))
 
 
@@ -379,7 +380,7 @@ def test_eight_devices_see_what_one_sees(tmp_path):
         assert loss == pytest.approx(found[1][where][0], rel=1e-3)
 
 
-# ---- inference --------------------------------------------------------------------------------------------------------
+# ---- inference -----------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
