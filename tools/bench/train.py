@@ -140,12 +140,15 @@ def taught_parts(learns: Mapping[str, bool]) -> dict[str, bool]:
 
 def beyond(model: config_lib.Model) -> list[str]:
     """What torch_side.py does not compute of a model; it would build another one without a word."""
-    if (model.encoder.family, model.decoder.family) != ("clip", "llama"):
-        return [f"model.encoder.family={model.encoder.family}, model.decoder.family={model.decoder.family}"]
-    options = (("encoder.activation", model.encoder.activation, "quick_gelu"),
-               ("encoder.native_size", model.encoder.native, model.encoder.image_size),
-               ("thematic.pool", model.thematic.pool, 1), ("thematic.norm", model.thematic.norm, False))
-    return model.decoder.beyond() + [f"model.{name}={value}" for name, value, plain in options if value != plain]
+    encoder, decoder = model.encoder, model.decoder
+    if encoder.family not in ("clip", "dinov2") or decoder.family != "llama":
+        return [f"model.encoder.family={encoder.family}, model.decoder.family={decoder.family}"]
+    clip = encoder.family == "clip"
+    options = (("encoder.activation", encoder.activation, "quick_gelu" if clip else "gelu"),
+               ("encoder.native_size", encoder.native, encoder.image_size if clip else encoder.native),
+               ("encoder.registers", encoder.registers, 0), ("decoder.qkv_bias", decoder.qkv_bias, False),
+               ("decoder.qk_norm", decoder.qk_norm, False), ("decoder.rope_factor", decoder.rope_factor, 1.0))
+    return [f"model.{name}={value}" for name, value, plain in options if value != plain]
 
 
 def whole(config: config_lib.Config, learns: Mapping[str, bool]) -> None:
@@ -153,7 +156,7 @@ def whole(config: config_lib.Config, learns: Mapping[str, bool]) -> None:
     if config.processes[config.run[0]].cached:
         raise ConfigError("--against torch encodes in each step; set cached=False of the process")
     if other := beyond(config.model):
-        raise ConfigError(f"--against torch builds CLIP, LLaMA and an MFAM without options, not {', '.join(other)}; "
+        raise ConfigError(f"--against torch builds CLIP or DINOv2, LLaMA and an MFAM, not {', '.join(other)}; "
                           "leave --against out, or measure another variant")
     parts = taught_parts(learns)
     for name, prefix in PREFIXES.items():
