@@ -242,6 +242,12 @@ class ScoreHead(Checked):
 
 
 @dataclasses.dataclass(frozen=True)
+class LightHead(Checked):
+    grades: tuple[int, ...] = field((), "grades of each attribute in the order of data/attributes.py; () = no head",
+                                    "ours", least=2)
+
+
+@dataclasses.dataclass(frozen=True)
 class Model(Checked):
     encoder: Encoder = field(lambda: encoder("clip"), "visual encoder", "paper: a visual encoder; ours: CLIP")
     depths: Depths = field(Depths(), "where each part reads the encoder", "ours")
@@ -253,6 +259,8 @@ class Model(Checked):
     decoder: Decoder = field(lambda: decoder("llama"), "language model", "paper: models like Vicuna-7B")
     lora: Lora = field(Lora(), "low-rank updates", "ours")
     score_head: ScoreHead = field(ScoreHead(), "regression head where an answer begins, for the reader `head`", "ours")
+    light_head: LightHead = field(LightHead(), "linear head on the visual tokens, which a warm-up of the MFAM learns "
+                                  "with", "ours")
     dtype: str = field("auto", "computation; auto: bfloat16 on accelerators, float32 on CPU", "ours",
                        choices=("auto", "float32", "bfloat16"), runtime=True)
     frozen_dtype: str = field("auto", "storage of frozen parameters; auto as above", "ours",
@@ -332,6 +340,10 @@ class Process(Checked):
                                "ours")
     score_head: float = field(0.0, "weight of the regression head's loss, a mean over the conversations with a score, "
                               "beside that of the words; 0 = it learns nothing", "ours", least=0)
+    words: float = field(1.0, "weight of the loss of the answers' words; 0 = the language model is not computed",
+                         "ours", least=0)
+    light_head: float = field(0.0, "weight of the light head's losses, of the grades and of the scores, each a mean "
+                              "over those that are known; 0 = it learns nothing", "ours", least=0)
     compose: bool = field(False, "captions and comments are composed of what is known and measured where nobody wrote "
                           "any", "ours")
     cues: str = field("", "file of further phrases about attributes, from calm cues; '' = only the written",
@@ -353,6 +365,8 @@ class Process(Checked):
     eval_batches: int = field(8, "validation batches", "ours", least=1)
     train_share: float = field(1.0, "share of the training records that is used, the same ones in every epoch", "ours",
                                above=0, most=1)
+    versions: int = field(0, "draws of each record (its edits, questions and answers) that take turns, one an epoch; "
+                          "0 = new ones in every epoch", "ours", least=0)
     cached: bool = field(False, "the frozen encoder's features are kept on disk and used again, in half precision; "
                          "False = each step encodes its images", "ours")
     shuffle_labels: bool = field(False, "control: every conversation is about the pictures of another record", "ours")
@@ -362,6 +376,10 @@ class Process(Checked):
         if self.batch % self.accumulate:
             raise ConfigError(f"batch={self.batch} does not divide into accumulate={self.accumulate} micro-batches; "
                               "choose a divisor")
+        if not (self.words or self.light_head):
+            raise ConfigError("words=0 and light_head=0: there is nothing to learn from; set one of them")
+        if self.score_head and not self.words:
+            raise ConfigError(f"score_head={self.score_head} reads the language model, which words=0 leaves out")
         if not self.tasks:
             raise ConfigError("a process needs at least one task, such as tasks.attributes=1.0")
         for name, weight in self.tasks.items():
@@ -446,9 +464,12 @@ class Config(Checked):
         wrong += [f"model.decoder.{message}" for message in self.model.decoder.wrong()]
         for name in self.run:
             tokens = self.processes[name].row.tokens
-            if tokens > self.model.decoder.positions:
+            if tokens > self.model.decoder.positions and self.processes[name].words:
                 wrong.append(f"processes.{name}.row.tokens={tokens} exceeds model.decoder.positions="
                              f"{self.model.decoder.positions}")
+            if self.processes[name].light_head and not self.model.light_head.grades:
+                wrong.append(f"processes.{name}.light_head={self.processes[name].light_head} teaches a light head, and "
+                             "the model has none; set model.light_head.grades")
             if self.processes[name].cached and self.data.workers:
                 wrong.append(f"processes.{name}.cached=True encodes images in the training process, which "
                              f"data.workers={self.data.workers} data processes cannot; set data.workers=0, and "

@@ -22,6 +22,7 @@ A batch is a dict of arrays with a leading row axis B:
   weights    float32 [B, K, C]       target probability times answer weight; all zero = unused
   asked      int32 [B, I]            position where the answer with a numeric target begins, for the regression head
   targets    float32 [B, I]          those targets on the scale 1-10; 0 = none. Conversations own pictures, hence I
+  grades     int32 [B, I, A]         for a light head: true grade of each attribute of a picture, -1 = not known
   bad        int32 [B]               conversations of the row that were masked, or refused while it was filled
   cursor     int64 [B, 1 + D]        number of the row's block, and examples taken before it from each of D datasets
 """
@@ -43,7 +44,7 @@ from absl import flags
 from jaxtyping import Int, UInt8
 
 from calm_jax import config as config_lib
-from calm_jax.data import cues, images, tasks
+from calm_jax.data import attributes, cues, images, tasks
 from calm_jax.data.samples import BadRecord, Dataset, ImageRef, Sample
 from calm_jax.data.tasks.context import Context
 from calm_jax.errors import ConfigError
@@ -62,9 +63,10 @@ Look = Callable[[], tuple[dict[str, np.ndarray], frozenset[str]]]
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """What a Sample is made from: everything that is random follows from (source, epoch, index)."""
+    """What a Sample is made from: everything that is random follows from (source, version, index). Without
+    `Process.versions` a record's version is the epoch."""
 
-    epoch: int
+    version: int
     index: int
     task: str
     source: int = 0
@@ -107,7 +109,7 @@ class FeatureSource(Protocol):
         """Has a picture looked at; the function returned waits for `arrays`, part -> features, and `doubtful`."""
 
 
-def blank(process: config_lib.Process, encoder: config_lib.Encoder, *, cached: bool, pad: int = 0
+def blank(process: config_lib.Process, model: config_lib.Model, *, cached: bool, pad: int = 0
           ) -> dict[str, np.ndarray]:
     """The arrays of a row of a process that holds nothing yet, all but its cursor.
 
@@ -115,7 +117,8 @@ def blank(process: config_lib.Process, encoder: config_lib.Encoder, *, cached: b
       cached: it brings features instead of images.
       pad: the id of padding.
     """
-    row, size = process.row, encoder.image_size
+    row, encoder, size = process.row, model.encoder, model.encoder.image_size
+    grades = {"grades": np.full((row.images, len(model.light_head.grades)), -1, np.int32)} if process.light_head else {}
     seen = {part: encoder.part(part) for part in process.parts} if cached else {}
     return {
         **({f"features/{part}": np.zeros((row.images, one.tokens, one.width), np.float16) for part, one in seen.items()}
@@ -129,8 +132,16 @@ def blank(process: config_lib.Process, encoder: config_lib.Encoder, *, cached: b
         "weights": np.zeros((row.answers, row.candidates), np.float32),
         "asked": np.zeros(row.images, np.int32),
         "targets": np.zeros(row.images, np.float32),
+        **grades,
         "bad": np.zeros((), np.int32),
     }
+
+
+def check_grades(head: config_lib.LightHead) -> None:
+    """Raises ConfigError for a light head that is not of the attributes that there are."""
+    there = tuple(len(attribute.grades) for attribute in attributes.ATTRIBUTES.values())
+    if head.grades != there:
+        raise ConfigError(f"model.light_head.grades={head.grades} are not the grades of the attributes, {there}")
 
 
 class Rows:
@@ -147,7 +158,9 @@ class Rows:
     def __init__(self, process: config_lib.Process, datasets: Mapping[str, Dataset], chat: Chat,
                  model: config_lib.Model, *, seed: int, split: str, cache_mb: int = 0,
                  features: FeatureSource | None = None):
-        self.encoder, self.features = model.encoder, features
+        self.model, self.features = model, features
+        if process.light_head:
+            check_grades(model.light_head)
         self.process, self.chat, self.seed, self.split = process, chat, seed, split
         self.layout = Layout.of(model, process.parts)
         self.size, self.padding = model.encoder.image_size, model.encoder.padding
@@ -267,14 +280,15 @@ class Rows:
         """Example `place` of a source's stream."""
         source = self.sources[number]
         epoch, at = divmod(place, len(source.indices))
+        version = epoch % self.process.versions if self.process.versions else epoch
         if (number, epoch) not in self._orders:
             self._orders.pop((number, epoch - 1), None)
             self._orders[number, epoch] = np.random.default_rng([self.seed, epoch, 1, number]).permutation(
                 source.indices)
         index = int(self._orders[number, epoch][at])
-        draw = np.random.default_rng([self.seed, epoch, index, 3, number]).random()
+        draw = np.random.default_rng([self.seed, version, index, 3, number]).random()
         task = source.tasks[min(int(np.searchsorted(np.cumsum(source.shares), draw, "right")), len(source.tasks) - 1)]
-        return Example(epoch, index, task, number)
+        return Example(version, index, task, number)
 
     def sample(self, example: Example) -> Sample:
         """The conversation of an example; with `shuffle_labels` about the pictures of another one."""
@@ -282,7 +296,7 @@ class Rows:
         if not self.process.shuffle_labels:
             return sample
         indices = self.sources[example.source].indices
-        draws = np.random.default_rng([self.seed, example.epoch, example.index, 6, example.source])
+        draws = np.random.default_rng([self.seed, example.version, example.index, 6, example.source])
         for draw in range(1, 1000):
             with contextlib.suppress(BadRecord):
                 other = self._made(example, int(draws.choice(indices)), draw)
@@ -292,7 +306,7 @@ class Rows:
 
     def _made(self, example: Example, index: int, draw: int) -> Sample:
         source = self.sources[example.source]
-        rng = np.random.default_rng([self.seed, example.epoch, index, 2, draw, example.source])
+        rng = np.random.default_rng([self.seed, example.version, index, 2, draw, example.source])
         return tasks.make(example.task, source.dataset, index, rng, source.context)
 
     def encode(self, sample: Sample) -> Encoded:
@@ -311,7 +325,7 @@ class Rows:
     def pack(self, planned: Planned) -> dict[str, np.ndarray]:
         """Reads and edits the pictures of a planned row and lays its conversations out one after the other."""
         process = self.process
-        out = blank(process, self.encoder, cached=self.features is not None, pad=self.chat.pad)
+        out = blank(process, self.model, cached=self.features is not None, pad=self.chat.pad)
         token, image, place = 0, 0, 0
         looks = self._looks(planned)
         for number, (example, (sample, encoded)) in enumerate(zip(planned.examples, planned.texts, strict=True), 1):
@@ -333,6 +347,10 @@ class Rows:
                 # An edit that changed nothing visible would make its label false: those turns are not learned from.
                 asked = np.asarray([turn.subject not in doubtful for turn in sample.turns])
                 out["weights"][answers] = encoded.weights * asked[encoded.turns, None]
+                if process.light_head:  # such labels are of conversations about one picture
+                    for turn in sample.turns:
+                        if (known := attributes.graded(turn.label)) is not None and turn.subject not in doubtful:
+                            out["grades"][image, known[0]] = known[1]
                 if sample.target is not None:  # of the last turn
                     begins = encoded.places[encoded.turns == len(sample.turns) - 1][0]
                     out["asked"][image], out["targets"][image] = begins + token, sample.target

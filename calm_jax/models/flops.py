@@ -105,7 +105,7 @@ def a_row(model: config_lib.Model, process: config_lib.Process, learns: Mapping[
     works = (("encoder/", Work() if process.cached else encoder(model, parts), row.images),
              ("mfam/qformers/", qformers(model, parts), row.images),
              ("mfam/thematic/", thematic(model, parts), row.images),
-             ("decoder/", language(model, row.tokens, row.answers), 1))
+             ("decoder/", language(model, row.tokens, row.answers) if process.words else Work(), 1))
     found = {"forward": 0.0, "inputs": 0.0, "weights": 0.0}
     for prefix, work, count in works:
         found["forward"] += count * work.forward

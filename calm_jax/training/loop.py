@@ -224,7 +224,7 @@ def run_process(run: Run, name: str, datasets: Mapping[str, Dataset]) -> None:
                 if validates:
                     log.write(number, "validation", values)
                     log.say(f"{name} step {number}: validation loss {values['loss']:.4f}, "
-                            f"token accuracy {values['accuracy']:.3f}")
+                            f"{'token' if process.words else 'grade'} accuracy {values['accuracy']:.3f}")
                     is_best = best is None or values["loss"] < best
                     best = values["loss"] if is_best else best
                 if last or is_best or stopping or due:

@@ -64,7 +64,7 @@ def test_the_batch_is_one_of_the_pipeline_and_full(of):
     process = of.processes[of.run[0]]
     of = dataclasses.replace(of, processes={of.run[0]: dataclasses.replace(process, batch=2)})
     batch, row = bench_train.make_batch(of), process.row
-    blank = pipeline.blank(process, of.model.encoder, cached=False)
+    blank = pipeline.blank(process, of.model, cached=False)
     assert {name: (value.shape[1:], value.dtype) for name, value in batch.items()} == {
         name: (value.shape, value.dtype) for name, value in blank.items()}
     count = batch["segments"].max()

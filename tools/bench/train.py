@@ -169,6 +169,8 @@ def whole(config: config_lib.Config, learns: Mapping[str, bool]) -> None:
     if any(not path.startswith("decoder/blocks/") for path in updates):
         raise ConfigError("--against torch has low-rank updates in the blocks of the language model only; "
                           f"model.lora.targets={config.model.lora.targets!r} asks for others")
+    if not config.processes[config.run[0]].words or config.processes[config.run[0]].light_head:
+        raise ConfigError("--against torch has no light head; measure a process that learns words alone")
     if config.processes[config.run[0]].score_head:
         raise ConfigError("--against torch has no regression head; measure a variant without +head")
 
@@ -192,7 +194,7 @@ def make_batch(config: config_lib.Config, seed: int = 0) -> dict[str, np.ndarray
         raise ConfigError(f"row.tokens={row.tokens} does not hold the {seen} visual tokens of a picture")
     length = row.tokens // count
     answers = min(row.answers // count, length - seen - 2)
-    blank = pipeline.blank(process, model.encoder, cached=process.cached)
+    blank = pipeline.blank(process, model, cached=process.cached)
     shown = {name: value for name, value in blank.items() if shows(name)}
     out = {**{name: np.zeros((rows, *value.shape), value.dtype) for name, value in shown.items()},
            "tokens": rng.integers(0, model.decoder.vocab, (rows, row.tokens), np.int32),
@@ -203,6 +205,8 @@ def make_batch(config: config_lib.Config, seed: int = 0) -> dict[str, np.ndarray
            "weights": np.zeros((rows, row.answers, row.candidates), np.float32),
            "asked": np.zeros((rows, row.images), np.int32), "targets": np.zeros((rows, row.images), np.float32),
            "bad": np.zeros(rows, np.int32)}
+    if process.light_head:
+        out["grades"] = rng.integers(0, min(model.light_head.grades), (rows, *blank["grades"].shape), np.int32)
     for name in shown:
         own = out[name][:, :count]
         own[:] = (rng.integers(0, 256, own.shape, np.uint8) if name == "images" else
