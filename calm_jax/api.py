@@ -19,6 +19,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import PIL.Image
+from jaxtyping import Float
 
 from calm_jax.checkpoints import lineage, restore
 from calm_jax.data import attributes as attributes_lib
@@ -30,10 +31,10 @@ from calm_jax.data.scale import HIGHEST, LOWEST, READERS, checked, mapped
 from calm_jax.data.tasks import instructions, skills
 from calm_jax.data.tasks.opinions import contexts, in_context
 from calm_jax.errors import ConfigError, nearest
+from calm_jax.features import keys
 from calm_jax.inference import choice
 from calm_jax.inference.decoding import GREEDY, Sampling
-from calm_jax.inference.generate import Generator, Pixels
-from calm_jax.inference.once import once
+from calm_jax.inference.generate import Generator, Pictures, Pixels
 from calm_jax.inference.scorer import Score
 
 Picture: TypeAlias = str | os.PathLike | bytes | PIL.Image.Image | np.ndarray
@@ -171,6 +172,13 @@ class Model:
         """
         return self._each(images, lambda count, pixels: self.personal(rated, count, pixels, scale=scale, shots=shots))
 
+    def statistics(self, images: Picture | Sequence[Picture]) -> Float[np.ndarray, "F"] | list[Float[np.ndarray, "F"]]:
+        """What the visual encoder sees of each whole picture, in a few numbers: for ridge regression, groups and
+        likenesses. They are those of `Generator.statistics`, kept on disk; raises as `score`."""
+        one = self.loaded("score" if "score" in self.processes else next(iter(self.processes), "score"))
+        return self._each(images, lambda count, pixels: one.generator.statistics(
+            [ImageRef(index) for index in range(count)], pixels))
+
     # ---- the same for pictures that are read one after the other -----------------------------------------------------
 
     def scores(self, count: int, pixels: Pixels, *, reader: str = "expectation",
@@ -208,10 +216,10 @@ class Model:
         shown = [pictures.fit(pictures.pixels(picture), generator.size) for picture, _ in rated]
 
         # Contexts go through the pictures together: each is read and made small once.
-        small = once(lambda index: pictures.fit(pixels(index), generator.size), 4 * self.batch)
-
-        def look(index):  # the rated pictures come first
-            return shown[index] if index < len(shown) else small(index - len(shown))
+        small = Pictures.fitted(pixels, generator.size, 4 * self.batch)
+        # The rated pictures come first.
+        look = Pictures(lambda index: shown[index] if index < len(shown) else small(index - len(shown)),
+                        lambda index: None if index < len(shown) else small.content(index - len(shown)))
 
         def in_a_context(places):
             support = [(ImageRef(place), mapped(rated[place][1], scale)) for place in places]
@@ -251,7 +259,7 @@ class Model:
         questions = ((_sample(index, (attribute.level,), one.phrases[attribute.name].questions[0]), 0)
                      for index in range(count) for attribute in asked)
         # The questions about a picture come one after the other: it is read and made small once.
-        small = once(lambda index: pictures.fit(pixels(index), one.generator.size), 4 * self.batch)
+        small = Pictures.fitted(pixels, one.generator.size, 4 * self.batch)
         answers = one.generator.answers(questions, small, limit=ATTRIBUTE_TOKENS, batch=self.batch)
         for _ in range(count):
             found = {}
@@ -264,7 +272,8 @@ class Model:
     def _each(self, images: Picture | Sequence[Picture], answer: Callable[[int, Pixels], Iterable[Any]]) -> Any:
         alone = isinstance(images, (str, os.PathLike, bytes, PIL.Image.Image, np.ndarray))
         many = [images] if alone else list(images)
-        answers = list(answer(len(many), lambda index: pictures.pixels(many[index])))
+        answers = list(answer(len(many), Pictures(lambda index: pictures.pixels(many[index]),
+                                                  lambda index: keys.of_source(many[index]))))
         return answers[0] if alone else answers
 
 
@@ -287,7 +296,7 @@ def _load(chosen: choice.Choice) -> Loaded:
     path = restored.saved.path
     del restored  # the generator holds the weights in arrays of its own
     return Loaded(chosen.process, path, identity, process.parts, bank(process.cues, process.phrasings),
-                  Generator(model, parameters, chat, process.parts, dtype))
+                  Generator(model, parameters, chat, process.parts, dtype, keep=True))
 
 
 def _about(one: Loaded, count: int, question: str) -> Iterator[tuple[Sample, int]]:

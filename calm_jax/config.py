@@ -23,6 +23,8 @@ from calm_jax.errors import ConfigError, nearest
 PARTS = ("low", "middle", "high", "thematic")  # the LLM's input order (paper)
 LEVELS = PARTS[:3]
 VARIANTS = ("tiny", "small", "laptop", "1b", "7b", "13b")
+# Variants whose frozen encoder is much of what a step costs, and whose features are small: they are kept on disk.
+CACHED = ("laptop",)
 CHATS = {"laptop": "chatml", "1b": "zephyr"}  # variant -> chat template of its language model, where not Vicuna's
 
 
@@ -240,6 +242,12 @@ class ScoreHead(Checked):
 
 
 @dataclasses.dataclass(frozen=True)
+class LightHead(Checked):
+    grades: tuple[int, ...] = field((), "grades of each attribute in the order of data/attributes.py; () = no head",
+                                    "ours", least=2)
+
+
+@dataclasses.dataclass(frozen=True)
 class Model(Checked):
     encoder: Encoder = field(lambda: encoder("clip"), "visual encoder", "paper: a visual encoder; ours: CLIP")
     depths: Depths = field(Depths(), "where each part reads the encoder", "ours")
@@ -251,6 +259,8 @@ class Model(Checked):
     decoder: Decoder = field(lambda: decoder("llama"), "language model", "paper: models like Vicuna-7B")
     lora: Lora = field(Lora(), "low-rank updates", "ours")
     score_head: ScoreHead = field(ScoreHead(), "regression head where an answer begins, for the reader `head`", "ours")
+    light_head: LightHead = field(LightHead(), "linear head on the visual tokens, which a warm-up of the MFAM learns "
+                                  "with", "ours")
     dtype: str = field("auto", "computation; auto: bfloat16 on accelerators, float32 on CPU", "ours",
                        choices=("auto", "float32", "bfloat16"), runtime=True)
     frozen_dtype: str = field("auto", "storage of frozen parameters; auto as above", "ours",
@@ -330,6 +340,10 @@ class Process(Checked):
                                "ours")
     score_head: float = field(0.0, "weight of the regression head's loss, a mean over the conversations with a score, "
                               "beside that of the words; 0 = it learns nothing", "ours", least=0)
+    words: float = field(1.0, "weight of the loss of the answers' words; 0 = the language model is not computed",
+                         "ours", least=0)
+    light_head: float = field(0.0, "weight of the light head's losses, of the grades and of the scores, each a mean "
+                              "over those that are known; 0 = it learns nothing", "ours", least=0)
     compose: bool = field(False, "captions and comments are composed of what is known and measured where nobody wrote "
                           "any", "ours")
     cues: str = field("", "file of further phrases about attributes, from calm cues; '' = only the written",
@@ -351,6 +365,10 @@ class Process(Checked):
     eval_batches: int = field(8, "validation batches", "ours", least=1)
     train_share: float = field(1.0, "share of the training records that is used, the same ones in every epoch", "ours",
                                above=0, most=1)
+    versions: int = field(0, "draws of each record (its edits, questions and answers) that take turns, one an epoch; "
+                          "0 = new ones in every epoch", "ours", least=0)
+    cached: bool = field(False, "the frozen encoder's features are kept on disk and used again, in half precision; "
+                         "False = each step encodes its images", "ours")
     shuffle_labels: bool = field(False, "control: every conversation is about the pictures of another record", "ours")
 
     def __post_init__(self):
@@ -358,6 +376,10 @@ class Process(Checked):
         if self.batch % self.accumulate:
             raise ConfigError(f"batch={self.batch} does not divide into accumulate={self.accumulate} micro-batches; "
                               "choose a divisor")
+        if not (self.words or self.light_head):
+            raise ConfigError("words=0 and light_head=0: there is nothing to learn from; set one of them")
+        if self.score_head and not self.words:
+            raise ConfigError(f"score_head={self.score_head} reads the language model, which words=0 leaves out")
         if not self.tasks:
             raise ConfigError("a process needs at least one task, such as tasks.attributes=1.0")
         for name, weight in self.tasks.items():
@@ -442,9 +464,16 @@ class Config(Checked):
         wrong += [f"model.decoder.{message}" for message in self.model.decoder.wrong()]
         for name in self.run:
             tokens = self.processes[name].row.tokens
-            if tokens > self.model.decoder.positions:
+            if tokens > self.model.decoder.positions and self.processes[name].words:
                 wrong.append(f"processes.{name}.row.tokens={tokens} exceeds model.decoder.positions="
                              f"{self.model.decoder.positions}")
+            if self.processes[name].light_head and not self.model.light_head.grades:
+                wrong.append(f"processes.{name}.light_head={self.processes[name].light_head} teaches a light head, and "
+                             "the model has none; set model.light_head.grades")
+            if self.processes[name].cached and self.data.workers:
+                wrong.append(f"processes.{name}.cached=True encodes images in the training process, which "
+                             f"data.workers={self.data.workers} data processes cannot; set data.workers=0, and "
+                             "data.threads instead")
             if self.processes[name].score_head and not self.model.score_head.width:
                 wrong.append(f"processes.{name}.score_head={self.processes[name].score_head} teaches a regression "
                              "head, and the model has none; set model.score_head.width, such as 256")
@@ -542,13 +571,18 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 
 
 def compare(kind: Any, old: Any, new: Any, path: str, lines: list[str]) -> None:
+    """Adds a line to `lines` for each field, of a config of type `kind`, whose value differs, as `differences`."""
     if isinstance(old, dict) and isinstance(new, dict):
+        if kind in FAMILIES and old.get("family") == new.get("family"):
+            kind = _family(kind, new, path)
         entries = {f.name: f for f in dataclasses.fields(kind)} if dataclasses.is_dataclass(kind) else {}
         hints = typing.get_type_hints(kind) if entries else {}
         for name in sorted(old.keys() | new.keys()):
             if name in entries and entries[name].metadata["runtime"]:
                 continue
             below = hints.get(name) if entries else typing.get_args(kind)[1]
+            if name in entries and name not in old:  # of before there was this field: it did what its default does
+                old = {**old, name: _default(entries[name])}
             compare(below, old.get(name, "(absent)"), new.get(name, "(absent)"), f"{path}.{name}", lines)
     elif (list(old) if isinstance(old, tuple) else old) != (list(new) if isinstance(new, tuple) else new):
         lines.append(f"{path}: {old!r} -> {new!r}")
@@ -596,6 +630,12 @@ def model(variant: str) -> Model:
     raise ConfigError(f"there is no variant {variant!r}{nearest(variant, VARIANTS)}")
 
 
+def _default(entry: dataclasses.Field) -> Any:
+    """The default of a field, as `dataclasses.asdict` has it."""
+    value = entry.default if entry.default is not dataclasses.MISSING else entry.default_factory()
+    return dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value
+
+
 def describe() -> str:
     """A table of all fields with default, meaning and source."""
     lines: list[str] = []
@@ -612,8 +652,7 @@ def describe() -> str:
             elif entry.name == "processes":
                 walk(Process, f"{path}.processes.NAME")
             else:
-                default = entry.default if entry.default is not dataclasses.MISSING else entry.default_factory()
-                lines.append(f"{path}.{entry.name} = {default!r}")
+                lines.append(f"{path}.{entry.name} = {_default(entry)!r}")
                 lines.append(f"    {family}{entry.metadata['doc']} [{entry.metadata['source']}]")
 
     walk(Config, "config")

@@ -34,7 +34,8 @@ TABLE: dict[str, tuple[tuple[str, ...], tuple[str | None, ...]]] = {
     "positions": ((r"encoder/positions",), (None, "fsdp")),
     "convolution": ((r"encoder/stem/kernels/\d+",), (None, None, None, "fsdp")),
     "small": ((r"(?!decoder/blocks/[qkv]/).*/bias", r".*/scale", r"encoder/(cls|registers)", r"encoder/stem/biases/\d+",
-               r"mfam/qformers/(\d+/)?queries", r"score_head/out/kernel"), ()),
+               r"mfam/qformers/(\d+/)?queries", r"score_head/out/kernel",
+               r"light_head/out/kernel"), ()),
 }
 
 

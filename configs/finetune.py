@@ -78,6 +78,6 @@ def get_config(variant: str = "tiny"):
         processes[name] = c.Process(
             tasks={task: 1.0 - sum(kept.values()), **kept}, phrasings=KEPT_PHRASINGS if size == "tiny" else 0, row=row,
             batch=rows, steps=count, optimizer=c.Optimizer(peak_lr=rate, **adam), train=learn, freeze=stay,
-            score_head=float(scores), eval_every=max(-(-count // 2), 1))
+            score_head=float(scores), eval_every=max(-(-count // 2), 1), cached=size in c.CACHED)
     return c.to_config_dict(c.Config(model=model, chat=c.CHATS.get(size, "vicuna"), run=tuple(processes),
                                      processes=processes))

@@ -33,6 +33,6 @@ def get_config(variant: str = "tiny"):
     process = c.Process(
         dataset=DATASET, tasks={"score": 1.0}, score_spread=0.5, row=row, batch=rows, steps=STEPS,
         eval_every=STEPS // 4, optimizer=c.Optimizer(peak_lr=1e-3, clip=1.0), train=(r".*/lora/(a|b)",),
-        freeze=(r"encoder/.*", r"mfam/.*", r"decoder/(?!.*/lora/).*"))
+        freeze=(r"encoder/.*", r"mfam/.*", r"decoder/(?!.*/lora/).*"), cached=variant in c.CACHED)
     return c.to_config_dict(c.Config(model=model, chat=c.CHATS.get(variant, "vicuna"), run=("personal",),
                                      processes={"personal": process}))

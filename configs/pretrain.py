@@ -7,6 +7,9 @@
 Facts of the paper: the two processes, what each trains, the peak learning rate of 1e-3, Adam with warm-up and cosine.
 Ours: everything else, see `python -m calm_jax.config`.
 
+`laptop` has a process `warm_up` before them (ours): the MFAM learns the grades of edits through a linear head, without
+the language model, which is what an example costs. The head is used no more afterwards.
+
 `tiny` and `small` start from nothing. A process `language` before the paper's two stands in for the pre-trained
 language model: only the language model learns there, reading the features of a random encoder. Without it the
 untrained language model first learns to live without the picture, and the visual tokens of all pictures become alike
@@ -14,7 +17,10 @@ untrained language model first learns to live without the picture, and the visua
 every part then learns, encoder and MFAM at a tenth of the rate, for the same reason.
 """
 
+import dataclasses
+
 from calm_jax import config as c
+from calm_jax.data import attributes
 
 # rows a step, steps of language, self-supervised and generic, shape of a row (ours)
 SIZES = {
@@ -25,6 +31,10 @@ SIZES = {
     "7b": (256, (0, 4_000, 2_180), c.Row()),
     "13b": (256, (0, 4_000, 2_180), c.Row()),
 }
+# Of `laptop`: rows as wide as they are cheap without the language model, and so many versions of each record.
+WARM_UP = {"laptop": (4, 300, c.Row(tokens=6144, images=16, answers=2048))}
+VERSIONS = {"laptop": 2}
+LIGHT_HEAD = c.LightHead(tuple(len(attribute.grades) for attribute in attributes.ATTRIBUTES.values()))
 PHRASINGS = 5  # of each question and answer, in `tiny`: what it has the steps to learn (ours)
 
 
@@ -47,15 +57,23 @@ def get_config(variant: str = "tiny"):
             tasks=tasks, parts=c.LEVELS, row=row, batch=rows, phrasings=phrasings, steps=language,
             optimizer=c.Optimizer(peak_lr=rate, b2=0.95, warmup=0.1, final=0.5), train=(r"decoder/.*",),
             freeze=(r"encoder/.*", r"mfam/.*"), eval_every=0)
+    if variant in WARM_UP:
+        model = dataclasses.replace(model, light_head=LIGHT_HEAD)
+        encoder_llm = (*encoder_llm, "light_head/.*")
+        pictures, steps, wide = WARM_UP[variant]
+        processes["warm_up"] = c.Process(
+            tasks={"attributes": 1.0}, row=wide, batch=pictures, steps=steps, optimizer=optimizer, words=0.0,
+            light_head=1.0, train=(r"mfam/.*", r"light_head/.*"), freeze=(r"encoder/.*", r"decoder/.*"),
+            eval_every=-(-steps // 2), cached=variant in c.CACHED, versions=VERSIONS[variant])
     processes["self_supervised"] = c.Process(
         tasks=tasks, parts=c.LEVELS, row=row, batch=rows, phrasings=phrasings, steps=unlabeled, optimizer=optimizer,
         train=(".*",) if scratch else (r"mfam/qformers/.*",),
         freeze=() if scratch else (r"mfam/thematic/.*", *encoder_llm),
-        eval_every=max(-(-unlabeled // 3), 1))
+        eval_every=max(-(-unlabeled // 3), 1), cached=variant in c.CACHED, versions=VERSIONS.get(variant, 0))
     processes["generic"] = c.Process(
         tasks={"caption": 1.0}, parts=("thematic",), row=row, batch=rows, steps=pairs, optimizer=optimizer,
         train=(".*",) if scratch else (r"mfam/thematic/.*",),
         freeze=() if scratch else (r"mfam/qformers/.*", *encoder_llm),
-        eval_every=max(-(-pairs // 2), 1))
+        eval_every=max(-(-pairs // 2), 1), cached=variant in c.CACHED)
     return c.to_config_dict(c.Config(model=model, chat=c.CHATS.get(variant, "vicuna"), run=tuple(processes),
                                      processes=processes))

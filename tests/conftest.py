@@ -18,6 +18,9 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="calm_jax-compiled-")
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+if "CALM_CACHE" not in os.environ:  # what is kept of pictures: nothing of the user's is found, nothing is left to him
+    os.environ["CALM_CACHE"] = tempfile.mkdtemp(prefix="calm_jax-pictures-")
+    atexit.register(shutil.rmtree, os.environ["CALM_CACHE"], ignore_errors=True)
 # XLA's older code generator for fused loops takes a third of the time of the one that programs use. Later versions have
 # it no more, and refuse a flag that they do not know.
 if importlib.metadata.version("jaxlib").startswith("0.10.") and "xla_cpu_use_fusion_emitters" not in os.environ.get(

@@ -68,7 +68,7 @@ def origins(saved: Saved | None, config: config_lib.Config) -> dict[str, Origin]
     """path -> where its value is, of every parameter of `config`'s model when it begins from `saved` or from nothing.
 
     Adapters that differ from the config's in rank, alpha or targets are merged into their kernels, and the config's
-    begin anew, as does a regression head that `saved` lacks. What a conversion does not hold is initialised for the
+    begin anew, as do heads that `saved` lacks. What a conversion does not hold is initialised for the
     config's own geometry and seed. Nothing but `saved` is looked at.
 
     Raises:
@@ -81,6 +81,8 @@ def origins(saved: Saved | None, config: config_lib.Config) -> dict[str, Origin]
     ours = dataclasses.replace(config.model, lora=theirs.lora)
     if not (ours.score_head.width and theirs.score_head.width):  # what the base lacks begins at random
         ours = dataclasses.replace(ours, score_head=theirs.score_head)
+    if not (ours.light_head.grades and theirs.light_head.grades):
+        ours = dataclasses.replace(ours, light_head=theirs.light_head)
     converted = not saved.meta["process"]
     if converted:  # never trained: no weight depends on these yet
         ours = dataclasses.replace(ours, depths=theirs.depths, thematic=theirs.thematic, visual_rms=theirs.visual_rms)
@@ -116,6 +118,8 @@ def changes(saved: Saved | None, config: config_lib.Config) -> list[str]:
                          f"{before.lora.targets}) are merged into {count} kernels; {begins}")
     if before.score_head.width and not after.score_head.width:
         lines.append(f"the regression head of {saved.path} is left out: this config has model.score_head.width=0")
+    if before.light_head.grades and not after.light_head.grades:
+        lines.append(f"the light head of {saved.path} is left out: it was there to warm up the MFAM")
     return lines
 
 

@@ -322,6 +322,12 @@ def get(name: str) -> Attribute:
     return ATTRIBUTES[name]
 
 
+def graded(label: str) -> tuple[int, int] | None:
+    """What the label of a turn says of an attribute: its place in ATTRIBUTES, and the grade; None of other labels."""
+    name, _, grade = label.partition("=")
+    return (_ORDER[name], int(grade)) if name in _ORDER and grade.isdigit() else None
+
+
 def of_level(level: str) -> tuple[Attribute, ...]:
     """The attributes of a level, in the order in which they are applied."""
     return tuple(attribute for attribute in ATTRIBUTES.values() if attribute.level == level)

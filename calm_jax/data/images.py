@@ -19,6 +19,8 @@ Picture = UInt8[np.ndarray, "H W 3"]
 Square = UInt8[np.ndarray, "S S 3"]
 Colour = tuple[int, int, int]  # RGB 0..255
 
+# Looked at in place of a picture that could not be read; what is made of it says nothing about that picture.
+NOTHING = np.zeros((1, 1, 3), np.uint8)
 GEOMETRY_SCALE = 2  # geometric edits work on a picture this many times larger, where it has the pixels
 
 

@@ -12,6 +12,7 @@ need not plan again what was read long ago (`Rows.resume`).
 A batch is a dict of arrays with a leading row axis B:
 
   images     uint8 [B, I, H, W, 3]   pictures the row owns; unused slots are black
+             or, of a frozen encoder that has seen them before, features/PART float16 [B, I, S, E]; unused slots are 0
   tokens     int32 [B, T]            word ids
   visual     int32 [B, T]            index into the row's I * N visual tokens, -1 at words
   segments   int32 [B, T]            1, 2, ... for the conversations of a row, 0 = padding
@@ -21,6 +22,7 @@ A batch is a dict of arrays with a leading row axis B:
   weights    float32 [B, K, C]       target probability times answer weight; all zero = unused
   asked      int32 [B, I]            position where the answer with a numeric target begins, for the regression head
   targets    float32 [B, I]          those targets on the scale 1-10; 0 = none. Conversations own pictures, hence I
+  grades     int32 [B, I, A]         for a light head: true grade of each attribute of a picture, -1 = not known
   bad        int32 [B]               conversations of the row that were masked, or refused while it was filled
   cursor     int64 [B, 1 + D]        number of the row's block, and examples taken before it from each of D datasets
 """
@@ -30,9 +32,11 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import functools
 import logging
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NoReturn, Protocol
 
 import grain
 import numpy as np
@@ -40,8 +44,8 @@ from absl import flags
 from jaxtyping import Int, UInt8
 
 from calm_jax import config as config_lib
-from calm_jax.data import cues, images, tasks
-from calm_jax.data.samples import BadRecord, Dataset, Sample
+from calm_jax.data import attributes, cues, images, tasks
+from calm_jax.data.samples import BadRecord, Dataset, ImageRef, Sample
 from calm_jax.data.tasks.context import Context
 from calm_jax.errors import ConfigError
 from calm_jax.text import chat as chat_lib
@@ -53,12 +57,16 @@ OPEN_ROWS = 16  # rows the planner fills at the same time: more packs tighter an
 BLOCK = 256  # rows planned at a time
 KEPT = 3  # blocks in memory: threads and workers read a little out of order
 
+# Waits for what the model gets of a picture, and for the attributes that must not be asked about it.
+Look = Callable[[], tuple[dict[str, np.ndarray], frozenset[str]]]
+
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """What a Sample is made from: everything that is random follows from (source, epoch, index)."""
+    """What a Sample is made from: everything that is random follows from (source, version, index). Without
+    `Process.versions` a record's version is the epoch."""
 
-    epoch: int
+    version: int
     index: int
     task: str
     source: int = 0
@@ -93,15 +101,28 @@ def shared(indices: Int[np.ndarray, "n"], share: float, seed: int) -> Int[np.nda
     return np.sort(drawn[:max(1, round(share * len(indices)))])
 
 
-def blank(row: config_lib.Row, size: int, pad: int = 0) -> dict[str, np.ndarray]:
-    """The arrays of a row that holds nothing yet, all but its cursor.
+class FeatureSource(Protocol):
+    """Knows what a frozen encoder sees of pictures (`features.encoding.Encoding`)."""
+
+    def ask(self, kind: str, content: bytes | None, ref: ImageRef, fitter: Callable[[], images.Fitter]
+            ) -> Callable[[], Any]:
+        """Has a picture looked at; the function returned waits for `arrays`, part -> features, and `doubtful`."""
+
+
+def blank(process: config_lib.Process, model: config_lib.Model, *, cached: bool, pad: int = 0
+          ) -> dict[str, np.ndarray]:
+    """The arrays of a row of a process that holds nothing yet, all but its cursor.
 
     Args:
-      size: side of a picture.
+      cached: it brings features instead of images.
       pad: the id of padding.
     """
+    row, encoder, size = process.row, model.encoder, model.encoder.image_size
+    grades = {"grades": np.full((row.images, len(model.light_head.grades)), -1, np.int32)} if process.light_head else {}
+    seen = {part: encoder.part(part) for part in process.parts} if cached else {}
     return {
-        "images": np.zeros((row.images, size, size, 3), np.uint8),
+        **({f"features/{part}": np.zeros((row.images, one.tokens, one.width), np.float16) for part, one in seen.items()}
+           or {"images": np.zeros((row.images, size, size, 3), np.uint8)}),
         "tokens": np.full(row.tokens, pad, np.int32),
         "visual": np.full(row.tokens, -1, np.int32),
         "segments": np.zeros(row.tokens, np.int32),
@@ -111,19 +132,35 @@ def blank(row: config_lib.Row, size: int, pad: int = 0) -> dict[str, np.ndarray]
         "weights": np.zeros((row.answers, row.candidates), np.float32),
         "asked": np.zeros(row.images, np.int32),
         "targets": np.zeros(row.images, np.float32),
+        **grades,
         "bad": np.zeros((), np.int32),
     }
 
 
+def check_grades(head: config_lib.LightHead) -> None:
+    """Raises ConfigError for a light head that is not of the attributes that there are."""
+    there = tuple(len(attribute.grades) for attribute in attributes.ATTRIBUTES.values())
+    if head.grades != there:
+        raise ConfigError(f"model.light_head.grades={head.grades} are not the grades of the attributes, {there}")
+
+
 class Rows:
     """The numbered rows of one process over one split. Thread-safe; cheap to copy into worker processes.
+
+    Args:
+      cache_mb: decoded pictures kept in memory.
+      features: rows bring what it knows of pictures; None: they bring the pictures.
 
     Attributes:
       bad: names and reasons of the records that could not be used so far, by this copy.
     """
 
     def __init__(self, process: config_lib.Process, datasets: Mapping[str, Dataset], chat: Chat,
-                 model: config_lib.Model, *, seed: int, split: str, cache_mb: int = 0):
+                 model: config_lib.Model, *, seed: int, split: str, cache_mb: int = 0,
+                 features: FeatureSource | None = None):
+        self.model, self.features = model, features
+        if process.light_head:
+            check_grades(model.light_head)
         self.process, self.chat, self.seed, self.split = process, chat, seed, split
         self.layout = Layout.of(model, process.parts)
         self.size, self.padding = model.encoder.image_size, model.encoder.padding
@@ -243,14 +280,15 @@ class Rows:
         """Example `place` of a source's stream."""
         source = self.sources[number]
         epoch, at = divmod(place, len(source.indices))
+        version = epoch % self.process.versions if self.process.versions else epoch
         if (number, epoch) not in self._orders:
             self._orders.pop((number, epoch - 1), None)
             self._orders[number, epoch] = np.random.default_rng([self.seed, epoch, 1, number]).permutation(
                 source.indices)
         index = int(self._orders[number, epoch][at])
-        draw = np.random.default_rng([self.seed, epoch, index, 3, number]).random()
+        draw = np.random.default_rng([self.seed, version, index, 3, number]).random()
         task = source.tasks[min(int(np.searchsorted(np.cumsum(source.shares), draw, "right")), len(source.tasks) - 1)]
-        return Example(epoch, index, task, number)
+        return Example(version, index, task, number)
 
     def sample(self, example: Example) -> Sample:
         """The conversation of an example; with `shuffle_labels` about the pictures of another one."""
@@ -258,7 +296,7 @@ class Rows:
         if not self.process.shuffle_labels:
             return sample
         indices = self.sources[example.source].indices
-        draws = np.random.default_rng([self.seed, example.epoch, example.index, 6, example.source])
+        draws = np.random.default_rng([self.seed, example.version, example.index, 6, example.source])
         for draw in range(1, 1000):
             with contextlib.suppress(BadRecord):
                 other = self._made(example, int(draws.choice(indices)), draw)
@@ -268,7 +306,7 @@ class Rows:
 
     def _made(self, example: Example, index: int, draw: int) -> Sample:
         source = self.sources[example.source]
-        rng = np.random.default_rng([self.seed, example.epoch, index, 2, draw, example.source])
+        rng = np.random.default_rng([self.seed, example.version, index, 2, draw, example.source])
         return tasks.make(example.task, source.dataset, index, rng, source.context)
 
     def encode(self, sample: Sample) -> Encoded:
@@ -286,12 +324,11 @@ class Rows:
 
     def pack(self, planned: Planned) -> dict[str, np.ndarray]:
         """Reads and edits the pictures of a planned row and lays its conversations out one after the other."""
-        row, size = self.process.row, self.size
-        out = blank(row, size, self.chat.pad)
+        process = self.process
+        out = blank(process, self.model, cached=self.features is not None, pad=self.chat.pad)
         token, image, place = 0, 0, 0
-        fitters: dict[tuple[int, int], images.Fitter] = {}
+        looks = self._looks(planned)
         for number, (example, (sample, encoded)) in enumerate(zip(planned.examples, planned.texts, strict=True), 1):
-            dataset = self.sources[example.source].dataset
             length, supervised = len(encoded.tokens), len(encoded.places)
             span, answers = slice(token, token + length), slice(place, place + supervised)
             out["tokens"][span] = encoded.tokens
@@ -302,15 +339,18 @@ class Rows:
             out["labels"][answers] = encoded.labels
             try:
                 doubtful: set[str] = set()
-                for slot, ref in enumerate(encoded.images, image):
-                    if (example.source, ref.index) not in fitters:
-                        fitters[example.source, ref.index] = images.Fitter(self._pictures.read(dataset, ref.index))
-                    out["images"][slot], names = images.render_noting(
-                        fitters[example.source, ref.index], ref, size, self.padding)
+                for slot, look in enumerate(looks[number - 1], image):
+                    arrays, names = look()
+                    for name, value in arrays.items():
+                        out[name][slot] = value
                     doubtful |= names
                 # An edit that changed nothing visible would make its label false: those turns are not learned from.
                 asked = np.asarray([turn.subject not in doubtful for turn in sample.turns])
                 out["weights"][answers] = encoded.weights * asked[encoded.turns, None]
+                if process.light_head:  # such labels are of conversations about one picture
+                    for turn in sample.turns:
+                        if (known := attributes.graded(turn.label)) is not None and turn.subject not in doubtful:
+                            out["grades"][image, known[0]] = known[1]
                 if sample.target is not None:  # of the last turn
                     begins = encoded.places[encoded.turns == len(sample.turns) - 1][0]
                     out["asked"][image], out["targets"][image] = begins + token, sample.target
@@ -319,6 +359,42 @@ class Rows:
                 out["bad"] += 1
             token, image, place = token + length, image + len(encoded.images), place + supervised
         return out
+
+    def _looks(self, planned: Planned) -> list[list[Look]]:
+        """Of each picture of each conversation of a row, a function that gives its arrays and what must not be asked
+        about it. Each is read once, and all that must be encoded are asked for before the first is waited for."""
+        fitters: dict[tuple[int, int], images.Fitter] = {}
+
+        def fitter(source: int, index: int) -> images.Fitter:
+            if (source, index) not in fitters:
+                fitters[source, index] = images.Fitter(self._pictures.read(self.sources[source].dataset, index))
+            return fitters[source, index]
+
+        def rendered(source: int, ref: ImageRef) -> tuple[dict[str, np.ndarray], frozenset[str]]:
+            square, doubtful = images.render_noting(fitter(source, ref.index), ref, self.size, self.padding)
+            return {"images": square}, doubtful
+
+        def looked(known: FeatureSource, source: int, ref: ImageRef) -> Look:
+            dataset = self.sources[source].dataset
+            content = dataset.content(ref.index) if hasattr(dataset, "content") else None
+            wait = known.ask("features", content, ref, functools.partial(fitter, source, ref.index))
+
+            def features() -> tuple[dict[str, np.ndarray], frozenset[str]]:
+                seen = wait()
+                return {f"features/{part}": seen.arrays[part] for part in self.process.parts}, seen.doubtful
+
+            return features
+
+        def look(source: int, ref: ImageRef) -> Look:
+            if self.features is None:
+                return functools.partial(rendered, source, ref)
+            try:
+                return looked(self.features, source, ref)
+            except BadRecord as error:
+                return functools.partial(_raised, error)
+
+        return [[look(example.source, ref) for ref in encoded.images]
+                for example, (_, encoded) in zip(planned.examples, planned.texts, strict=True)]
 
     def _count_bad(self, example: Example, error: BadRecord) -> None:
         dataset = self.sources[example.source].dataset
@@ -330,6 +406,10 @@ class Rows:
             more = "; further ones are counted, not named" if len(self.bad) == NAMED - 1 else ""
             logging.warning("skipped %s: %s%s", key, error, more)
         self.bad[key] = str(error)
+
+
+def _raised(error: BadRecord) -> NoReturn:
+    raise error
 
 
 class Pictures:

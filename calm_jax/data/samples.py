@@ -145,7 +145,11 @@ class Record:
 
 
 class Dataset(Protocol):
-    """Random access to records without reading pixels, and to pixels. Splits are train, validation and test."""
+    """Random access to records without reading pixels, and to pixels. Splits are train, validation and test.
+
+    One that can tell pictures apart without decoding them also has `content(index)`, a digest of the bytes of picture
+    `index`: what has been computed of pictures is then found by it. Where it raises BadRecord, so would `pixels`.
+    """
 
     name: str
 

@@ -138,4 +138,5 @@ def _before(found: Mapping[str, _Candidate]) -> Iterator[tuple[str, Mapping[str,
 
 
 def _tasks(candidate: _Candidate) -> str:
-    return ", ".join(skills.learned(candidate.process)) or "nothing true, as its labels were shuffled"
+    return ", ".join(skills.learned(candidate.process)) or (
+        "nothing true, as its labels were shuffled" if candidate.process.shuffle_labels else "nothing to say")

@@ -1,9 +1,9 @@
 """Prompts as arrays in; the tokens of their answers out: prefill once, then cached decoding, all in one program.
 
-A batch is what `Generator.arrays` makes: images uint8 `[B, I, H, W, 3]`, tokens and visual int32 `[B, T]`
-(left-aligned), lengths int32 `[B]`, and digests uint32 `[B]`, which tell prompts apart when an answer is drawn. No row
-depends on the others or on padding. A batch may go on from a beginning that all its rows share (`remembered`): then
-its tokens are those behind it, and `before` holds its cache.
+A batch is what `Generator.arrays` makes: images uint8 `[B, I, H, W, 3]`, or their visual tokens as pool
+`[B, I * N, D]`; tokens and visual int32 `[B, T]` (left-aligned), lengths int32 `[B]`, and digests uint32 `[B]`, which
+tell prompts apart when an answer is drawn. No row depends on the others or on padding. A batch may go on from a
+beginning that all its rows share (`remembered`): then its tokens are those behind it, and `before` holds its cache.
 
 Answers (greedy, drawn, or by beam search) are kept in slots behind the T of the prompt: those of beam search are a
 tree, in which a token looks at its own ancestors, so that no cache is ever moved from beam to beam.
@@ -71,7 +71,7 @@ def prompted(geometry: Geometry, parameters: Parameters, batch: dict[str, Array]
     """The model, the hidden state that predicts each row's first token, and the cache with `room` free slots."""
     model = geometry.bind(parameters)
     with layers.rows_over_all(len(batch["tokens"])):
-        x = model.embed(batch["tokens"], batch["visual"], model.encode(batch["images"], parts, dtype=dtype))
+        x = model.embed(batch["tokens"], batch["visual"], model.look(batch, parts, dtype=dtype))
         last, cache = model.decoder.prefill(x, batch["lengths"], room, batch.get("before"))
     return model, layers.by_rows(last), [(layers.by_heads(k), layers.by_heads(v)) for k, v in cache]
 

@@ -15,16 +15,20 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from einops import rearrange
 from jax.sharding import NamedSharding, PartitionSpec
-from jaxtyping import Int, UInt8
+from jaxtyping import Float, Int, UInt8
 
 from calm_jax import config as config_lib
 from calm_jax.data import images as images_lib
-from calm_jax.data import scale
+from calm_jax.data import pictures, scale
 from calm_jax.data.samples import ImageRef, Sample
 from calm_jax.errors import ConfigError
+from calm_jax.features import frozen
+from calm_jax.features.encoding import Encoding, Seen
 from calm_jax.inference import decoding, scorer
 from calm_jax.inference.decoding import GREEDY, Sampling
+from calm_jax.inference.once import once
 from calm_jax.inference.scorer import Score
 from calm_jax.models import layers
 from calm_jax.models.decoders import Before
@@ -35,7 +39,34 @@ from calm_jax.text.prompts import Encoded, Layout, encode
 AHEAD = 2  # batches that are prepared while the device computes
 SCORE_TOKENS = 12  # of a score as text: the longest, " 10.0.", with room for a model that says more
 Question = tuple[Sample, int]  # a conversation and the turn that is asked
-Pixels = Callable[[int], UInt8[np.ndarray, "H W 3"]]  # the picture of an `ImageRef.index`
+# The picture of an `ImageRef.index`. Of `Pictures` those are not read of which the visual tokens are known.
+Pixels = Callable[[int], UInt8[np.ndarray, "H W 3"]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Pictures:
+    """`Pixels` that also know what tells pictures apart."""
+
+    read: Pixels
+    content: Callable[[int], bytes | None]
+
+    def __call__(self, index: int) -> UInt8[np.ndarray, "H W 3"]:
+        return self.read(index)
+
+    @classmethod
+    def fitted(cls, pixels: Pixels, size: int, kept: int) -> Pictures:
+        """The same pictures with their longest side `size`, of which `kept` are remembered. Whole and without edits
+        they give the same squares."""
+        def fit(index: int) -> UInt8[np.ndarray, "H W 3"]:
+            found = pixels(index)
+            return found if found is images_lib.NOTHING else pictures.fit(found, size)
+
+        return cls(once(fit, kept), content_of(pixels))
+
+
+def content_of(pixels: Pixels) -> Callable[[int], bytes | None]:
+    """A digest of the bytes of a picture, without reading more than those; None where nobody can say."""
+    return getattr(pixels, "content", lambda index: None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,10 +90,11 @@ class Generator:
       parameters: path -> array, of `Geometry.of(model)`.
       parts: visual parts its prompts may mention.
       dtype: of the computation.
+      keep: visual tokens of pictures are kept on disk and found again, where that is a gain (`features.frozen`).
     """
 
     def __init__(self, model: config_lib.Model, parameters: Parameters, chat: Chat,
-                 parts: tuple[str, ...] = config_lib.PARTS, dtype: Any = jnp.float32):
+                 parts: tuple[str, ...] = config_lib.PARTS, dtype: Any = jnp.float32, *, keep: bool = False):
         transposed = layers.platform() == "cpu"
         self.chat, self.tokenizer, self.dtype = chat, chat.tokenizer, dtype
         self.parameters = unroll(parameters, transposed=transposed)
@@ -75,6 +107,9 @@ class Generator:
         self._trees = {reader: scorer.Tree.of(chat.tokenizer, said) for reader, said in scorer.SAID.items()}
         self._programs: dict[Any, Callable] = {}
         self._readers = concurrent.futures.ThreadPoolExecutor(os.cpu_count(), "pictures")
+        self._model, self._width = model, model.decoder.width
+        self._known = self._encoding(parts) if keep and frozen.worth_keeping(model, parts, dtype) else None
+        self._pooled: Encoding | None = None
 
     def answers(self, questions: Iterable[Question], pixels: Pixels, *, limit: int = 48, batch: int = 16,
                 sampling: Sampling = GREEDY, memory: Memory | None = None) -> Iterator[str]:
@@ -167,22 +202,57 @@ class Generator:
                 ) -> dict[str, np.ndarray]:
         width = bucket(max(len(item.tokens) for item in encoded))
         slots = max(1, max(map(len, images)))
-        arrays = {"images": np.zeros((len(encoded), slots, self.size, self.size, 3), np.uint8),
-                  "tokens": np.full((len(encoded), width), self.chat.pad, np.int32),
+        arrays = {"tokens": np.full((len(encoded), width), self.chat.pad, np.int32),
                   "visual": np.full((len(encoded), width), -1, np.int32),
                   "lengths": np.asarray([len(item.tokens) for item in encoded], np.int32),
                   "digests": np.zeros(len(encoded), np.uint32)}
         shown = [(row, slot, ref) for row, refs in enumerate(images) for slot, ref in enumerate(refs)]
-        squares = self._readers.map(lambda place: images_lib.render(
-            pixels(place[2].index), place[2], self.size, self.padding), shown)
-        for (row, slot, _), square in zip(shown, squares, strict=True):
-            arrays["images"][row, slot] = square
+        name, values, checksums = self._seen([ref for *_, ref in shown], pixels)
+        each = (self.size, self.size, 3) if name == "images" else (self.layout.size, self._width)
+        arrays[name] = np.zeros((len(encoded), slots, *each), values[0].dtype if values else np.uint8)
+        for (row, slot, _), value in zip(shown, values, strict=True):
+            arrays[name][row, slot] = value
+        if name == "pool":
+            arrays[name] = rearrange(arrays[name], "b i n d -> b (i n) d")
         for row, item in enumerate(encoded):
             arrays["tokens"][row, :len(item.tokens)] = item.tokens
             arrays["visual"][row, :len(item.visual)] = item.visual
             digest = zlib.crc32(item.visual.tobytes(), zlib.crc32(item.tokens.tobytes()))
-            arrays["digests"][row] = zlib.crc32(arrays["images"][row, :len(images[row])].tobytes(), digest)
+            own = [checksum for (other, *_), checksum in zip(shown, checksums, strict=True) if other == row]
+            arrays["digests"][row] = zlib.crc32(np.asarray(own, np.uint32).tobytes(), digest)
         return arrays
+
+    def _seen(self, refs: Sequence[ImageRef], pixels: Pixels) -> tuple[str, list[np.ndarray], list[int]]:
+        """What the programs get of pictures, their squares or their visual tokens, and checksums of the squares."""
+        if self._known is None:
+            squares = list(self._readers.map(lambda ref: images_lib.render(
+                pixels(ref.index), ref, self.size, self.padding), refs))
+            return "images", squares, [zlib.crc32(square.tobytes()) for square in squares]
+        seen = [wait() for wait in self._asked(self._known, "tokens", refs, pixels)]
+        return "pool", [one.arrays["tokens"] for one in seen], [one.checksum for one in seen]
+
+    def statistics(self, refs: Sequence[ImageRef], pixels: Pixels) -> Float[np.ndarray, "n F"]:
+        """Mean, standard deviation and class token, if any, of the encoder's features, for each part in the order of
+        PARTS; float32, from half precision."""
+        if self._pooled is None:
+            self._pooled = self._known or self._encoding(())
+        waits = self._asked(self._pooled, "pooled", refs, pixels)
+        return np.stack([np.concatenate([seen.arrays[part].astype(np.float32).ravel() for part in config_lib.PARTS])
+                         for seen in (wait() for wait in waits)])
+
+    def _asked(self, known: Encoding, kind: str, refs: Sequence[ImageRef], pixels: Pixels) -> list[Callable[[], Seen]]:
+        content = content_of(pixels)
+        return list(self._readers.map(lambda ref: known.ask(
+            kind, content(ref.index), ref, lambda: images_lib.Fitter(pixels(ref.index))), refs))
+
+    def close(self) -> None:
+        """Ends what works in the background."""
+        self._readers.shutdown()
+        for encoding in {self._known, self._pooled} - {None}:
+            encoding.close()
+
+    def _encoding(self, parts: tuple[str, ...]) -> Encoding:
+        return frozen.tokens(self._model, self.geometry, self.parameters, parts, self.dtype, self.mesh)
 
     def _batches(self, questions, pixels, limit, size, memory) -> Iterator[tuple[dict[str, np.ndarray], int]]:
         """Arrays of `size` questions at a time and how many of them count, made in a thread, AHEAD of their use."""

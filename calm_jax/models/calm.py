@@ -12,6 +12,8 @@ from jaxtyping import Array, Float, Int, Key, UInt8
 
 from calm_jax import config as config_lib
 from calm_jax.models import lora
+from calm_jax.models.encoders import Feature
+from calm_jax.models.light_head import LightHead
 from calm_jax.models.mfam import Mfam
 from calm_jax.models.score_head import ScoreHead
 
@@ -27,8 +29,9 @@ class Calm(nnx.Module):
         self.decoder = cfg.decoder.build(rngs)
         if cfg.lora.rank:
             lora.add(self, cfg.lora, rngs)
-        # Last, so that the other parameters are drawn alike with it and without.
+        # Last, so that the other parameters are drawn alike with them and without.
         self.score_head = ScoreHead(cfg.decoder.width, cfg.score_head, rngs) if cfg.score_head.width else None
+        self.light_head = LightHead(cfg.decoder.width, cfg.light_head, rngs) if cfg.light_head.grades else None
 
     def encode(self, images: UInt8[Array, "B I H W 3"], parts: tuple[str, ...], *, dtype: Any,
                freeze_encoder: bool = False) -> Float[Array, "B M D"]:
@@ -48,6 +51,19 @@ class Calm(nnx.Module):
         tokens = self.mfam(features, remat=self.remat)
         return rearrange(tokens, "(b i) n d -> b (i n) d", b=rows)
 
+    def look(self, batch: dict[str, Array], parts: tuple[str, ...], *, dtype: Any,
+             freeze_encoder: bool = False) -> Float[Array, "B M D"]:
+        """Visual tokens of a batch: those that it brings as `pool`, else those of its `features/PART`
+        (`[B, I, S, E]`), which a frozen encoder has seen before, else those of its `images`; as `encode`."""
+        if "pool" in batch:
+            return batch["pool"].astype(dtype)
+        if f"features/{parts[0]}" not in batch:
+            return self.encode(batch["images"], parts, dtype=dtype, freeze_encoder=freeze_encoder)
+        rows = batch["tokens"].shape[0]
+        features = {part: Feature(rearrange(batch[f"features/{part}"], "b i s e -> (b i) s e").astype(dtype),
+                                  self.cfg.encoder.part(part).prefix) for part in parts}
+        return rearrange(self.mfam(features, remat=self.remat), "(b i) n d -> b (i n) d", b=rows)
+
     def embed(self, tokens: Int[Array, "B T"], visual: Int[Array, "B T"],
               pool: Float[Array, "B M D"]) -> Float[Array, "B T D"]:
         """Word embeddings, and at positions with `visual >= 0` that token of the same row's pool.
@@ -61,7 +77,11 @@ class Calm(nnx.Module):
     def __call__(self, batch: dict[str, Array], parts: tuple[str, ...], *, dtype: Any = jnp.float32,
                  freeze_encoder: bool = False, key: Key[Array, ""] | None = None) -> Float[Array, "B T D"]:
         """Hidden states of a batch of packed rows (`data.pipeline` documents its arrays)."""
-        pool = self.encode(batch["images"], parts, dtype=dtype, freeze_encoder=freeze_encoder)
+        return self.read(batch, self.look(batch, parts, dtype=dtype, freeze_encoder=freeze_encoder), key=key)
+
+    def read(self, batch: dict[str, Array], pool: Float[Array, "B M D"], *, key: Key[Array, ""] | None = None
+             ) -> Float[Array, "B T D"]:
+        """`__call__` where the visual tokens are known."""
         x = self.embed(batch["tokens"], batch["visual"], pool)
         return self.decoder(x, batch["positions"], batch["segments"], remat=self.remat, key=key)
 

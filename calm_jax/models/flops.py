@@ -102,9 +102,10 @@ def a_row(model: config_lib.Model, process: config_lib.Process, learns: Mapping[
         return any(learn for path, learn in learns.items() if path.startswith(prefix) and "/lora/" not in path)
 
     row, parts = process.row, process.parts
-    works = (("encoder/", encoder(model, parts), row.images), ("mfam/qformers/", qformers(model, parts), row.images),
+    works = (("encoder/", Work() if process.cached else encoder(model, parts), row.images),
+             ("mfam/qformers/", qformers(model, parts), row.images),
              ("mfam/thematic/", thematic(model, parts), row.images),
-             ("decoder/", language(model, row.tokens, row.answers), 1))
+             ("decoder/", language(model, row.tokens, row.answers) if process.words else Work(), 1))
     found = {"forward": 0.0, "inputs": 0.0, "weights": 0.0}
     for prefix, work, count in works:
         found["forward"] += count * work.forward

@@ -16,13 +16,19 @@ def trainable(shapes: Mapping[str, jax.ShapeDtypeStruct], process: config_lib.Pr
     """path -> whether it learns; every parameter must match exactly one of `train` and `freeze`.
 
     Raises:
-      ConfigError: names each parameter and pattern for which that does not hold.
+      ConfigError: names each parameter and pattern for which that does not hold; or features are to be kept of an
+        encoder that learns.
     """
     groups = {"train": process.train, "freeze": process.freeze}
     chosen = path_rules.match(shapes, {k: v for k, v in groups.items() if v}, "train and freeze patterns")
     if "train" not in chosen.values():
         raise ConfigError("nothing learns: no parameter matches a `train` pattern")
-    return {path: name == "train" for path, name in chosen.items()}
+    learns = {path: name == "train" for path, name in chosen.items()}
+    moving = [path for path, learn in learns.items() if learn and path.startswith("encoder/")]
+    if process.cached and moving:
+        raise ConfigError(f"the encoder learns ({moving[0]} and {len(moving) - 1} more), so that what it sees cannot "
+                          "be kept: set cached=False of the process, or freeze encoder/.*")
+    return learns
 
 
 def table(shapes: Mapping[str, jax.ShapeDtypeStruct], learns: Mapping[str, bool]) -> str:

@@ -25,6 +25,7 @@ from calm_jax.checkpoints.store import Checkpoints
 from calm_jax.data import cues, pipeline
 from calm_jax.data.samples import Dataset
 from calm_jax.errors import CheckpointError, ConfigError, TrainingError
+from calm_jax.features import frozen as frozen_lib
 from calm_jax.models.parameters import Geometry, Parameters
 from calm_jax.text.chat import Chat
 from calm_jax.training import filters, logging, processes
@@ -139,9 +140,12 @@ def run_process(run: Run, name: str, datasets: Mapping[str, Dataset]) -> None:
     start = int(state.step)
     run.progress(place, start, start)
     own = sharding.own_rows(mesh, process.batch)
+    encoding = frozen_lib.encoder(config.model, run.geometry, frozen, setup.step.dtype, name=name
+                                  ) if process.cached else None
     rows = pipeline.Rows(process, datasets, run.chat, config.model, seed=config.seed, split="train",
-                         cache_mb=config.data.cache_mb)
-    held_out = pipeline.Rows(process, datasets, run.chat, config.model, seed=config.seed, split="validation")
+                         cache_mb=config.data.cache_mb, features=encoding)
+    held_out = pipeline.Rows(process, datasets, run.chat, config.model, seed=config.seed, split="validation",
+                             features=encoding)
     if saved is not None:
         rows.resume(saved.meta.get("cursor", ()))
     batches = pipeline.batches(rows, config.data, batch=process.batch, start=start, stop=process.steps, own=own)
@@ -220,7 +224,7 @@ def run_process(run: Run, name: str, datasets: Mapping[str, Dataset]) -> None:
                 if validates:
                     log.write(number, "validation", values)
                     log.say(f"{name} step {number}: validation loss {values['loss']:.4f}, "
-                            f"token accuracy {values['accuracy']:.3f}")
+                            f"{'token' if process.words else 'grade'} accuracy {values['accuracy']:.3f}")
                     is_best = best is None or values["loss"] < best
                     best = values["loss"] if is_best else best
                 if last or is_best or stopping or due:
@@ -235,6 +239,8 @@ def run_process(run: Run, name: str, datasets: Mapping[str, Dataset]) -> None:
         trace.close()
         log.close()
         store.close()
+        if encoding is not None:
+            encoding.close()
     run.parameters = state.trained | frozen
 
 

@@ -95,7 +95,7 @@ class Setup:
         """What `compiled` takes, as shapes."""
         single = self.placements.step
         state = State(jax.ShapeDtypeStruct((), jnp.int32, sharding=single), self.trained, self.moments)
-        rows = pipeline.blank(self.process.row, self.model.encoder.image_size)
+        rows = pipeline.blank(self.process, self.model, cached=self.process.cached)
         batch = {name: jax.ShapeDtypeStruct((self.process.batch, *value.shape), value.dtype,
                                             sharding=sharding.rows(self.mesh)) for name, value in rows.items()}
         return state, self.frozen, batch, jax.eval_shape(lambda: jax.random.key(0))

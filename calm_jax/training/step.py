@@ -58,22 +58,32 @@ class Step:
         """(the loss of these rows, sums over them), both as parts of a batch with these `totals`.
 
         Logits exist at supervised positions only, [B, K, V]; soft targets are spread over C candidates. The sums are
-        tokens predicted `right`, and with a regression head that learns its absolute `score_error` in points.
+        answers that are `right`: tokens predicted, or without the language model grades; and where a head learns
+        scores its absolute `score_error` in points.
         """
+        process = self.process
         model = self.geometry.bind({**trained, **frozen})
+        loss, sums = jnp.zeros(()), {}
         with contextlib.nullcontext() if self.mesh is None else jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
-            hidden = model(batch, self.process.parts, dtype=self.dtype, freeze_encoder=self.freeze_encoder, key=key)
-            logits = model.answer_logits(hidden, batch["places"])
-            head, error = (model.score_head.loss(hidden, batch["asked"], batch["targets"])
-                           if self.process.score_head else (None, None))
-        log_likelihood = (jnp.take_along_axis(logits, batch["labels"], axis=-1)
-                          - jax.nn.logsumexp(logits, axis=-1, keepdims=True))
-        right = (logits.argmax(-1) == batch["labels"][..., 0]) & (batch["weights"][..., 0] > 0)
-        loss = -(batch["weights"] * log_likelihood).sum() / totals["words"]
-        sums = {"right": right.sum().astype(jnp.float32)}
-        if self.process.score_head:
-            loss += self.process.score_head * head / totals["scores"]
-            sums["score_error"] = error
+            pool = model.look(batch, process.parts, dtype=self.dtype, freeze_encoder=self.freeze_encoder)
+            if process.light_head:
+                images = batch["targets"].shape[1]
+                light = model.light_head.loss(rearrange(pool, "b (i n) d -> b i n d", i=images), batch["grades"],
+                                              batch["targets"])
+                loss += process.light_head * (light["grades"] / totals["grades"] + light["scores"] / totals["scores"])
+                sums |= {"right": light["grades_right"], "score_error": light["score_error"]}
+            if process.words:
+                hidden = model.read(batch, pool, key=key)
+                logits = model.answer_logits(hidden, batch["places"])
+            if process.score_head:
+                head, sums["score_error"] = model.score_head.loss(hidden, batch["asked"], batch["targets"])
+                loss += process.score_head * head / totals["scores"]
+        if process.words:
+            log_likelihood = (jnp.take_along_axis(logits, batch["labels"], axis=-1)
+                              - jax.nn.logsumexp(logits, axis=-1, keepdims=True))
+            right = (logits.argmax(-1) == batch["labels"][..., 0]) & (batch["weights"][..., 0] > 0)
+            loss -= process.words * (batch["weights"] * log_likelihood).sum() / totals["words"]
+            sums["right"] = right.sum().astype(jnp.float32)
         return loss, sums
 
     def gradients(self, trained: Parameters, frozen: Parameters, batch: Mapping[str, Array],
@@ -96,10 +106,11 @@ class Step:
                 (loss, sums), grads = value_and_grad(trained, frozen, rows, totals, row_key)
                 return jax.tree.map(jnp.add, carry, (loss, sums, grads)), None
 
-            sums = dict.fromkeys(("right", "score_error") if self.process.score_head else ("right",), jnp.zeros(()))
+            scores = self.process.score_head or self.process.light_head
+            sums = dict.fromkeys(("right", "score_error") if scores else ("right",), jnp.zeros(()))
             zero = (jnp.zeros(()), sums, jax.tree.map(jnp.zeros_like, trained))
             (loss, sums, grads), _ = jax.lax.scan(add, zero, (micro, keys))
-        answered = (batch["weights"].sum(-1) > 0).sum()
+        answered = self.answered(batch)
         metrics = {"loss": loss, "accuracy": sums["right"] / jnp.maximum(answered, 1), "answers": answered,
                    "tokens": (batch["segments"] > 0).sum(),
                    "examples": batch["segments"].max(-1).sum(), "bad": batch["bad"].sum()}
@@ -122,13 +133,20 @@ class Step:
         totals = _totals(batch)
         loss, sums = self.loss(trained, frozen, batch, totals, None)
         weight = batch["weights"].sum()
-        return {"loss": loss * weight, "weight": weight, **sums,
-                "answers": (batch["weights"].sum(-1) > 0).sum(), "scores": (batch["targets"] > 0).sum()}
+        return {"loss": loss * weight, "weight": weight, **sums, "answers": self.answered(batch),
+                "scores": (batch["targets"] > 0).sum()}
+
+    def answered(self, batch: Mapping[str, Array]) -> Int[Array, ""]:
+        """Supervised tokens, or, without the language model, grades that are known."""
+        if self.process.words:
+            return (batch["weights"].sum(-1) > 0).sum()
+        return (batch["grades"] >= 0).sum()
 
 
 def _totals(batch: Mapping[str, Array]) -> dict[str, Float[Array, ""]]:
-    """What the losses of a batch are means over: weight of the words, number of the scores."""
-    return {"words": jnp.maximum(batch["weights"].sum(), 1e-6),
+    """What the losses of a batch are means over: weight of the words, number of the scores and of the grades."""
+    grades = {"grades": jnp.maximum((batch["grades"] >= 0).sum(), 1)} if "grades" in batch else {}
+    return {**grades, "words": jnp.maximum(batch["weights"].sum(), 1e-6),
             "scores": jnp.maximum((batch["targets"] > 0).sum().astype(jnp.float32), 1.0)}
 
 

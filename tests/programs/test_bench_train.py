@@ -64,7 +64,7 @@ def test_the_batch_is_one_of_the_pipeline_and_full(of):
     process = of.processes[of.run[0]]
     of = dataclasses.replace(of, processes={of.run[0]: dataclasses.replace(process, batch=2)})
     batch, row = bench_train.make_batch(of), process.row
-    blank = pipeline.blank(row, of.model.encoder.image_size)
+    blank = pipeline.blank(process, of.model, cached=False)
     assert {name: (value.shape[1:], value.dtype) for name, value in batch.items()} == {
         name: (value.shape, value.dtype) for name, value in blank.items()}
     count = batch["segments"].max()
@@ -105,7 +105,7 @@ def test_both_sides_teach_the_same_and_nothing_else_gets_a_gradient(case):
         math.prod(setup.kept[path].shape) for path in ours)
 
     model = reference(of)
-    model(bench_torch.arrays(bench_train.make_batch(of), torch.device("cpu"))).backward()
+    model(bench_torch.arrays(bench_train.make_batch(of), torch.device("cpu"), of.model.encoder)).backward()
     taught = bench_train.taught_parts(bench_train.learning(of))
     for name, parameter in model.named_parameters():
         part = "lora" if "lora_" in name else name.split(".")[0]
@@ -118,7 +118,8 @@ def test_both_sides_teach_the_same_and_nothing_else_gets_a_gradient(case):
 
 @pytest.mark.parametrize(("file", "variant", "process"), [
     ("finetune", "7b", "comments"), ("finetune", "7b+lora", "comments"), ("pretrain", "7b", "self_supervised"),
-    ("pretrain", "7b", "generic")])
+    ("pretrain", "7b", "generic"), ("finetune", "laptop", "comments"), ("finetune", "laptop+lora", "comments"),
+    ("finetune", "1b", "comments"), ("pretrain", "laptop", "self_supervised"), ("pretrain", "laptop", "generic")])
 def test_the_public_geometry_has_as_many_trained_parameters_on_both_sides(file, variant, process):
     of = bench_gpu._config(file, variant, process)
     shapes, learns = Geometry.of(of.model).shapes, bench_train.learning(of)
@@ -136,9 +137,9 @@ def test_the_public_geometry_has_as_many_trained_parameters_on_both_sides(file, 
     (miniature.config(model=dataclasses.replace(miniature.MODEL, score_head=config_lib.ScoreHead(8)),
                       processes={"only": miniature.process(score_head=1.0)}), "has no regression head"),
     (miniature.config(model=dataclasses.replace(
-        miniature.MODEL, thematic=config_lib.Thematic(pool=2),
-        decoder=dataclasses.replace(miniature.MODEL.decoder, tied=True))),
-     r"not model\.decoder\.tied=True, model\.thematic\.pool=2; leave --against out"),
+        miniature.MODEL, encoder=dataclasses.replace(miniature.MODEL.encoder, activation="gelu"),
+        decoder=dataclasses.replace(miniature.MODEL.decoder, qkv_bias=True))),
+     r"not model\.encoder\.activation=gelu, model\.decoder\.qkv_bias=True; leave --against out"),
     (miniature.config(model=dataclasses.replace(miniature.MODEL, encoder=config_lib.encoder(
         "siglip", image_size=32, patch=8, width=32, depth=2, heads=2, mlp_width=64))),
      r"not model\.encoder\.family=siglip")])

@@ -26,8 +26,9 @@ MAY: dict[str, set[str]] = {
     "text": {*BASE, "data.samples", "text"},
     "checkpoints": {*BASE, "sharding", "models", "text", "checkpoints"},
     "data": {*BASE, "text", "data"},
-    "training": {*BASE, "path_rules", "sharding", "models", "text", "checkpoints", "data", "training"},
-    "inference": {*BASE, "models", "text", "checkpoints", "data", "inference"},
+    "features": {*BASE, "models", "data", "features"},
+    "training": {*BASE, "path_rules", "sharding", "models", "text", "checkpoints", "data", "features", "training"},
+    "inference": {*BASE, "models", "text", "checkpoints", "data", "features", "inference"},
     "convert": {*BASE, "models", "text", "checkpoints", "data", "inference", "convert"},
     "evaluation": {*BASE, "inference", "text", "data", "evaluation"},
 }

@@ -76,8 +76,8 @@ def test_an_epoch_holds_every_record_once(demo):
     rows, size = make_rows(demo), len(demo.indices("train"))
     found = examples_of(rows, 2 * size)
     for epoch in range(2):
-        assert sorted(e.index for e in found if e.epoch == epoch) == sorted(demo.indices("train").tolist())
-    orders = [[e.index for e in found if e.epoch == epoch] for epoch in range(2)]
+        assert sorted(e.index for e in found if e.version == epoch) == sorted(demo.indices("train").tolist())
+    orders = [[e.index for e in found if e.version == epoch] for epoch in range(2)]
     assert orders[0] != orders[1]
     share = np.mean([e.task == "comment" for e in found])
     assert 0.25 < share < 0.42  # weights 2 : 1
@@ -95,10 +95,10 @@ def test_a_mixture_keeps_its_weights_and_every_dataset_its_epochs(demo):
     assert abs(np.mean([e.source == 1 for e in found]) - 0.5) < 0.01
     few = [e for e in found if e.source == 1]
     assert 0.23 < np.mean([e.task == "score" for e in few]) < 0.43 and {e.task for e in few} == {"score", "caption"}
-    whole = max(e.epoch for e in few)
+    whole = max(e.version for e in few)
     assert whole > 3
     for epoch in range(whole):
-        assert sorted(e.index for e in few if e.epoch == epoch) == sorted(demo.indices("train")[:50].tolist())
+        assert sorted(e.index for e in few if e.version == epoch) == sorted(demo.indices("train")[:50].tolist())
     with pytest.raises(ConfigError, match=r"may show 8 pictures and one more, and a row has row.images=3"):
         dataclasses.replace(PROCESS, tasks={"few:personal": 1.0})
     with pytest.raises(ConfigError, match="is no weight"):

@@ -58,7 +58,7 @@ def measure(config: config_lib.Config, folder: pathlib.Path, *, against: bool, r
                 for name, one in played.items()}
         difference = _agree(last, precise)
     from calm_jax.models import flops  # which needs JAX, as this process else does not
-    prompt = _prompt(config.model)
+    prompt = _prompt(config)
     device = played["calm_jax"].device
     return {"what": "inference", "results": {name: _row(one, names) for name, one in played.items()},
             "prompt_tokens": prompt, "score_difference": difference, "device": device,
@@ -116,11 +116,12 @@ def _agree(last: Mapping[str, Mapping], precise: bool) -> float:
 # ---- floors ------------------------------------------------------------------------------------------------------
 
 
-def _prompt(model: config_lib.Model) -> int:
+def _prompt(config: config_lib.Config) -> int:
     """Tokens of a scoring prompt."""
     from calm_jax.text import chat as chat_lib
     from calm_jax.text.prompts import Layout, encode
-    return len(encode(_question(0)[0], chat_lib.load(), Layout.of(model, config_lib.PARTS), ask=0).tokens)
+    chat = chat_lib.load(config.tokenizer, config.chat)
+    return len(encode(_question(0)[0], chat, Layout.of(config.model, config_lib.PARTS), ask=0).tokens)
 
 
 # ---- contenders --------------------------------------------------------------------------------------------------

@@ -1,15 +1,16 @@
 """A config, what learns, and a batch in; a training step of the same geometry in transformers and torch out.
 
-It is what its users would write: CLIPVisionModel, three Blip2QFormerModels, LlamaForCausalLM with SDPA, PEFT for
-low-rank updates, logits at the supervised positions only, a block-diagonal causal mask for the packed conversations.
-On a GPU frozen parts are bfloat16 and what learns is float32 under bfloat16 autocast, with fused Adam; on CPU all is
-float32. A frozen encoder runs without gradients, parts that the process does not read are not there, and gradients are
-checkpointed where the config says `remat=full`. Nothing here imports JAX: its memory would count.
+It is what its users would write: CLIPVisionModel or Dinov2Model, three Blip2QFormerModels, LlamaForCausalLM with SDPA,
+PEFT for low-rank updates, logits at the supervised positions only, a block-diagonal causal mask for the packed
+conversations. On a GPU frozen parts are bfloat16 and what learns is float32 under bfloat16 autocast, with fused Adam;
+on CPU all is float32. A frozen encoder runs without gradients, parts that the process does not read are not there, and
+gradients are checkpointed where the config says `remat=full`. Nothing here imports JAX: its memory would count.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -19,7 +20,6 @@ import numpy as np
 import torch
 import transformers
 from torch import nn
-from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from calm_jax import config as config_lib
 
@@ -46,6 +46,24 @@ class Level(nn.Module):
                                          encoder_hidden_states=self.norm(features)).last_hidden_state)
 
 
+class Thematic(nn.Module):
+    """Squares of patches averaged, a norm if the config asks for one, and a layer to the language model's width."""
+
+    def __init__(self, cfg: config_lib.Model):
+        super().__init__()
+        self.prefix, self.pool = cfg.encoder.prefix, cfg.thematic.pool
+        self.norm = nn.LayerNorm(cfg.encoder.width) if cfg.thematic.norm else nn.Identity()
+        self.project = nn.Linear(cfg.encoder.width, cfg.decoder.width)
+
+    def forward(self, features):
+        patches = features[:, self.prefix:]
+        if self.pool > 1:
+            side = math.isqrt(patches.shape[1])
+            grid = patches.transpose(1, 2).unflatten(2, (side, side))
+            patches = nn.functional.avg_pool2d(grid, self.pool).flatten(2).transpose(1, 2)
+        return self.project(self.norm(patches))
+
+
 class Reference(nn.Module):
     """The parts that a process computes, with what it teaches and freezes.
 
@@ -61,12 +79,14 @@ class Reference(nn.Module):
         with device:
             self.encoder = _encoder(cfg.encoder, max(self.depths.values()))
             self.qformers = nn.ModuleDict({part: Level(cfg) for part in process.parts if part in config_lib.LEVELS})
-            self.thematic = nn.Linear(cfg.encoder.width, cfg.decoder.width) if "thematic" in process.parts else None
+            self.thematic = Thematic(cfg) if "thematic" in process.parts else None
             self.decoder = transformers.LlamaForCausalLM(transformers.LlamaConfig(
                 vocab_size=cfg.decoder.vocab, hidden_size=cfg.decoder.width, intermediate_size=cfg.decoder.mlp_width,
                 num_hidden_layers=cfg.decoder.depth, num_attention_heads=cfg.decoder.heads,
                 num_key_value_heads=cfg.decoder.kv_heads, max_position_embeddings=cfg.decoder.positions,
-                attn_implementation="sdpa", use_cache=False))
+                head_dim=cfg.decoder.head_size, tie_word_embeddings=cfg.decoder.tied,
+                rope_parameters={"rope_type": "default", "rope_theta": cfg.decoder.rope_theta},
+                rms_norm_eps=cfg.decoder.eps, attn_implementation="sdpa", use_cache=False))
         for name in ("encoder", "qformers", "thematic", "decoder"):
             part = getattr(self, name)
             if part is not None and not taught[name]:
@@ -98,7 +118,7 @@ class Reference(nn.Module):
             hidden = self.encoder(pixel_values=pixels, output_hidden_states=True).hidden_states
         parts = [level(hidden[self.depths[name]]) for name, level in self.qformers.items()]
         if self.thematic is not None:
-            parts.append(self.thematic(hidden[self.depths["thematic"]][:, 1:]))
+            parts.append(self.thematic(hidden[self.depths["thematic"]]))
         pool = torch.cat(parts, 1).to(_compute(self.device)).unflatten(0, (rows, images)).flatten(1, 2)
         words = self.decoder.model.embed_tokens(batch["tokens"]).to(pool.dtype)
         width = words.shape[-1]
@@ -112,7 +132,15 @@ class Reference(nn.Module):
 
 
 def _encoder(cfg: config_lib.Encoder, depth: int) -> nn.Module:
-    """CLIPVisionModel with so many of its blocks, our stem, and without the norm of an output that nothing reads."""
+    """The family's own class with so many of its blocks, for CLIP our stem, and without the norm of an output that
+    nothing reads."""
+    if cfg.family == "dinov2":
+        vit = transformers.Dinov2Model(transformers.Dinov2Config(
+            hidden_size=cfg.width, mlp_ratio=cfg.mlp_width // cfg.width, num_hidden_layers=depth,
+            num_attention_heads=cfg.heads, image_size=cfg.native, patch_size=cfg.patch, attn_implementation="sdpa"))
+        vit.layernorm = nn.Identity()
+        vit.embeddings.mask_token.requires_grad_(False)
+        return vit
     vit = transformers.CLIPVisionModel(transformers.CLIPVisionConfig(
         hidden_size=cfg.width, intermediate_size=cfg.mlp_width, num_hidden_layers=depth, num_attention_heads=cfg.heads,
         image_size=cfg.image_size, patch_size=cfg.patch, attn_implementation="sdpa"))
@@ -133,12 +161,13 @@ def _compute(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "cpu" else torch.bfloat16
 
 
-def arrays(batch: Mapping[str, np.ndarray], device: torch.device) -> dict[str, torch.Tensor]:
+def arrays(batch: Mapping[str, np.ndarray], device: torch.device, encoder: config_lib.Encoder
+           ) -> dict[str, torch.Tensor]:
     """A batch of `data.pipeline` as the reference takes it, on its device."""
     found = {name: torch.from_numpy(np.ascontiguousarray(batch[name])).to(device)
              for name in ("images", "tokens", "visual", "segments", "positions", "places", "labels", "weights")}
     found = {name: value.long() if value.dtype == torch.int32 else value for name, value in found.items()}
-    mean, std = (torch.tensor(values, device=device) for values in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD))
+    mean, std = (torch.tensor(values, device=device) for values in (encoder.mean, encoder.std))
     pixels = (found.pop("images").float() / 255 - mean) / std
     segments, length = found.pop("segments"), found["tokens"].shape[1]
     causal = torch.ones(length, length, dtype=torch.bool, device=device).tril()
@@ -151,7 +180,7 @@ def torch_step(config: config_lib.Config, taught: Mapping[str, bool],
     """A training step, which returns the loss of each call; and facts about it."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_num_threads(os.cpu_count() or 1)
-    model, tensors = Reference(config, taught, device), arrays(batch, device)
+    model, tensors = Reference(config, taught, device), arrays(batch, device, config.model.encoder)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     cfg = config.processes[config.run[0]].optimizer
     kind = torch.optim.AdamW if cfg.weight_decay else torch.optim.Adam

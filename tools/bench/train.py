@@ -29,6 +29,7 @@ from typing import Any
 import numpy as np
 
 from calm_jax import config as config_lib
+from calm_jax.data import pipeline
 from calm_jax.errors import ConfigError
 from tools.bench import contenders
 
@@ -76,7 +77,8 @@ def measure(config: config_lib.Config, *, against: bool, rounds: int, depth: int
         played |= compete(of, {"torch": "torch"})
     batch = make_batch(config)
     size = {"rows": process.batch, "tokens": int((batch["segments"] > 0).sum()),
-            "pictures": int(batch["images"].any((2, 3, 4)).sum())}
+            "pictures": int(sum(value.reshape(*value.shape[:2], -1).any(-1) for name, value in batch.items()
+                                if shows(name)).astype(bool).sum())}
     work = {kind: value * process.batch for kind, value in flops.a_row(config.model, process, learns).items()}
     device = played["calm_jax"].device
     return {"what": "train", "process": config.run[0], **size, "depth": depth, "blocks": blocks, "flops": work,
@@ -138,18 +140,23 @@ def taught_parts(learns: Mapping[str, bool]) -> dict[str, bool]:
 
 def beyond(model: config_lib.Model) -> list[str]:
     """What torch_side.py does not compute of a model; it would build another one without a word."""
-    if (model.encoder.family, model.decoder.family) != ("clip", "llama"):
-        return [f"model.encoder.family={model.encoder.family}, model.decoder.family={model.decoder.family}"]
-    options = (("encoder.activation", model.encoder.activation, "quick_gelu"),
-               ("encoder.native_size", model.encoder.native, model.encoder.image_size),
-               ("thematic.pool", model.thematic.pool, 1), ("thematic.norm", model.thematic.norm, False))
-    return model.decoder.beyond() + [f"model.{name}={value}" for name, value, plain in options if value != plain]
+    encoder, decoder = model.encoder, model.decoder
+    if encoder.family not in ("clip", "dinov2") or decoder.family != "llama":
+        return [f"model.encoder.family={encoder.family}, model.decoder.family={decoder.family}"]
+    clip = encoder.family == "clip"
+    options = (("encoder.activation", encoder.activation, "quick_gelu" if clip else "gelu"),
+               ("encoder.native_size", encoder.native, encoder.image_size if clip else encoder.native),
+               ("encoder.registers", encoder.registers, 0), ("decoder.qkv_bias", decoder.qkv_bias, False),
+               ("decoder.qk_norm", decoder.qk_norm, False), ("decoder.rope_factor", decoder.rope_factor, 1.0))
+    return [f"model.{name}={value}" for name, value, plain in options if value != plain]
 
 
 def whole(config: config_lib.Config, learns: Mapping[str, bool]) -> None:
     """Raises ConfigError where torch's side, which freezes whole parts, cannot do the same, or is of another model."""
+    if config.processes[config.run[0]].cached:
+        raise ConfigError("--against torch encodes in each step; set cached=False of the process")
     if other := beyond(config.model):
-        raise ConfigError(f"--against torch builds CLIP, LLaMA and an MFAM without options, not {', '.join(other)}; "
+        raise ConfigError(f"--against torch builds CLIP or DINOv2, LLaMA and an MFAM, not {', '.join(other)}; "
                           "leave --against out, or measure another variant")
     parts = taught_parts(learns)
     for name, prefix in PREFIXES.items():
@@ -162,8 +169,15 @@ def whole(config: config_lib.Config, learns: Mapping[str, bool]) -> None:
     if any(not path.startswith("decoder/blocks/") for path in updates):
         raise ConfigError("--against torch has low-rank updates in the blocks of the language model only; "
                           f"model.lora.targets={config.model.lora.targets!r} asks for others")
+    if not config.processes[config.run[0]].words or config.processes[config.run[0]].light_head:
+        raise ConfigError("--against torch has no light head; measure a process that learns words alone")
     if config.processes[config.run[0]].score_head:
         raise ConfigError("--against torch has no regression head; measure a variant without +head")
+
+
+def shows(name: str) -> bool:
+    """Whether an array of a batch is what the model gets of pictures."""
+    return name == "images" or name.startswith("features/")
 
 
 def make_batch(config: config_lib.Config, seed: int = 0) -> dict[str, np.ndarray]:
@@ -180,8 +194,9 @@ def make_batch(config: config_lib.Config, seed: int = 0) -> dict[str, np.ndarray
         raise ConfigError(f"row.tokens={row.tokens} does not hold the {seen} visual tokens of a picture")
     length = row.tokens // count
     answers = min(row.answers // count, length - seen - 2)
-    side = model.encoder.image_size
-    out = {"images": np.zeros((rows, row.images, side, side, 3), np.uint8),
+    blank = pipeline.blank(process, model, cached=process.cached)
+    shown = {name: value for name, value in blank.items() if shows(name)}
+    out = {**{name: np.zeros((rows, *value.shape), value.dtype) for name, value in shown.items()},
            "tokens": rng.integers(0, model.decoder.vocab, (rows, row.tokens), np.int32),
            "visual": np.full((rows, row.tokens), -1, np.int32),
            "segments": np.zeros((rows, row.tokens), np.int32), "positions": np.zeros((rows, row.tokens), np.int32),
@@ -190,7 +205,12 @@ def make_batch(config: config_lib.Config, seed: int = 0) -> dict[str, np.ndarray
            "weights": np.zeros((rows, row.answers, row.candidates), np.float32),
            "asked": np.zeros((rows, row.images), np.int32), "targets": np.zeros((rows, row.images), np.float32),
            "bad": np.zeros(rows, np.int32)}
-    out["images"][:, :count] = rng.integers(0, 256, (rows, count, side, side, 3), np.uint8)
+    if process.light_head:
+        out["grades"] = rng.integers(0, min(model.light_head.grades), (rows, *blank["grades"].shape), np.int32)
+    for name in shown:
+        own = out[name][:, :count]
+        own[:] = (rng.integers(0, 256, own.shape, np.uint8) if name == "images" else
+                  rng.standard_normal(own.shape, np.float32))
     for number in range(count):
         start, first = number * length, number * answers
         out["segments"][:, start:start + length] = number + 1

@@ -17,7 +17,6 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import numpy as np
 import tqdm
 
 from calm_jax import files, terminal
@@ -28,8 +27,6 @@ from calm_jax.commands.predict.ratings import read_ratings
 from calm_jax.data.scale import READERS, checked
 from calm_jax.errors import ConfigError
 from calm_jax.terminal import shown
-
-NOTHING = np.zeros((1, 1, 3), np.uint8)  # looked at in place of a picture that could not be read
 
 
 @dataclasses.dataclass(frozen=True)
@@ -206,12 +203,20 @@ def _journal(out: pathlib.Path | None) -> pathlib.Path | None:
 def _look(model, verb: Verb, given: dict[str, Any], journal: Journal, paths: list[str],
           page: pathlib.Path | None) -> None:
     """Asks about every picture that the journal does not know, and writes the small pictures of a page."""
-    from calm_jax.data import pictures
+    from calm_jax.data import images, pictures
+    from calm_jax.features import keys
+    from calm_jax.inference.generate import Pictures
     todo = journal.missing(paths)
     known: dict[int, Row] = {}
     if page:
         small = output.thumbnails(page)
         small.mkdir(parents=True, exist_ok=True)
+
+    def content(index: int):
+        if page:  # it needs the picture itself
+            return None
+        known[index] = {"path": todo[index], "stamp": stamp(todo[index])}
+        return keys.of_source(todo[index])
 
     def pixels(index: int):
         row = known[index] = {"path": todo[index], "stamp": stamp(todo[index])}
@@ -222,12 +227,13 @@ def _look(model, verb: Verb, given: dict[str, Any], journal: Journal, paths: lis
             return found
         except pictures.BadRecord as error:
             row["error"] = str(error)
-            return NOTHING
+            return images.NOTHING
 
     if len(todo) < len(paths):
         print(f"{len(paths) - len(todo):,} of {len(paths):,} pictures are known already", file=sys.stderr)
     with tqdm.tqdm(total=len(todo), desc="pictures", unit="picture", mininterval=0.5, disable=not todo) as bar:
-        for index, answer in enumerate(verb.ask(model, len(todo), pixels, given) if todo else ()):
+        for index, answer in enumerate(verb.ask(model, len(todo), Pictures(pixels, content), given)
+                                         if todo else ()):
             row = known.pop(index)
             journal.add(row if "error" in row else row | answer)
             bar.update()

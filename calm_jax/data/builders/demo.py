@@ -254,8 +254,8 @@ class Demo:
     def fingerprint(self) -> str:
         """Of all records and of the files of the photographs, which belong to other packages."""
         digest = hashlib.sha256(repr((self._splits, self._records)).encode())
-        for path in self._paths:
-            digest.update(hashlib.sha256(path.read_bytes()).digest())
+        for content in self._contents:
+            digest.update(content)
         return digest.hexdigest()[:16]
 
     def indices(self, split: str) -> np.ndarray:
@@ -280,6 +280,15 @@ class Demo:
             picture.setflags(write=False)  # shared by all records and threads
             self._pictures[number] = picture
         return self._pictures[number]
+
+
+    def content(self, index: int) -> bytes:
+        """The SHA-256 of the photograph's file."""
+        return self._contents[self._photograph[index]]
+
+    @functools.cached_property
+    def _contents(self) -> list[bytes]:
+        return [hashlib.sha256(path.read_bytes()).digest() for path in self._paths]
 
 
 def build() -> Demo:

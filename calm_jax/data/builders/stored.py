@@ -8,8 +8,9 @@ import hashlib
 import json
 import mmap
 import tokenize
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from jaxtyping import Int64, UInt8
@@ -20,6 +21,7 @@ from calm_jax.data.builders.labels import SPLITS
 from calm_jax.data.samples import BadRecord, ImageRef, Record
 from calm_jax.errors import ConfigError, nearest
 
+Result = TypeVar("Result")
 VERSION = "1.0.0"  # of the folder's layout; a dataset lies in DATA_DIR/NAME/VERSION
 
 
@@ -128,9 +130,16 @@ class Stored:
         Raises:
           BadRecord: the shard that holds it is missing or damaged.
         """
+        return self._read(index, pictures.read)
+
+    def content(self, index: int) -> bytes:
+        """The SHA-256 of the stored picture's file; raises as `pixels`."""
+        return self._read(index, lambda data: hashlib.sha256(data).digest())
+
+    def _read(self, index: int, read: Callable[[bytes], Result]) -> Result:
         split, place = self._place(index)
         try:
-            return pictures.read(self._pictures(split)[place]["image"])
+            return read(self._pictures(split)[place]["image"])
         except Exception as error:  # array_record and protobuf raise what they like on damaged files
             reason = " ".join(str(error).split())[:300]
             raise BadRecord(f"{self._called(index)} of {self.folder} cannot be read: {reason}; prepare the dataset "

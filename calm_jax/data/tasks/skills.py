@@ -63,8 +63,9 @@ def for_question(question: str) -> str:
 
 
 def learned(process: config_lib.Process) -> tuple[str, ...]:
-    """The tasks that a process taught, each once; none where labels were shuffled, for that teaches nothing true."""
-    if process.shuffle_labels:
+    """The tasks that a process taught, each once; none where labels were shuffled, for that teaches nothing true, or
+    where the language model was left out, for that teaches nothing to say."""
+    if process.shuffle_labels or not process.words:
         return ()
     return tuple(dict.fromkeys(task for _, task in process.mixture))
 

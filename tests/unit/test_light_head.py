@@ -1,0 +1,184 @@
+"""The light head: what it learns from, that the language model is left out, and that nothing of it stays."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import miniature
+import numpy as np
+import pytest
+
+from calm_jax import config as config_lib
+from calm_jax import recipes, sharding
+from calm_jax.checkpoints import array_io, locate, restore
+from calm_jax.commands import train as program
+from calm_jax.data import attributes, builders, pipeline
+from calm_jax.data.tasks import skills
+from calm_jax.errors import ConfigError
+from calm_jax.models import flops
+from calm_jax.models.parameters import Geometry, initial
+from calm_jax.text import chat as chat_lib
+from calm_jax.training import filters, optimizer
+from calm_jax.training.setup import Setup
+from calm_jax.training.step import Step
+
+GRADES = tuple(len(attribute.grades) for attribute in attributes.ATTRIBUTES.values())
+MODEL = dataclasses.replace(miniature.MODEL, light_head=config_lib.LightHead(GRADES))
+WARM_UP = miniature.process(tasks={"attributes": 0.7, "score": 0.3}, parts=config_lib.PARTS, words=0.0, light_head=1.0,
+                            row=config_lib.Row(tokens=1024, images=4, answers=400), batch=2,
+                            train=("mfam/.*", "light_head/.*"), freeze=("encoder/.*", "decoder/.*"))
+
+
+def batch(process=WARM_UP, model=MODEL):
+    found = miniature.batch(model, process)
+    rng = np.random.default_rng(1)
+    grades = rng.integers(-1, min(GRADES), (process.batch, process.row.images, len(GRADES)), np.int32)
+    return {**found, "grades": grades}
+
+
+def step(process, model=MODEL):
+    geometry = Geometry.of(model)
+    learns = filters.trainable(geometry.shapes, process)
+    values = jax.jit(lambda key: initial(model, key))(jax.random.key(0))
+    made = Step(geometry, process, *optimizer.make(process.optimizer, process.steps), jnp.float32, freeze_encoder=True,
+                dropout=False)
+    return made, *({p: v for p, v in values.items() if learns[p] == now} for now in (True, False))
+
+
+def test_the_loss_is_that_of_known_grades_and_scores():
+    made, trained, frozen = step(WARM_UP)
+    given = batch()
+    loss, sums = jax.jit(made.loss, static_argnums=4)(trained, frozen, given, {
+        "words": jnp.ones(()), "scores": jnp.float32(2), "grades": jnp.float32(3)}, None)
+    model = made.geometry.bind({**trained, **frozen})
+    pool = np.asarray(model.encode(jnp.asarray(given["images"]), WARM_UP.parts, dtype=jnp.float32))
+    pool = pool.reshape(2, 4, -1, pool.shape[-1])
+    expected = right = error = 0.0
+    for row, slot in np.ndindex(2, 4):
+        mean = pool[row, slot].mean(0)
+        normal = (mean - mean.mean()) / np.sqrt(mean.var() + 1e-5)
+        out = normal @ trained["light_head/out/kernel"] + trained["light_head/out/bias"]
+        for place, grade in enumerate(given["grades"][row, slot]):
+            if grade >= 0:
+                own = np.asarray(out)[1 + sum(GRADES[:place]):][:GRADES[place]]
+                expected -= (own - np.log(np.exp(own).sum()))[grade] / 3
+                right += own.argmax() == grade
+        if (target := given["targets"][row, slot]) > 0:
+            expected += ((5.5 + 2.25 * out[0] - target) / 2.25) ** 2 / 2
+            error += abs(5.5 + 2.25 * out[0] - target)
+    assert float(loss) == pytest.approx(float(expected), rel=1e-4)
+    assert float(sums["right"]) == right and float(sums["score_error"]) == pytest.approx(float(error), rel=1e-4)
+
+
+def test_the_language_model_is_not_computed_and_micro_batches_change_nothing():
+    made, trained, frozen = step(WARM_UP)
+    once, metrics = jax.jit(made.gradients)(trained, frozen, batch(), None)
+    twice, same = jax.jit(dataclasses.replace(made, process=dataclasses.replace(WARM_UP, accumulate=2)).gradients)(
+        trained, frozen, batch(), None)
+    for path in once:
+        np.testing.assert_allclose(twice[path], once[path], atol=5e-6, rtol=1e-4, err_msg=path)
+        assert np.any(once[path]), path
+    for name in metrics:
+        assert float(metrics[name]) == pytest.approx(float(same[name]), rel=1e-5)
+    assert 0 < float(metrics["accuracy"]) < 1 and float(metrics["answers"]) == (batch()["grades"] >= 0).sum()
+    broken = {path: leaf * jnp.nan if path.startswith("decoder/") else leaf for path, leaf in frozen.items()}
+    assert np.isfinite(float(jax.jit(made.gradients)(trained, broken, batch(), None)[1]["loss"]))
+    both = dataclasses.replace(WARM_UP, words=1.0)
+    assert flops.a_row(MODEL, WARM_UP, filters.trainable(made.geometry.shapes, WARM_UP))["forward"] < 0.7 * flops.a_row(
+        MODEL, both, filters.trainable(made.geometry.shapes, both))["forward"]
+
+
+def test_words_and_head_may_learn_together():
+    alone, _, _ = step(WARM_UP)
+    words = dataclasses.replace(WARM_UP, words=1.0, light_head=0.0)
+    both = dataclasses.replace(WARM_UP, words=0.5, light_head=2.0)
+    found = []
+    for process in (WARM_UP, words, both):
+        made, trained, frozen = step(process)
+        found.append(float(jax.jit(made.gradients)(trained, frozen, batch(), None)[1]["loss"]))
+    assert found[2] == pytest.approx(2 * found[0] + 0.5 * found[1], rel=1e-5)
+    assert alone.process.words == 0
+
+
+def test_a_row_says_the_grades_that_its_questions_ask_for():
+    demo = builders.load("demo")
+    rows = pipeline.Rows(WARM_UP, {"demo": demo}, chat_lib.load(), MODEL, seed=0, split="train")
+    names, seen = list(attributes.ATTRIBUTES), 0
+    for number in range(8):
+        row = rows.row(number)
+        image = 0
+        for sample, encoded in rows.plan(number).texts:
+            expected = {turn.subject: int(turn.label.partition("=")[2]) for turn in sample.turns
+                        if "=" in turn.label and turn.subject in names}
+            known = {names[place]: int(grade) for place, grade in enumerate(row["grades"][image]) if grade >= 0}
+            assert known.items() <= expected.items()
+            edits = {edit.attribute: edit.grade for edit in sample.images[0].edits}
+            assert all(known[name] == grade for name, grade in edits.items() if name in known)
+            seen += len(known)
+            image += len(encoded.images)
+        assert (row["grades"][image:] == -1).all()
+    assert seen > 60
+
+
+def test_only_labels_of_attributes_are_grades():
+    place = list(attributes.ATTRIBUTES).index("noise")
+    assert attributes.graded("noise=2") == (place, 2)
+    assert not any(map(attributes.graded, ("noise:first", "score=6.400", "grain=7", "acuity=level3", "noise=none", "")))
+
+
+def test_versions_take_turns():
+    demo = builders.load("demo")
+    process = dataclasses.replace(WARM_UP, versions=2)
+    rows = pipeline.Rows(process, {"demo": demo}, chat_lib.load(), MODEL, seed=0, split="train")
+    count = len(demo.indices("train"))
+    examples = [rows._example(0, place) for place in range(4 * count)]
+    epochs = [sorted((example.index, example.version, example.task) for example in examples[n * count:][:count])
+              for n in range(4)]
+    assert epochs[0] == epochs[2] != epochs[1] == epochs[3]
+    assert [e.index for e in examples[:count]] != [e.index for e in examples[2 * count:3 * count]]  # in another order
+    images = {rows.sample(example).images for example in examples}
+    assert len(images) <= 2 * count
+
+
+def test_it_is_trained_dropped_afterwards_and_said(tmp_path, capsys):
+    config = miniature.config(model=MODEL, processes={"only": dataclasses.replace(WARM_UP, cached=True)})
+    program.train(config, tmp_path / "warm")
+    assert "grade accuracy" in "".join(capsys.readouterr())
+    saved = locate.find(tmp_path / "warm")
+    assert any(path.startswith("light_head/") for path in array_io.shapes(saved))
+    assert not skills.learned(saved.config.processes["only"])
+    after = miniature.config(processes={"only": miniature.process(train=("mfam/.*",), freeze=(
+        "encoder/.*", "decoder/.*"))}, init=str(tmp_path / "warm"))
+    program.train(after, tmp_path / "after")
+    assert "the light head of " in "".join(capsys.readouterr())
+    assert restore.origins(saved, after).keys() == Geometry.of(miniature.MODEL).shapes.keys()
+    again = miniature.config(model=MODEL, init=str(tmp_path / "after"))
+    assert isinstance(restore.origins(locate.find(tmp_path / "after"), again)["light_head/out/kernel"], restore.Drawn)
+
+
+@pytest.mark.parametrize("change, said", [
+    ({"light_head": 0.0}, "nothing to learn from"), ({"score_head": 1.0}, "reads the language model")])
+def test_what_cannot_learn_is_refused(change, said):
+    with pytest.raises(ConfigError, match=said):
+        dataclasses.replace(WARM_UP, **change)
+
+
+def test_a_head_of_other_attributes_or_none_is_refused():
+    with pytest.raises(ConfigError, match="teaches a light head, and the model has none"):
+        miniature.config(processes={"only": WARM_UP})
+    with pytest.raises(ConfigError, match="are not the grades of the attributes"):
+        pipeline.check_grades(config_lib.LightHead((3, 3)))
+
+
+def test_the_recipe_warms_up_first_and_every_mesh_can_hold_the_head():
+    config = recipes.load("pretrain:laptop").config
+    assert config.run == ("warm_up", "self_supervised", "generic") and config.model.light_head.grades == GRADES
+    mesh = sharding.make_mesh(config.mesh)
+    for name in config.run:
+        setup = Setup.of(config, name, Geometry.of(config.model), mesh)
+        assert ("light_head/out/kernel" in setup.trained) == (name == "warm_up")
+        assert not any(path.startswith("decoder/") for path in setup.trained)
+    rules = sharding.rules(Geometry.of(MODEL).shapes)
+    assert {rule for path, rule in rules.items() if path.startswith("light_head/")} == {"small"}
