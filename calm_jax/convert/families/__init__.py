@@ -31,6 +31,7 @@ class Family:
       published: (config, special token ids) -> the config.json of the part alone, or None where its published class
         cannot hold it.
       prefix: of the tensors' names in a folder of the part alone, before those in the table.
+      image_processor: of an encoder with a published class, that of transformers which prepares its images.
     """
 
     what: str
@@ -39,6 +40,7 @@ class Family:
     table: Callable[[Any], tables.Table]
     published: Callable[[Any, dict[str, int]], dict[str, Any] | None]
     prefix: str = ""
+    image_processor: str = ""
 
 
 def of(cfg: config_lib.Encoder | config_lib.Decoder) -> Family:

@@ -63,4 +63,5 @@ def published(cfg: ClipConfig, special: dict[str, int]) -> dict[str, Any] | None
 
 
 # Under `vision_model.` old and new transformers find the tensors.
-FAMILY = Family("encoder", ("clip", "clip_vision_model"), config, table, published, "vision_model.")
+FAMILY = Family("encoder", ("clip", "clip_vision_model"), config, table, published, "vision_model.",
+                "CLIPImageProcessor")

@@ -88,4 +88,5 @@ def published(cfg: Dinov2Config, special: dict[str, int]) -> dict[str, Any] | No
             **vit.published(cfg)}
 
 
-FAMILY = Family("encoder", ("dinov2", "dinov2_with_registers"), config, table, published)
+FAMILY = Family("encoder", ("dinov2", "dinov2_with_registers"), config, table, published,
+                image_processor="BitImageProcessor")

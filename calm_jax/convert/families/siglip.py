@@ -55,4 +55,5 @@ def published(cfg: SiglipConfig, special: dict[str, int]) -> dict[str, Any]:
 
 
 # Under `vision_model.` old and new transformers find the tensors.
-FAMILY = Family("encoder", ("siglip", "siglip_vision_model"), config, table, published, "vision_model.")
+FAMILY = Family("encoder", ("siglip", "siglip_vision_model"), config, table, published, "vision_model.",
+                "SiglipImageProcessor")
