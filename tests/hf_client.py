@@ -135,16 +135,23 @@ def family(folder):
             found["written"] = sorted(stored.keys())
         again, _ = load(transformers.AutoModelForCausalLM, saved)
         found |= {"saved": greedy(again), "tied": [tied(model), tied(again)]}
-    parts = folder / "parts"
-    found["parts"] = {"language_model": load(transformers.AutoModelForCausalLM, parts / "language_model")[1]}
-    tokenizer = transformers.AutoTokenizer.from_pretrained(parts / "language_model")
-    found["words"] = tokenizer("It has noise: 10.0", add_special_tokens=False)["input_ids"]
-    _, loading = load(transformers.AutoModel, parts / "vision_tower")
-    prepare = transformers.AutoImageProcessor.from_pretrained(parts / "vision_tower")
-    found["parts"]["vision_tower"] = {
-        "loading": loading, "mean": list(prepare.image_mean), "std": list(prepare.image_std),
-        "shape": list(prepare(image, return_tensors="pt")["pixel_values"].shape)}
+    words, eyes = folder / "parts" / "language_model", folder / "parts" / "vision_tower"
+    if known(words):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(words)
+        found["language_model"] = {
+            "loading": load(transformers.AutoModelForCausalLM, words)[1],
+            "words": tokenizer("It has noise: 10.0", add_special_tokens=False)["input_ids"]}
+    if known(eyes):
+        prepare = transformers.AutoImageProcessor.from_pretrained(eyes)
+        found["vision_tower"] = {
+            "loading": load(transformers.AutoModel, eyes)[1], "mean": list(prepare.image_mean),
+            "std": list(prepare.image_std), "shape": list(prepare(image, return_tensors="pt")["pixel_values"].shape)}
     return found
+
+
+def known(folder):
+    """Whether this version has the class of a part."""
+    return json.loads((folder / "config.json").read_text())["model_type"] in transformers.CONFIG_MAPPING
 
 
 def read(folder):
