@@ -180,13 +180,20 @@ def combined(tmp_path_factory):
             for name, source in combinations(place).items()}
 
 
-@pytest.mark.parametrize("reader", WRITERS)
-def test_torch_computes_every_family_and_option_alike(combined, reader, monkeypatch):
-    """Of the conversations one batch, whose rows show none, one and three pictures; one process of torch for all."""
-    if not pathlib.Path(PYTHONS[reader]).is_file():
-        pytest.skip(f"{PYTHONS[reader]} is missing: make test-env builds it")
+@pytest.fixture
+def one_batch(monkeypatch):
+    """Of the conversations of `parity` the batch of four alone, whose rows show none, one and three pictures: half as
+    many programs are compiled."""
     cases = parity._cases
     monkeypatch.setattr(parity, "_cases", lambda model, files: cases(model, files)[-1:])
+
+
+@pytest.mark.usefixtures("one_batch")
+@pytest.mark.parametrize("reader", WRITERS)
+def test_torch_computes_every_family_and_option_alike(combined, reader):
+    """One process of torch for all."""
+    if not pathlib.Path(PYTHONS[reader]).is_file():
+        pytest.skip(f"{PYTHONS[reader]} is missing: make test-env builds it")
     results = parity.check_all([*combined.values()], python=PYTHONS[reader], new_tokens=12)
     for name, result in zip(combined, results, strict=True):
         print(name, parity.show(result), sep="\n")
@@ -284,9 +291,10 @@ def test_torch_to_orbax_to_torch_is_bit_exact(tmp_path, monkeypatch, form, dtype
 # ---- trained checkpoints: our own stem, low-rank updates ---------------------------------------------------------
 
 
+@pytest.mark.usefixtures("one_batch")
 def test_updates_and_our_own_stem_compute_the_same(tmp_path):
     """Apart and merged; one process of torch for both."""
-    source = miniature.saved(tmp_path / "run", lora=LORA, thematic=config_lib.Thematic(pool=2))
+    source = miniature.saved(tmp_path / "run", drawn=True, lora=LORA, thematic=config_lib.Thematic(pool=2))
     exports = [hf_export.export(source, str(tmp_path / name), merge_lora=name == "merged")
                for name in ("apart", "merged")]
     results = parity.check_all([(source, str(out)) for out in exports], new_tokens=16)
@@ -298,6 +306,7 @@ def test_updates_and_our_own_stem_compute_the_same(tmp_path):
         assert "vision_tower.embeddings.stem.0.weight" in names
 
 
+@pytest.mark.usefixtures("one_batch")
 def test_what_a_vocabulary_is_padded_with_is_never_said_by_torch_either(tmp_path, monkeypatch):
     """Its logits are the highest by far: greedy, by beam search and in what scores are read from."""
     def loud(model, key):
@@ -320,7 +329,7 @@ def test_adapters_are_pefts(tmp_path):
     """The language model alone with its adapter, by PEFT, is the merged language model."""
     import peft
     model = dataclasses.replace(miniature.MODEL, encoder=dataclasses.replace(miniature.MODEL.encoder, stem="patch"))
-    source = miniature.saved(tmp_path / "run", encoder=model.encoder, lora=LORA)
+    source = miniature.saved(tmp_path / "run", drawn=True, encoder=model.encoder, lora=LORA)
     apart = hf_export.export(source, str(tmp_path / "apart"), parts=True) / "parts"
     merged = hf_export.export(source, str(tmp_path / "merged"), parts=True, merge_lora=True) / "parts"
     assert not list(merged.glob("*_lora"))
@@ -459,9 +468,9 @@ def test_wrong_input_is_one_clear_sentence(tmp_path, monkeypatch):
             patch.setattr(hf_export, name, (HuggingFaceTokenizer,) if name == "TOKENIZERS" else ("eyes",))
             with pytest.raises(ConfigError, match=sentence):
                 hf_export.export(source, out)
-    conv = miniature.saved(tmp_path / "conv", lora=dataclasses.replace(LORA,
-                                                                       targets="encoder/stem/embed|decoder/blocks/q"),
-                   encoder=dataclasses.replace(miniature.MODEL.encoder, stem="patch"))
+    conv = miniature.saved(
+        tmp_path / "conv", drawn=True, lora=dataclasses.replace(LORA, targets="encoder/stem/embed|decoder/blocks/q"),
+        encoder=dataclasses.replace(miniature.MODEL.encoder, stem="patch"))
     with pytest.raises(tables.WeightError, match="encoder/stem/embed/lora/a is of no linear layer in torch; merge it"):
         hf_export.export(conv, out)
     said = []
@@ -482,6 +491,7 @@ def test_a_tokenizer_that_changed_is_refused(tmp_path):
         hf_export.export(source, str(tmp_path / "hf"))
 
 
+@pytest.mark.usefixtures("one_batch")
 def test_parity_names_the_layer_that_was_changed(tmp_path):
     """The check can fail: one weight of one block is changed in the export."""
     source = miniature.saved(tmp_path / "run")
@@ -497,7 +507,8 @@ def test_parity_names_the_layer_that_was_changed(tmp_path):
 
 def test_a_folder_written_by_hand_converts_back(tmp_path):
     """The language model of an export is a source again: what was trained goes on elsewhere and comes back."""
-    source = miniature.saved(tmp_path / "run", encoder=dataclasses.replace(miniature.MODEL.encoder, stem="patch"))
+    source = miniature.saved(tmp_path / "run", drawn=True,
+                             encoder=dataclasses.replace(miniature.MODEL.encoder, stem="patch"))
     out = hf_export.export(source, str(tmp_path / "hf"), parts=True) / "parts"
     back = hf_import.convert(str(out / "vision_tower"), str(out / "language_model"), [], str(tmp_path / "back"))
     leaves = array_io.stored(locate.find(back))
