@@ -134,7 +134,8 @@ def qformer(level: str, model: config_lib.Model) -> str:
         "projection: they are in `queries_and_projection.safetensors`, as", "",
         *_table(("tensor", "shape", "use"), [
             ("ln_vision.weight, ln_vision.bias", f"[{model.encoder.width}]",
-             f"LayerNorm (eps 1e-5) of the encoder's hidden states after block {tap}, class token included"),
+             f"LayerNorm (eps 1e-5) of the encoder's hidden states after block {tap}, "
+             "class token and registers, if any, included"),
             ("query_tokens", f"[1, {model.qformer.queries}, {model.qformer.width}]", "`query_embeds`"),
             ("language_projection.weight, .bias", f"[{model.decoder.width}, {model.qformer.width}]",
              "linear layer behind the last hidden state, to the language model's width")]), "",

@@ -2,7 +2,8 @@
 
 To add one: a file here, named as the family's own file in `models.encoders` or `models.decoders`, that assigns a
 `Family` to FAMILY; or an entry point in the group `calm_jax.weights`. A family without one trains and answers like any
-other, and is neither converted nor exported.
+other, and is neither converted nor exported. A whole CALM is exported if `huggingface/modeling_calm.py`, too, computes
+its families (`hf_export.ENCODERS`, `hf_export.DECODERS`).
 """
 
 from __future__ import annotations
