@@ -29,8 +29,8 @@ class Family:
       config: the config.json of a published model -> the family's config. It raises GeometryError for what the family
         does not compute.
       table: a config -> its weight table; paths are those of the part alone.
-      published: (config, special token ids) -> the config.json of the part alone, or None where its published class
-        cannot hold it.
+      published: (config, special token ids, None where there is none) -> the config.json of the part alone, or None
+        where its published class cannot hold it.
       prefix: of the tensors' names in a folder of the part alone, before those in the table.
       image_processor: of an encoder with a published class, that of transformers which prepares its images.
     """
@@ -39,7 +39,7 @@ class Family:
     model_types: tuple[str, ...]
     config: Callable[[json_files.Table], Any]
     table: Callable[[Any], tables.Table]
-    published: Callable[[Any, dict[str, int]], dict[str, Any] | None]
+    published: Callable[[Any, dict[str, int | None]], dict[str, Any] | None]
     prefix: str = ""
     image_processor: str = ""
 
