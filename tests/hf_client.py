@@ -3,6 +3,7 @@
     PYTHON hf_client.py write FOLDER      CLIP, LLaMA and Q-Former folders as this version writes them
     PYTHON hf_client.py read FOLDER       an export: its parts, each under its published class, and the whole: scores,
                                           comments, every kind of generation, saving, wrong input
+    PYTHON hf_client.py families FOLDER   a folder of exports of several families: what differs among them
 """
 
 import json
@@ -11,6 +12,7 @@ import sys
 import tempfile
 
 import numpy as np
+import safetensors
 import torch
 import transformers
 from PIL import Image
@@ -95,9 +97,66 @@ def use(folder):
     return found
 
 
+def load(cls, folder):
+    """A model, and what of its tensors is missing or not expected."""
+    model, info = cls.from_pretrained(folder, output_loading_info=True, trust_remote_code=True)
+    return model.eval(), {key: sorted(map(str, value)) for key, value in info.items() if value}
+
+
+def families(folder):
+    return {each.name: family(each) for each in sorted(pathlib.Path(folder).iterdir())}
+
+
+@torch.no_grad()
+def family(folder):
+    model, loading = load(transformers.AutoModelForCausalLM, folder)
+    processor = transformers.AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 50, 3), np.uint8))
+    inputs = processor(images=[image], text="What would improve this photograph?")
+    start, lengths = inputs["input_ids"].shape[1], []
+    hook = model.language_model.model.register_forward_pre_hook(lambda module, given: lengths.append(given[0].shape[1]))
+
+    def greedy(model, **options):
+        return model.generate(**inputs, max_new_tokens=6, **options)[0, start:].tolist()
+
+    def tied(model):
+        return model.language_model.lm_head.weight is model.language_model.model.embed_tokens.weight
+
+    found = {"loading": loading, "greedy": greedy(model), "lengths": list(lengths)}
+    hook.remove()
+    found |= {"uncached": greedy(model, use_cache=False), "said": processor.decode(found["greedy"]),
+              "conversation": processor(text=[
+                  {"role": "user", "content": "What is it?"}, {"role": "assistant", "content": "A thing."},
+                  {"role": "user", "content": "Why <b>?"}])["input_ids"][0].tolist()}
+    with tempfile.TemporaryDirectory() as saved:
+        model.save_pretrained(saved)
+        processor.save_pretrained(saved)
+        with safetensors.safe_open(f"{saved}/model.safetensors", "pt") as stored:
+            found["written"] = sorted(stored.keys())
+        again, _ = load(transformers.AutoModelForCausalLM, saved)
+        found |= {"saved": greedy(again), "tied": [tied(model), tied(again)]}
+    words, eyes = folder / "parts" / "language_model", folder / "parts" / "vision_tower"
+    if known(words):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(words)
+        found["language_model"] = {
+            "loading": load(transformers.AutoModelForCausalLM, words)[1],
+            "words": tokenizer("It has noise: 10.0", add_special_tokens=False)["input_ids"]}
+    if known(eyes):
+        prepare = transformers.AutoImageProcessor.from_pretrained(eyes)
+        found["vision_tower"] = {
+            "loading": load(transformers.AutoModel, eyes)[1], "mean": list(prepare.image_mean),
+            "std": list(prepare.image_std), "shape": list(prepare(image, return_tensors="pt")["pixel_values"].shape)}
+    return found
+
+
+def known(folder):
+    """Whether this version has the class of a part."""
+    return json.loads((folder / "config.json").read_text())["model_type"] in transformers.CONFIG_MAPPING
+
+
 def read(folder):
     return {"parts": parts(folder), "whole": use(folder)}
 
 
 if __name__ == "__main__":
-    print(json.dumps({"write": write, "read": read}[sys.argv[1]](sys.argv[2])))
+    print(json.dumps({"write": write, "read": read, "families": families}[sys.argv[1]](sys.argv[2])))

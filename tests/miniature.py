@@ -78,22 +78,30 @@ def batch(model: config_lib.Model, of: config_lib.Process, seed: int = 0) -> dic
     return out
 
 
-def saved(folder: pathlib.Path, parts: tuple[str, ...] = PROCESS.parts, tasks: tuple[str, ...] = (), **changes) -> str:
+def saved(folder: pathlib.Path, parts: tuple[str, ...] = PROCESS.parts, tasks: tuple[str, ...] = (), *,
+          tokenizer: str = "", template: str = "vicuna", drawn: bool = False, **changes) -> str:
     """A checkpoint as training saves it, of random parameters, which says that it learned some tasks or, without any
-    named, all; `changes` are fields of MODEL."""
+    named, all; `changes` are fields of MODEL. With `drawn` no bias is zero, no norm one, and nothing is compiled."""
     from calm_jax.checkpoints.store import Checkpoints
     from calm_jax.data.tasks import TASKS
-    from calm_jax.models.parameters import initial
+    from calm_jax.models.parameters import Geometry, initial
     from calm_jax.text import chat as chat_lib  # here: what only starts programs needs no JAX
     model = dataclasses.replace(MODEL, **changes)
-    parameters = jax.jit(lambda key: initial(model, key))(jax.random.key(1))
-    parameters = {path: leaf + 0.1 if path.endswith("lora/b") else leaf for path, leaf in parameters.items()}
+    if drawn:
+        rng = np.random.default_rng(0)
+        parameters = {path: (path.endswith("scale") + rng.normal(size=leaf.shape) * (
+            leaf.shape[-2] ** -0.5 if path.endswith("kernel") else 0.2)).astype(np.float32)
+            for path, leaf in Geometry.of(model).shapes.items()}
+    else:
+        parameters = jax.jit(lambda key: initial(model, key))(jax.random.key(1))
+        parameters = {path: leaf + 0.1 if path.endswith("lora/b") else leaf for path, leaf in parameters.items()}
     checkpoints = Checkpoints(folder, config_lib.Checkpoint())
     meta = {"process": "only", "rows": 0, "best": None, "trained": sorted(parameters), "base": "", "seed": 0,
-            "config": dataclasses.asdict(config(model=model, processes={"only": process(
-                parts=parts, tasks=dict.fromkeys(tasks or TASKS, 1.0), support=(1, 1),
-                score_head=float(model.score_head.width > 0))})),
-            "tokenizer": chat_lib.load().tokenizer.fingerprint}
+            "config": dataclasses.asdict(config(
+                model=model, tokenizer=tokenizer, chat=template, processes={"only": process(
+                    parts=parts, tasks=dict.fromkeys(tasks or TASKS, 1.0), support=(1, 1),
+                    score_head=float(model.score_head.width > 0))})),
+            "tokenizer": chat_lib.load(tokenizer, template).tokenizer.fingerprint}
     checkpoints.save(3, {"parameters": parameters, "optimizer": ()}, meta)
     checkpoints.close()
     return str(folder)

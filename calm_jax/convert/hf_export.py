@@ -32,13 +32,18 @@ from calm_jax.data import pictures
 from calm_jax.data.tasks import instructions, skills
 from calm_jax.errors import CheckpointError, ConfigError
 from calm_jax.text.chat import Chat
-from calm_jax.text.templates import vicuna
+from calm_jax.text.tokenizers import Tokenizer
+from calm_jax.text.tokenizers.hugging_face import HuggingFaceTokenizer
 from calm_jax.text.tokenizers.sentence_piece import SentencePieceTokenizer
 
 DTYPES = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 CLASSES = {"AutoConfig": "configuration_calm.CalmConfig", "AutoModelForCausalLM": "modeling_calm.CalmForCausalLM",
            "AutoProcessor": "processing_calm.CalmProcessor"}
-COMPUTED = ("clip", "llama")  # families of encoder and language model that huggingface/modeling_calm.py computes
+# What the files in huggingface/ compute: families of encoders and language models, and kinds of tokenizers.
+ENCODERS, DECODERS = ("clip", "dinov2", "siglip"), ("llama",)
+TOKENIZERS = (SentencePieceTokenizer, HuggingFaceTokenizer)
+# What the torch model has to know of an encoder besides the fields of its config: properties of its family.
+TRAITS = ("activation", "cls", "registers", "pre_norm", "stem_bias", "layer_scale", "antialias")
 Leaves = Mapping[str, restore.Lazy]
 
 
@@ -66,17 +71,16 @@ def export(source: str, out: str, *, merge_lora: bool = False, parts: bool = Fal
         raise CheckpointError(f"{path} exists already; choose another folder, or remove it first")
     saved = locate.find(source)
     model = saved.config.model
-    if (model.encoder.family, model.decoder.family) != COMPUTED:
-        raise ConfigError(f"{saved.path} is of the families {model.encoder.family} and {model.decoder.family}; the "
-                          f"torch model of exports computes {' and '.join(COMPUTED)} alone")
-    if options := model.decoder.beyond():
-        raise ConfigError(f"the language model of {saved.path} has options that the torch model of exports does not "
-                          f"compute: {', '.join(options)}; such a model can be used here alone")
+    for what, family, computed in (("encoder", model.encoder.family, ENCODERS),
+                                   ("language model", model.decoder.family, DECODERS)):
+        if family not in computed:
+            raise ConfigError(f"the {what} of {saved.path} is of the family {family!r}, and the torch model of exports "
+                              f"computes {', '.join(computed)} alone; such a model can be used here alone")
     chat = restore.chat(saved)
-    if chat.template != "vicuna" or not isinstance(chat.tokenizer, SentencePieceTokenizer):
-        raise ConfigError(f"{saved.path} writes conversations by the chat template {chat.template} in a tokenizer of "
-                          "another kind than SentencePiece, or in one of its own; the processor of exports knows "
-                          "Vicuna's in SentencePiece alone")
+    if type(chat.tokenizer) not in TOKENIZERS:
+        raise ConfigError(f"the tokenizer of {saved.path}, {chat.tokenizer.name}, is of a kind of its own, and the "
+                          f"processor of exports knows {' and '.join(kind.FILES[0] for kind in TOKENIZERS)} alone; "
+                          "such a model can be used here alone")
     leaves = restore.lazily(saved)
     if merge_lora:
         if not model.lora.rank:
@@ -168,29 +172,32 @@ def everything(saved: Saved, model: config_lib.Model, leaves: Leaves, chat: Chat
     content = tensors(table, leaves)
     targets = sorted(tensor.name.removesuffix(".lora_A.weight") for tensor in content
                      if tensor.name.endswith(".lora_A.weight"))
-    vit, llama = dataclasses.asdict(model.encoder), dataclasses.asdict(model.decoder)
+    vit = {"stem": "patch", **dataclasses.asdict(model.encoder), **{
+        trait: getattr(model.encoder, trait) for trait in TRAITS}}
     config = {
         "architectures": [CLASSES["AutoModelForCausalLM"].split(".")[1]], "model_type": "calm", "auto_map": CLASSES,
-        "vit": vit, "qformer": dataclasses.asdict(model.qformer), "llama": llama,
+        "vit": vit, "qformer": dataclasses.asdict(model.qformer), "llama": dataclasses.asdict(model.decoder),
         "thematic": dataclasses.asdict(model.thematic),
         "taps": {part: model.depths.block(part, model.encoder.depth) for part in config_lib.PARTS},
         "lora": {"rank": model.lora.rank, "alpha": model.lora.alpha, "targets": targets},
         "score_head": dataclasses.asdict(model.score_head), "taught": taught(saved),
+        "tie_word_embeddings": model.decoder.tied,
         **_special(chat), **_dtype(content)}
     processor = {
         "auto_map": {"AutoProcessor": CLASSES["AutoProcessor"]}, "processor_class": "CalmProcessor",
+        "tokenizer": _file(chat.tokenizer), "chat": _chat(chat),
         "image_size": model.encoder.image_size, "mean": model.encoder.mean, "std": model.encoder.std,
-        "system": vicuna.SYSTEM,
+        "padding": model.encoder.padding,
         "tokens": {part: model.visual_tokens(part) for part in config_lib.PARTS},
         "instructions": {"score": instructions.SCORE[0], "level": instructions.LEVEL[0],
                          "comment": instructions.COMMENT[0]}}
     here = pathlib.Path(huggingface.__file__).parent
     files = {f"{name}_calm.py": here / f"{name}_calm.py" for name in ("configuration", "modeling", "processing")}
-    files |= {"pictures.py": pathlib.Path(pictures.__file__), "tokenizer.model": chat.tokenizer.files[0]}
+    files |= {"pictures.py": pathlib.Path(pictures.__file__), _file(chat.tokenizer): chat.tokenizer.files[0]}
     return Folder("", content, {
-        "README.md": model_card.card(saved, model, content, config["taught"]),
+        "README.md": model_card.card(saved, model, content, config["taught"], _file(chat.tokenizer)),
         "generation_config.json": _generation(chat, model.decoder),
-        "tokenizer_config.json": _tokenizer_config(model, processor=True), "processor_config.json": processor,
+        "tokenizer_config.json": _tokenizer_config(model, chat, processor=True), "processor_config.json": processor,
         "config.json": config}, files)
 
 
@@ -207,7 +214,18 @@ def _dtype(content: Sequence[torch_files.Tensor]) -> dict[str, str]:
     return {"torch_dtype": name, "dtype": name}
 
 
-def _special(chat: Chat) -> dict[str, int]:
+def _file(tokenizer: Tokenizer) -> str:
+    """The name of a tokenizer's file in an export."""
+    return tokenizer.FILES[0]
+
+
+def _chat(chat: Chat) -> dict[str, Any]:
+    """How conversations are written, as the processor takes it: by ids, for nothing can spell those otherwise."""
+    return {"template": chat.template, "begin": chat.begin, "user": chat.user, "assistant": chat.assistant,
+            "end": chat.end, "bos": chat.tokenizer.bos, "pad": chat.pad, "markers": chat.markers}
+
+
+def _special(chat: Chat) -> dict[str, int | None]:
     return {"bos_token_id": chat.tokenizer.bos, "eos_token_id": chat.stop, "pad_token_id": chat.pad}
 
 
@@ -218,12 +236,17 @@ def _generation(chat: Chat, cfg: config_lib.Decoder) -> dict[str, Any]:
     return {"do_sample": False, **_special(chat), **({"suppress_tokens": padding} if padding else {})}
 
 
-def _tokenizer_config(model: config_lib.Model, *, processor: bool) -> dict[str, Any]:
-    """For LLaMA's own tokenizer class. What it makes of a whole prompt is not what CALM was trained on: there every
-    stretch of text is encoded by itself, which the processor does."""
-    found = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "add_eos_token": False, "legacy": True,
-             "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<unk>",
-             "clean_up_tokenization_spaces": False, "model_max_length": model.decoder.positions, "padding_side": "left"}
+def _tokenizer_config(model: config_lib.Model, chat: Chat, *, processor: bool) -> dict[str, Any]:
+    """For LLaMA's own tokenizer class, or the class of any tokenizer.json. What it makes of a whole prompt is not what
+    CALM was trained on: there every stretch of text is encoded by itself, which the processor does."""
+    tokenizer = chat.tokenizer
+    found = {"tokenizer_class": "PreTrainedTokenizerFast"} if isinstance(tokenizer, HuggingFaceTokenizer) else {
+        "tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "add_eos_token": False, "legacy": True}
+    named = {"bos_token": tokenizer.bos, "eos_token": tokenizer.eos, "unk_token": tokenizer.unknown,
+             "pad_token": chat.pad}
+    found |= {name: None if token is None else tokenizer.pieces([token])[0] for name, token in named.items()}
+    found |= {"clean_up_tokenization_spaces": False, "model_max_length": model.decoder.positions,
+              "padding_side": "left"}
     return found | ({"auto_map": {"AutoProcessor": CLASSES["AutoProcessor"]}} if processor else {})
 
 
@@ -241,7 +264,9 @@ def _parts(model: config_lib.Model, leaves: Leaves, chat: Chat, say: Callable[[s
     else:
         content = [dataclasses.replace(tensor, name=family.prefix + tensor.name)
                    for tensor in tensors(table, _plain(leaves), "encoder/")]
-        folders += [Folder("parts/vision_tower", content, {"config.json": published | _dtype(content)}),
+        folders += [Folder("parts/vision_tower", content, {
+            "preprocessor_config.json": _preprocessor(model.encoder, family.image_processor),
+            "config.json": published | _dtype(content)}),
                     *_adapter(table, leaves, "encoder/", "vision_tower", model.lora)]
     for number, level in enumerate(config_lib.LEVELS):
         table = mfam.qformer_table(model.qformer)
@@ -266,10 +291,19 @@ def _parts(model: config_lib.Model, leaves: Leaves, chat: Chat, say: Callable[[s
     folders += [Folder("parts/language_model", content, {
         "config.json": published | _dtype(content),
         "generation_config.json": _generation(chat, model.decoder),
-        "tokenizer_config.json": _tokenizer_config(model, processor=False)},
-        {"tokenizer.model": chat.tokenizer.files[0]}),
+        "tokenizer_config.json": _tokenizer_config(model, chat, processor=False)},
+        {_file(chat.tokenizer): chat.tokenizer.files[0]}),
         *_adapter(table, leaves, "decoder/", "language_model", model.lora)]
     return folders
+
+
+def _preprocessor(cfg: config_lib.Encoder, kind: str) -> dict[str, Any]:
+    """The preprocessor_config.json of an encoder alone: the size, mean and standard deviation that it was used with
+    here. The published classes squash what is no square; CALM pads it before, which they cannot."""
+    return {"image_processor_type": kind, "do_convert_rgb": True, "do_resize": True,
+            "size": {"height": cfg.image_size, "width": cfg.image_size}, "resample": 3, "do_center_crop": False,
+            "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True,
+            "image_mean": cfg.mean, "image_std": cfg.std}
 
 
 def _at(leaf: restore.Lazy, level: int) -> restore.Lazy:

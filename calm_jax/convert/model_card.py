@@ -18,11 +18,12 @@ from calm_jax.errors import CheckpointError
 
 
 def card(saved: Saved, model: config_lib.Model, content: Sequence[torch_files.Tensor],
-         taught: Mapping[str, Any]) -> str:
+         taught: Mapping[str, Any], tokenizer: str) -> str:
     """The README.md of the whole model: use, what it was taught, scale of the scores, training, sizes, licences.
 
     Args:
       taught: by its own process: process, tasks and skills.
+      tokenizer: name of its file.
     """
     history, sources = ancestry(saved)
     count = sum(int(np.prod(tensor.shape, dtype=np.int64)) for tensor in content)
@@ -32,6 +33,7 @@ def card(saved: Saved, model: config_lib.Model, content: Sequence[torch_files.Te
             "tags:", "- image-aesthetics", "- calm",
             # as YAML, whatever the source's own card says there
             f"license: {json.dumps(licences[0]) if len(licences) == 1 else 'other'}", "---"]
+    needed = {"tokenizer.model": "sentencepiece", "tokenizer.json": "tokenizers"}[tokenizer]
     can = ", ".join(skills.SKILLS[skill].what for skill in taught["skills"])
     scored = [] if "score" in taught["skills"] else ["", "**It was never trained on scores, or has unlearned them: its "
                                                      "numbers mean nothing.**"]
@@ -50,7 +52,7 @@ def card(saved: Saved, model: config_lib.Model, content: Sequence[torch_files.Te
         "ids = model.generate(**inputs, max_new_tokens=64)",
         'processor.batch_decode(ids[:, inputs["input_ids"].shape[1]:])',
         "```", "",
-        "It needs torch, transformers (4.46 or newer), sentencepiece and pillow. The files beside the weights compute",
+        f"It needs torch, transformers (4.46 or newer), {needed} and pillow. The files beside the weights compute",
         "everything themselves; the processor pads pictures to a square and never crops them.", "",
         "## What it was taught", "",
         f"{can.capitalize()}, by its last training process, {taught['process']}." if can else "Nothing.",
@@ -70,9 +72,9 @@ def card(saved: Saved, model: config_lib.Model, content: Sequence[torch_files.Te
                  for entry in history] or [("none", "", "", "", "")]), "",
         f"Checkpoint at step {saved.step} of {saved.meta['process'] or 'a conversion'}, seed {saved.meta['seed']}, "
         f"calm_jax {saved.meta.get('version', '')} {saved.meta.get('commit', '')[:12]}".rstrip() + ".",
-        f"Encoder {model.encoder.width} x {model.encoder.depth} at {model.encoder.image_size} px, Q-Formers "
-        f"{model.qformer.width} x {model.qformer.depth} with {model.qformer.queries} queries each, language model "
-        f"{model.decoder.width} x {model.decoder.depth}:",
+        f"Encoder {model.encoder.family} {model.encoder.width} x {model.encoder.depth} at {model.encoder.image_size} "
+        f"px, Q-Formers {model.qformer.width} x {model.qformer.depth} with {model.qformer.queries} queries each, "
+        f"language model {model.decoder.width} x {model.decoder.depth}:",
         f"{count / 1e6:,.1f} million parameters in {', '.join(dtypes)}.", "",
         "## Parts and licences", "",
         *_parts(sources), "",
@@ -132,7 +134,8 @@ def qformer(level: str, model: config_lib.Model) -> str:
         "projection: they are in `queries_and_projection.safetensors`, as", "",
         *_table(("tensor", "shape", "use"), [
             ("ln_vision.weight, ln_vision.bias", f"[{model.encoder.width}]",
-             f"LayerNorm (eps 1e-5) of the encoder's hidden states after block {tap}, class token included"),
+             f"LayerNorm (eps 1e-5) of the encoder's hidden states after block {tap}, "
+             "class token and registers, if any, included"),
             ("query_tokens", f"[1, {model.qformer.queries}, {model.qformer.width}]", "`query_embeds`"),
             ("language_projection.weight, .bias", f"[{model.decoder.width}, {model.qformer.width}]",
              "linear layer behind the last hidden state, to the language model's width")]), "",

@@ -17,7 +17,8 @@ import pathlib
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -97,32 +98,47 @@ class Result:
                     "missing_keys", "unexpected_keys", "mismatched_keys")))
 
 
-def check(source: str, hf: str, *, images: tuple[str, ...] = (), python: str = sys.executable, dtype: str = "float32",
-          tolerance: float = 1e-4, new_tokens: int = 64) -> Result:
-    """Runs both sides and compares them.
+def check(source: str, hf: str, **options: Any) -> Result:
+    """Runs both sides of one checkpoint and its export and compares them; else as `check_all`."""
+    return check_all([(source, hf)], **options)[0]
+
+
+def check_all(pairs: Sequence[tuple[str, str]], *, images: tuple[str, ...] = (), python: str = sys.executable,
+              dtype: str = "float32", tolerance: float = 1e-4, new_tokens: int = 64) -> list[Result]:
+    """Runs both sides of every (checkpoint, export) and compares them; one process of torch serves all.
+
+    Args:
+      images: files; without any, three that are made here.
+      python: interpreter of the torch side.
+      dtype: of the computation on both sides.
+      tolerance: of logits, and of every stage as a share of its largest value.
+      new_tokens: most tokens of an answer.
 
     Raises:
-      ConfigError: `hf` is no exported folder, or the torch side fails.
+      ConfigError: a folder is none that was exported, or the torch side fails.
       CheckpointError: as `restore.model`.
     """
-    if not (pathlib.Path(hf) / "processor_config.json").is_file():
-        raise ConfigError(f"{hf} is no folder that calm export wrote: it has no "
-                          "processor_config.json")
+    for _, hf in pairs:
+        if not (pathlib.Path(hf) / "processor_config.json").is_file():
+            raise ConfigError(f"{hf} is no folder that calm export wrote: it has no processor_config.json")
     with tempfile.TemporaryDirectory() as scratch:
-        folder = pathlib.Path(scratch)
-        files = [str(pathlib.Path(file).absolute()) for file in images] or made(folder)
-        model = restore.model(source)
-        cfg = model.config.model
-        generator = Generator(cfg, model.parameters, model.chat, dtype=jnp.dtype(dtype))
-        del model  # the generator holds its weights in arrays of its own
-        cases = _cases(cfg, files)
-        request = {"dtype": dtype, "new_tokens": new_tokens, "beams": BEAMS, "score": files,
-                   "readers": _readers(cfg), "cases": [
-            {"images": [[files[n] for n in row] for row in rows], "parts": parts,
-             "text": list(QUESTIONS[:len(rows)])} for rows, parts in cases]}
-        (folder / "request.json").write_text(json.dumps(request))
-        _torch(python, hf, folder)
-        return _compare(generator, cases, files, _readers(cfg), folder, tolerance, new_tokens)
+        place = pathlib.Path(scratch)
+        files = [str(pathlib.Path(file).absolute()) for file in images] or made(place)
+        sides = []
+        for number, (source, _) in enumerate(pairs):
+            model = restore.model(source)
+            cfg = model.config.model
+            generator = Generator(cfg, model.parameters, model.chat, dtype=jnp.dtype(dtype))
+            del model  # the generator holds its weights in arrays of its own
+            cases, readers, folder = _cases(cfg, files), _readers(cfg), place / str(number)
+            folder.mkdir()
+            (folder / "request.json").write_text(json.dumps({
+                "dtype": dtype, "new_tokens": new_tokens, "beams": BEAMS, "score": files, "readers": readers, "cases": [
+                    {"images": [[files[n] for n in row] for row in rows], "parts": parts,
+                     "text": list(QUESTIONS[:len(rows)])} for rows, parts in cases]}))
+            sides.append((generator, cases, files, readers, folder))
+        _torch(python, [hf for _, hf in pairs], [side[-1] for side in sides], place)
+        return [_compare(*side, tolerance, new_tokens) for side in sides]
 
 
 def made(folder: pathlib.Path) -> list[str]:
@@ -151,12 +167,15 @@ def _cases(model: config_lib.Model, files: list[str]) -> list[tuple[list[list[in
     return [([[]], parts), ([[0]], parts), ([three], parts), ([[], [three[1]], three, [0]], parts)]
 
 
-def _torch(python: str, hf: str, folder: pathlib.Path) -> None:
+def _torch(python: str, exports: list[str], folders: list[pathlib.Path], scratch: pathlib.Path) -> None:
+    """Each of `folders` holds the request of one of the exports, and what torch computes of it after that."""
     script = pathlib.Path(huggingface.__file__).with_name("parity_torch.py")
     # Modules of an exported folder are cached by its name: a cache of its own cannot hold another export's.
-    environment = {**os.environ, "HF_MODULES_CACHE": str(folder / "modules"), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run([python, str(script), str(pathlib.Path(hf).absolute()), str(folder / "request.json"),
-                           str(folder)], env=environment, text=True, stderr=subprocess.PIPE)
+    environment = {**os.environ, "HF_MODULES_CACHE": str(scratch / "modules"), "HF_HUB_OFFLINE": "1"}
+    jobs = [(str(pathlib.Path(hf).absolute()), str(folder / "request.json"), str(folder))
+            for hf, folder in zip(exports, folders, strict=True)]
+    done = subprocess.run([python, str(script), *(word for job in jobs for word in job)], env=environment, text=True,
+                          stderr=subprocess.PIPE)
     if done.returncode:
         raise ConfigError(f"the torch side failed under {python}:\n{done.stderr[-3000:]}")
 

@@ -154,6 +154,11 @@ class Table:
         """The rows of this model as a part of a larger one: `path` and `key` are put before theirs."""
         return tuple(dataclasses.replace(row, path=path + row.path, key=key + row.key) for row in self.rows)
 
+    def ignored_within(self, key: str) -> tuple[Ignored, ...]:
+        """What is ignored of this model as a part of a larger one."""
+        return tuple(dataclasses.replace(rule, pattern=f"{re.escape(key)}({rule.pattern})",
+                                         same=rule.same and key + rule.same) for rule in self.ignored)
+
 
 def linear(path: str, key: str, *, bias: bool = True, stride: int = 1, offset: int = 0) -> tuple[Row, ...]:
     rows = (Row(f"{path}/kernel", f"{key}.weight", LINEAR, stride, offset),

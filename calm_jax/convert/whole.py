@@ -28,4 +28,4 @@ def table(cfg: config_lib.Model) -> tables.Table:
               *language.within("decoder/", "language_model."),
               *score_head(cfg.score_head).within("score_head/", "score_head.")),
         renames=((r"^vision_tower\.vision_model\.", "vision_tower."),),
-        ignored=tuple(tables.Ignored(rf"vision_tower\.({rule.pattern})", rule.reason) for rule in tower.ignored))
+        ignored=(*tower.ignored_within("vision_tower."), *language.ignored_within("language_model.")))

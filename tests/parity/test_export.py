@@ -15,6 +15,7 @@ import miniature
 import numpy as np
 import pytest
 import safetensors.numpy
+import tokenizers
 import transformers
 from PIL import Image
 from test_conversion import bits, parts, with_queries
@@ -23,10 +24,16 @@ from calm_jax import config as config_lib
 from calm_jax.checkpoints import array_io, locate, on_disk, restore
 from calm_jax.checkpoints.store import Checkpoints
 from calm_jax.convert import hf_export, hf_import, parity, tables, torch_files, whole
+from calm_jax.convert.sources import gguf_tokenizer
+from calm_jax.data import scale
+from calm_jax.data.samples import Answer, Sample, Turn
+from calm_jax.data.tasks import instructions
 from calm_jax.errors import CheckpointError, ConfigError
 from calm_jax.models import parameters
 from calm_jax.text import chat as chat_lib
+from calm_jax.text.prompts import Layout, encode
 from calm_jax.text.tokenizers import SHIPPED
+from calm_jax.text.tokenizers.hugging_face import HuggingFaceTokenizer
 
 torch = pytest.importorskip("torch", reason="torch is not here; make test has it")
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -106,13 +113,141 @@ def test_an_export_and_its_parts_are_used_as_transformers_models_are(exported, r
         assert words in error
 
 
-def test_torch_computes_another_activation_and_interpolates_position_embeddings_alike(tmp_path):
-    encoder = dataclasses.replace(miniature.MODEL.encoder, stem="patch", native_size=40, activation="gelu")
-    source = miniature.saved(tmp_path / "run", parts=config_lib.PARTS, encoder=encoder)
-    hf_export.export(source, str(tmp_path / "hf"))
-    result = parity.check(source, str(tmp_path / "hf"), new_tokens=2)
-    print(parity.show(result))
-    assert result.holds() and not result.differs and result.logits < 2e-5
+# ---- every family of encoders, every option of the language model, every chat template ---------------------------
+
+
+LORA = config_lib.Lora(rank=2, alpha=3.0, targets=r"decoder/blocks/(q|down)|mfam/qformers/groups/blocks/0/cross/v|"
+                                                  r"mfam/thematic/project|encoder/blocks/up")
+
+
+def byte_level(folder, split, special, named=None):
+    """A tokenizer.json as published models have it, by the split of texts that GGUF files name."""
+    parts = gguf_tokenizer.SPLITS[split]
+    content = json.loads(tokenizers.Tokenizer(tokenizers.models.BPE()).to_str())
+    made = tokenizers.Tokenizer.from_str(json.dumps({
+        **content, "pre_tokenizer": parts["pre_tokenizer"], "normalizer": parts.get("normalizer"),
+        "decoder": gguf_tokenizer.BYTES}))
+    made.train_from_iterator(
+        [*parity.QUESTIONS, *scale.DECIMALS, *scale.LEVELS, instructions.SCORE[0], "system user assistant"] * 3,
+        tokenizers.trainers.BpeTrainer(vocab_size=500, special_tokens=special, show_progress=False,
+                                       initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet()))
+    folder.mkdir()
+    made.save(str(folder / "tokenizer.json"))
+    if named:
+        (folder / "tokenizer_config.json").write_text(json.dumps(named))
+    return str(folder / "tokenizer.json"), -(-made.get_vocab_size() // 64) * 64
+
+
+def vision(family, **options):
+    return config_lib.encoder(family, **{"image_size": 32, "patch": 8, "width": 32, "depth": 2, "heads": 2,
+                                         "mlp_width": 64, **options})
+
+
+def language(vocab=2048, **options):
+    return dataclasses.replace(miniature.MODEL.decoder, vocab=vocab, kv_heads=1, **options)
+
+
+def combinations(place):
+    """name -> a checkpoint of random parameters, none of which is zero or one."""
+    smollm, smollm_size = byte_level(place / "smollm", "smollm", ["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
+    qwen, qwen_size = byte_level(place / "qwen", "qwen2", ["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+                                 {"bos_token": None, "eos_token": "<|im_end|>"})
+    llama, llama_size = byte_level(place / "llama", "llama-bpe", [
+        "<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"])
+    cases = {
+        "dinov2-smollm2": dict(
+            tokenizer=smollm, template="chatml", encoder=vision("dinov2", native_size=56), lora=LORA,
+            decoder=language(smollm_size, tied=True), thematic=config_lib.Thematic(pool=2, norm=True)),
+        "siglip-qwen2": dict(
+            tokenizer=qwen, template="qwen", encoder=vision("siglip", native_size=24, eps=1e-3),
+            decoder=language(qwen_size, qkv_bias=True, rope_theta=1e6)),
+        "clip-qwen3": dict(  # and TinyLlama's template, in SentencePiece
+            template="zephyr", encoder=vision("clip", native_size=40, activation="gelu", mean=(0.3, 0.4, 0.5)),
+            decoder=language(tied=True, qk_norm=True, head_dim=24)),
+        "dinov2-llama3": dict(
+            tokenizer=llama, template="llama3", score_head=config_lib.ScoreHead(8),
+            encoder=vision("dinov2", native_size=56, activation="swiglu", registers=3),
+            decoder=language(llama_size, rope_factor=8.0, rope_original=64))}
+    return {name: miniature.saved(place / name, parts=config_lib.PARTS, drawn=True, **case)
+            for name, case in cases.items()}
+
+
+@pytest.fixture(scope="module")
+def combined(tmp_path_factory):
+    """name -> (checkpoint, its export)."""
+    place = tmp_path_factory.mktemp("combined")
+    return {name: (source, str(hf_export.export(source, str(place / "hf" / name), parts=True)))
+            for name, source in combinations(place).items()}
+
+
+@pytest.fixture
+def one_batch(monkeypatch):
+    """Of the conversations of `parity` the batch of four alone, whose rows show none, one and three pictures: half as
+    many programs are compiled."""
+    cases = parity._cases
+    monkeypatch.setattr(parity, "_cases", lambda model, files: cases(model, files)[-1:])
+
+
+@pytest.mark.usefixtures("one_batch")
+@pytest.mark.parametrize("reader", WRITERS)
+def test_torch_computes_every_family_and_option_alike(combined, reader):
+    """One process of torch for all."""
+    if not pathlib.Path(PYTHONS[reader]).is_file():
+        pytest.skip(f"{PYTHONS[reader]} is missing: make test-env builds it")
+    results = parity.check_all([*combined.values()], python=PYTHONS[reader], new_tokens=12)
+    for name, result in zip(combined, results, strict=True):
+        print(name, parity.show(result), sep="\n")
+        assert result.holds() and not result.differs, name
+        assert result.logits < 5e-5 and result.scores < 1e-4, name
+        assert result.answers == result.agree == result.searched == 4, name
+
+
+@pytest.mark.parametrize("reader", WRITERS)
+def test_exports_of_every_family_are_used_as_transformers_models_are(combined, reader):
+    """Whole and, where a version has their classes, in parts; of one tensor where the head is the embedding."""
+    folder = pathlib.Path(next(iter(combined.values()))[1]).parent
+    found = client(PYTHONS[reader], "families", folder)
+    assert found.keys() == combined.keys()
+    for name, (source, _) in combined.items():
+        model, chat, used = locate.find(source).config.model, restore.chat(locate.find(source)), found[name]
+        assert used["loading"] == {}, name  # nothing missing, nothing unexpected
+        assert used["uncached"] == used["greedy"] and used["lengths"][0] > 1 and set(used["lengths"][1:]) == {1}, name
+        assert used["tied"] == [model.decoder.tied] * 2 and used["saved"] == used["greedy"], name
+        assert ("language_model.lm_head.weight" in used["written"]) == (not model.decoder.tied), name
+        sample = Sample((), (Turn(("What is it?",), Answer("A thing.")), Turn(("Why <b>?",), Answer(""))))
+        layout = Layout.of(model, config_lib.PARTS)
+        assert used["conversation"] == encode(sample, chat, layout, ask=1).tokens.tolist(), name
+        assert used["said"] == chat.tokenizer.decode(token for token in used["greedy"] if token != chat.stop), name
+        absent = [reader == "4.46" and name in new for new in (("clip-qwen3",), ("dinov2-llama3",))]
+        for part, gone, expected in zip(("language_model", "vision_tower"), absent, (
+                {"loading": {}, "words": [*chat.tokenizer.encode("It has noise: 10.0")]},
+                {"loading": {}, "mean": [*model.encoder.mean], "std": [*model.encoder.std],
+                 "shape": [1, 3, model.encoder.image_size, model.encoder.image_size]}), strict=True):
+            assert used.get(part) == (None if gone else expected), (name, part)
+
+
+@pytest.mark.parametrize("name", ["dinov2-smollm2", "siglip-qwen2", "clip-qwen3", "dinov2-llama3"])
+def test_every_family_comes_back_bit_for_bit(combined, name, tmp_path):
+    """The whole by its table, and its parts as sources of a conversion."""
+    source, hf = combined[name]
+    saved, found = locate.find(source), torch_files.tensors(pathlib.Path(hf))
+    model = saved.config.model
+    leaves = {path: array.read().result() for path, array in array_io.stored(saved).items()}
+    table = whole.table(model)
+    table = dataclasses.replace(table, rows=table.rows + tables.lora(table, leaves))
+    back = tables.to_jax(table, {key: tensor.read() for key, tensor in found.items()},
+                         {path: leaf.shape for path, leaf in leaves.items()})
+    assert back.keys() == leaves.keys()
+    for path, leaf in leaves.items():
+        np.testing.assert_array_equal(bits(back[path]), bits(leaf), path)
+    again = hf_import.convert(f"{hf}/parts/vision_tower", f"{hf}/parts/language_model", [], str(tmp_path / "back"),
+                              template=saved.config.chat, image_size=model.encoder.image_size)
+    read = locate.find(again)
+    assert (read.config.model.encoder, read.config.model.decoder) == (model.encoder, model.decoder)
+    assert restore.chat(read).tokenizer.fingerprint == restore.chat(saved).tokenizer.fingerprint
+    for path, array in array_io.stored(read).items():
+        if path in leaves and path.startswith(("encoder/", "decoder/")):
+            np.testing.assert_array_equal(bits(array.read().result()), bits(leaves[path]), path)
 
 
 @pytest.mark.parametrize(("form", "dtype"), [("safetensors", "float16"), ("safetensors sharded", "bfloat16"),
@@ -156,22 +291,22 @@ def test_torch_to_orbax_to_torch_is_bit_exact(tmp_path, monkeypatch, form, dtype
 # ---- trained checkpoints: our own stem, low-rank updates ---------------------------------------------------------
 
 
-LORA = config_lib.Lora(rank=2, alpha=3.0, targets=r"decoder/blocks/(q|down)|mfam/qformers/groups/blocks/0/cross/v|"
-                                                  r"mfam/thematic/project|encoder/blocks/up")
+@pytest.mark.usefixtures("one_batch")
+def test_updates_and_our_own_stem_compute_the_same(tmp_path):
+    """Apart and merged; one process of torch for both."""
+    source = miniature.saved(tmp_path / "run", drawn=True, lora=LORA, thematic=config_lib.Thematic(pool=2))
+    exports = [hf_export.export(source, str(tmp_path / name), merge_lora=name == "merged")
+               for name in ("apart", "merged")]
+    results = parity.check_all([(source, str(out)) for out in exports], new_tokens=16)
+    for merged, (out, result) in enumerate(zip(exports, results, strict=True)):
+        print(parity.show(result))
+        assert result.holds() and not result.differs
+        names = set(torch_files.tensors(out))
+        assert any("lora_A" in name for name in names) != merged
+        assert "vision_tower.embeddings.stem.0.weight" in names
 
 
-@pytest.mark.parametrize("merge", [False, True], ids=["apart", "merged"])
-def test_updates_and_our_own_stem_compute_the_same(tmp_path, merge):
-    source = miniature.saved(tmp_path / "run", lora=LORA, thematic=config_lib.Thematic(pool=2, norm=merge))
-    out = hf_export.export(source, str(tmp_path / "hf"), merge_lora=merge)
-    result = parity.check(source, str(out), new_tokens=16)
-    print(parity.show(result))
-    assert result.holds() and not result.differs
-    names = set(torch_files.tensors(out))
-    assert any("lora_A" in name for name in names) != merge
-    assert "vision_tower.embeddings.stem.0.weight" in names
-
-
+@pytest.mark.usefixtures("one_batch")
 def test_what_a_vocabulary_is_padded_with_is_never_said_by_torch_either(tmp_path, monkeypatch):
     """Its logits are the highest by far: greedy, by beam search and in what scores are read from."""
     def loud(model, key):
@@ -194,7 +329,7 @@ def test_adapters_are_pefts(tmp_path):
     """The language model alone with its adapter, by PEFT, is the merged language model."""
     import peft
     model = dataclasses.replace(miniature.MODEL, encoder=dataclasses.replace(miniature.MODEL.encoder, stem="patch"))
-    source = miniature.saved(tmp_path / "run", encoder=model.encoder, lora=LORA)
+    source = miniature.saved(tmp_path / "run", drawn=True, encoder=model.encoder, lora=LORA)
     apart = hf_export.export(source, str(tmp_path / "apart"), parts=True) / "parts"
     merged = hf_export.export(source, str(tmp_path / "merged"), parts=True, merge_lora=True) / "parts"
     assert not list(merged.glob("*_lora"))
@@ -313,7 +448,7 @@ def test_a_full_disk_is_said_and_leaves_nothing(tmp_path, monkeypatch):
     hf_export.export(source, str(tmp_path / "hf"))
 
 
-def test_wrong_input_is_one_clear_sentence(tmp_path):
+def test_wrong_input_is_one_clear_sentence(tmp_path, monkeypatch):
     source, out = miniature.saved(tmp_path / "run"), str(tmp_path / "hf")
     with pytest.raises(CheckpointError, match=r"there is no complete checkpoint in .*nowhere"):
         hf_export.export(str(tmp_path / "nowhere"), out)
@@ -324,14 +459,18 @@ def test_wrong_input_is_one_clear_sentence(tmp_path):
     (tmp_path / "there").mkdir()
     with pytest.raises(CheckpointError, match="there exists already; choose another folder"):
         hf_export.export(source, str(tmp_path / "there"))
-    optional = miniature.saved(tmp_path / "optional", decoder=dataclasses.replace(
-        miniature.MODEL.decoder, tied=True, head_dim=24, qkv_bias=True, qk_norm=True, rope_factor=2.0))
-    with pytest.raises(ConfigError, match=r"does not compute: model.decoder.tied=True, model.decoder.head_dim=24, "
-                       r"model.decoder.qkv_bias=True, model.decoder.qk_norm=True, model.decoder.rope_factor=2.0;"):
-        hf_export.export(optional, out)
-    conv = miniature.saved(tmp_path / "conv", lora=dataclasses.replace(LORA,
-                                                                       targets="encoder/stem/embed|decoder/blocks/q"),
-                   encoder=dataclasses.replace(miniature.MODEL.encoder, stem="patch"))
+    for name, sentence in (("ENCODERS", "the encoder of .* is of the family 'clip', and the torch model of exports "
+                            "computes eyes alone; such a model can be used here alone"),
+                           ("DECODERS", "the language model of .* is of the family 'llama', and"),
+                           ("TOKENIZERS", "the tokenizer of .*tokenizer_small.model, is of a kind of its own, and the "
+                            "processor of exports knows tokenizer.json alone")):
+        with monkeypatch.context() as patch:  # as if they were those of another package
+            patch.setattr(hf_export, name, (HuggingFaceTokenizer,) if name == "TOKENIZERS" else ("eyes",))
+            with pytest.raises(ConfigError, match=sentence):
+                hf_export.export(source, out)
+    conv = miniature.saved(
+        tmp_path / "conv", drawn=True, lora=dataclasses.replace(LORA, targets="encoder/stem/embed|decoder/blocks/q"),
+        encoder=dataclasses.replace(miniature.MODEL.encoder, stem="patch"))
     with pytest.raises(tables.WeightError, match="encoder/stem/embed/lora/a is of no linear layer in torch; merge it"):
         hf_export.export(conv, out)
     said = []
@@ -352,6 +491,7 @@ def test_a_tokenizer_that_changed_is_refused(tmp_path):
         hf_export.export(source, str(tmp_path / "hf"))
 
 
+@pytest.mark.usefixtures("one_batch")
 def test_parity_names_the_layer_that_was_changed(tmp_path):
     """The check can fail: one weight of one block is changed in the export."""
     source = miniature.saved(tmp_path / "run")
@@ -367,7 +507,8 @@ def test_parity_names_the_layer_that_was_changed(tmp_path):
 
 def test_a_folder_written_by_hand_converts_back(tmp_path):
     """The language model of an export is a source again: what was trained goes on elsewhere and comes back."""
-    source = miniature.saved(tmp_path / "run", encoder=dataclasses.replace(miniature.MODEL.encoder, stem="patch"))
+    source = miniature.saved(tmp_path / "run", drawn=True,
+                             encoder=dataclasses.replace(miniature.MODEL.encoder, stem="patch"))
     out = hf_export.export(source, str(tmp_path / "hf"), parts=True) / "parts"
     back = hf_import.convert(str(out / "vision_tower"), str(out / "language_model"), [], str(tmp_path / "back"))
     leaves = array_io.stored(locate.find(back))

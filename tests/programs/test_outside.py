@@ -79,6 +79,7 @@ def test_a_plan_and_a_page_of_samples_know_it_as_well(environment, tmp_path):
 def test_export_refuses_it_in_one_sentence(environment, workdir, tmp_path):
     done = calm(environment, "export", "--checkpoint", workdir, "--out", tmp_path / "hf")
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "Traceback" not in done.stderr, done.stderr
+    assert "is of the family 'retina', and the torch model of exports computes clip, dinov2, siglip" in done.stderr
     assert not (tmp_path / "hf").exists()
 
 

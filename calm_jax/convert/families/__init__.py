@@ -2,7 +2,8 @@
 
 To add one: a file here, named as the family's own file in `models.encoders` or `models.decoders`, that assigns a
 `Family` to FAMILY; or an entry point in the group `calm_jax.weights`. A family without one trains and answers like any
-other, and is neither converted nor exported.
+other, and is neither converted nor exported. A whole CALM is exported if `huggingface/modeling_calm.py`, too, computes
+its families (`hf_export.ENCODERS`, `hf_export.DECODERS`).
 """
 
 from __future__ import annotations
@@ -28,17 +29,19 @@ class Family:
       config: the config.json of a published model -> the family's config. It raises GeometryError for what the family
         does not compute.
       table: a config -> its weight table; paths are those of the part alone.
-      published: (config, special token ids) -> the config.json of the part alone, or None where its published class
-        cannot hold it.
+      published: (config, special token ids, None where there is none) -> the config.json of the part alone, or None
+        where its published class cannot hold it.
       prefix: of the tensors' names in a folder of the part alone, before those in the table.
+      image_processor: of an encoder with a published class, that of transformers which prepares its images.
     """
 
     what: str
     model_types: tuple[str, ...]
     config: Callable[[json_files.Table], Any]
     table: Callable[[Any], tables.Table]
-    published: Callable[[Any, dict[str, int]], dict[str, Any] | None]
+    published: Callable[[Any, dict[str, int | None]], dict[str, Any] | None]
     prefix: str = ""
+    image_processor: str = ""
 
 
 def of(cfg: config_lib.Encoder | config_lib.Decoder) -> Family:

@@ -54,7 +54,7 @@ def table(cfg: ClipConfig) -> tables.Table:
     )
 
 
-def published(cfg: ClipConfig, special: dict[str, int]) -> dict[str, Any] | None:
+def published(cfg: ClipConfig, special: dict[str, int | None]) -> dict[str, Any] | None:
     """The convolutional stem is in no published class."""
     if cfg.stem != "patch":
         return None
@@ -63,4 +63,5 @@ def published(cfg: ClipConfig, special: dict[str, int]) -> dict[str, Any] | None
 
 
 # Under `vision_model.` old and new transformers find the tensors.
-FAMILY = Family("encoder", ("clip", "clip_vision_model"), config, table, published, "vision_model.")
+FAMILY = Family("encoder", ("clip", "clip_vision_model"), config, table, published, "vision_model.",
+                "CLIPImageProcessor")

@@ -74,7 +74,7 @@ def table(cfg: Dinov2Config) -> tables.Table:
     )
 
 
-def published(cfg: Dinov2Config, special: dict[str, int]) -> dict[str, Any] | None:
+def published(cfg: Dinov2Config, special: dict[str, int | None]) -> dict[str, Any] | None:
     """The published classes name the MLP's width by its whole ratio to the others, and have no other widths."""
     gated = cfg.activation == "swiglu"
     ratio = next((ratio for ratio in RATIOS if _mlp_width(cfg.width, ratio, gated) == cfg.mlp_width), None)
@@ -88,4 +88,5 @@ def published(cfg: Dinov2Config, special: dict[str, int]) -> dict[str, Any] | No
             **vit.published(cfg)}
 
 
-FAMILY = Family("encoder", ("dinov2", "dinov2_with_registers"), config, table, published)
+FAMILY = Family("encoder", ("dinov2", "dinov2_with_registers"), config, table, published,
+                image_processor="BitImageProcessor")

@@ -117,7 +117,7 @@ def table(cfg: LlamaConfig) -> tables.Table:
     )
 
 
-def published(cfg: LlamaConfig, special: dict[str, int]) -> dict[str, Any] | None:
+def published(cfg: LlamaConfig, special: dict[str, int | None]) -> dict[str, Any] | None:
     """The config.json of the class that holds the options: Qwen2ForCausalLM with biases, Qwen3ForCausalLM with norms of
     queries and keys, else LlamaForCausalLM; for old and new transformers.
 

@@ -47,7 +47,7 @@ def table(cfg: SiglipConfig) -> tables.Table:
     )
 
 
-def published(cfg: SiglipConfig, special: dict[str, int]) -> dict[str, Any]:
+def published(cfg: SiglipConfig, special: dict[str, int | None]) -> dict[str, Any]:
     """The config.json of a SiglipVisionModel without its pooling head, which CALM does not keep."""
     return {"architectures": ["SiglipVisionModel"], "model_type": "siglip_vision_model",
             "hidden_act": "gelu_pytorch_tanh", "vision_use_head": False, "intermediate_size": cfg.mlp_width,
@@ -55,4 +55,5 @@ def published(cfg: SiglipConfig, special: dict[str, int]) -> dict[str, Any]:
 
 
 # Under `vision_model.` old and new transformers find the tensors.
-FAMILY = Family("encoder", ("siglip", "siglip_vision_model"), config, table, published, "vision_model.")
+FAMILY = Family("encoder", ("siglip", "siglip_vision_model"), config, table, published, "vision_model.",
+                "SiglipImageProcessor")

@@ -1,4 +1,5 @@
-"""CALM in torch: visual encoder, three Q-Formers and a fully connected layer (MFAM), LLaMA.
+"""CALM in torch: a visual encoder (CLIP, DINOv2, SigLIP), three Q-Formers and a fully connected layer (MFAM), and a
+language model (LLaMA, and what differs from it by options: SmolLM2, Llama 3, Qwen2, Qwen3).
 
 Everything is computed here, and of transformers only its loading, its caches and `generate` are used, so that the
 numbers do not depend on its version.
@@ -8,6 +9,7 @@ import itertools
 import math
 import os
 import warnings
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -73,104 +75,155 @@ def attend(q, k, v, mask=None):
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
 
 
-# ---- visual encoder: CLIP's, with names as in CLIPVisionModel -----------------------------------------------------
+# ---- visual encoder -----------------------------------------------------------------------------------------------
 
-class VisionAttention(nn.Module):
-    def __init__(self, width, heads):
+# Where the tensors of an encoder lie: by the names of CLIPVisionModel, which SiglipVisionModel has too, and by those of
+# Dinov2Model and Dinov2WithRegistersModel. `blocks` is the list of blocks, in which the names behind it are.
+CLIP_NAMES = {
+    "patch": "embeddings.patch_embedding", "stem": "embeddings.stem", "cls": "embeddings.class_embedding",
+    "positions": "embeddings.position_embedding.weight", "pre_norm": "pre_layrnorm",  # the misspelling is CLIP's
+    "blocks": "encoder.layers", "attention_norm": "layer_norm1", "q": "self_attn.q_proj", "k": "self_attn.k_proj",
+    "v": "self_attn.v_proj", "o": "self_attn.out_proj", "mlp_norm": "layer_norm2", "up": "mlp.fc1", "down": "mlp.fc2"}
+DINOV2_NAMES = {
+    "patch": "embeddings.patch_embeddings.projection", "cls": "embeddings.cls_token",
+    "positions": "embeddings.position_embeddings", "registers": "embeddings.register_tokens",
+    "blocks": "encoder.layer", "attention_norm": "norm1", "q": "attention.attention.query",
+    "k": "attention.attention.key", "v": "attention.attention.value", "o": "attention.output.dense",
+    "attention_scale": "layer_scale1.lambda1", "mlp_norm": "norm2", "mlp_scale": "layer_scale2.lambda1"}
+NAMES = {"clip": CLIP_NAMES, "siglip": CLIP_NAMES, "dinov2": DINOV2_NAMES}
+DINOV2_MLPS = {False: {"up": "mlp.fc1", "down": "mlp.fc2"}, True: {"up": "mlp.weights_in", "down": "mlp.weights_out"}}
+ACTIVATIONS = {"quick_gelu": lambda x: x * torch.sigmoid(1.702 * x), "gelu": F.gelu,
+               "gelu_tanh": lambda x: F.gelu(x, approximate="tanh")}
+
+
+def vision_names(vit):
+    """What a tensor of the encoder is -> its name in the encoder, or behind that of its block."""
+    names = NAMES[vit["family"]]
+    return names | DINOV2_MLPS[vit["activation"] == "swiglu"] if names is DINOV2_NAMES else names
+
+
+class Named(nn.Module):
+    """A module whose layers and vectors lie under the names of a published class: `put` gives them their place, `of`
+    finds them."""
+
+    def __init__(self, names):
         super().__init__()
-        self.heads = heads
-        self.q_proj, self.k_proj, self.v_proj = (Linear(width, width) for _ in range(3))
-        self.out_proj = Linear(width, width)
+        self.names = names
+
+    def put(self, what, value):
+        """Registers a module or a parameter under its name, within modules that are made for it."""
+        *above, last = self.names[what].split(".")
+        place = self
+        for name in above:
+            if not hasattr(place, name):
+                place.add_module(name, nn.Module())
+            place = getattr(place, name)
+        setattr(place, last, value)
+
+    def of(self, what):
+        place = self
+        for name in self.names[what].split("."):
+            place = getattr(place, name)
+        return place
+
+
+class VisionBlock(Named):
+    """Pre-norm block: attention and an MLP, gated or not, each of which may be multiplied by a learned vector."""
+
+    def __init__(self, vit, names):
+        super().__init__(names)
+        width, hidden = vit["width"], vit["mlp_width"]
+        self.heads, self.activation, self.scaled = vit["heads"], vit["activation"], vit["layer_scale"]
+        for norm in ("attention_norm", "mlp_norm"):
+            self.put(norm, LayerNorm(width, vit["eps"]))
+        for layer in "qkvo":
+            self.put(layer, Linear(width, width))
+        self.put("up", Linear(width, 2 * hidden if self.activation == "swiglu" else hidden))
+        self.put("down", Linear(hidden, width))
+        if self.scaled:
+            for scale in ("attention_scale", "mlp_scale"):
+                self.put(scale, nn.Parameter(torch.ones(width)))
 
     def forward(self, x):
-        q, k, v = (heads_first(layer(x), self.heads) for layer in (self.q_proj, self.k_proj, self.v_proj))
-        return self.out_proj(attend(q, k, v))
+        y = self.of("attention_norm")(x)
+        y = self.of("o")(attend(*(heads_first(self.of(layer)(y), self.heads) for layer in "qkv")))
+        x = x + (y * self.of("attention_scale").to(y) if self.scaled else y)
+        y = self.of("up")(self.of("mlp_norm")(x))
+        if self.activation == "swiglu":
+            gate, y = y.chunk(2, -1)
+            y = F.silu(gate) * y
+        else:
+            y = ACTIVATIONS[self.activation](y)
+        y = self.of("down")(y)
+        return x + (y * self.of("mlp_scale").to(y) if self.scaled else y)
 
 
-class VisionMlp(nn.Module):
-    """With CLIP's quick-GELU, or the exact GELU."""
+class VisionTower(Named):
+    """A vision transformer up to the deepest block that is read: [B, 3, S, S] normalised pictures -> hidden states
+    after some of its blocks, class token and registers first.
 
-    def __init__(self, width, hidden, activation):
-        super().__init__()
-        self.fc1, self.fc2 = Linear(width, hidden), Linear(hidden, width)
-        self.activation = activation
+    A patch is embedded by one linear map, or by strided 3x3 convolutions down to the patch grid (`stem`). Position
+    embeddings are stored for the grid of the training and interpolated where the grid in use is another one.
+    """
 
-    def forward(self, x):
-        y = self.fc1(x)
-        return self.fc2(F.gelu(y) if self.activation == "gelu" else y * torch.sigmoid(1.702 * y))
-
-
-class VisionBlock(nn.Module):
     def __init__(self, vit):
-        super().__init__()
-        self.layer_norm1 = LayerNorm(vit["width"], vit["eps"])
-        self.self_attn = VisionAttention(vit["width"], vit["heads"])
-        self.layer_norm2 = LayerNorm(vit["width"], vit["eps"])
-        self.mlp = VisionMlp(vit["width"], vit["mlp_width"], vit["activation"])
-
-    def forward(self, x):
-        x = x + self.self_attn(self.layer_norm1(x))
-        return x + self.mlp(self.layer_norm2(x))
-
-
-class VisionEmbeddings(nn.Module):
-    """CLIP's patch embedding, or strided 3x3 convolutions down to the patch grid, a class token, learned positions,
-    which are interpolated where they are of another grid."""
-
-    def __init__(self, vit):
-        super().__init__()
-        patch, width = vit["patch"], vit["width"]
+        super().__init__(vision_names(vit))
+        self.vit, patch, width = vit, vit["patch"], vit["width"]
         if vit["stem"] == "patch":
-            self.patch_embedding = nn.Conv2d(3, width, patch, patch, bias=False)
+            self.put("patch", nn.Conv2d(3, width, patch, patch, bias=vit["stem_bias"]))
         else:
             count = patch.bit_length() - 1
             widths = [3] + [max(width >> (count - 1 - i), 32) for i in range(count)]
-            self.stem = nn.ModuleList([nn.Conv2d(d_in, d_out, 3, 2) for d_in, d_out in itertools.pairwise(widths)]
-                                      + [Linear(widths[-1], width)])
-        self.class_embedding = nn.Parameter(torch.zeros(width))
-        self.grid = vit["image_size"] // patch
-        self.position_embedding = nn.Embedding(((vit["native_size"] or vit["image_size"]) // patch) ** 2 + 1, width)
+            self.put("stem", nn.ModuleList([nn.Conv2d(d_in, d_out, 3, 2) for d_in, d_out in itertools.pairwise(widths)]
+                                           + [Linear(widths[-1], width)]))
+        stored = ((vit["native_size"] or vit["image_size"]) // patch) ** 2 + vit["cls"]
+        lead = (1,) if vit["family"] == "dinov2" else ()  # its tokens have axes of one entry in front
+        if vit["cls"]:
+            self.put("cls", nn.Parameter(torch.zeros(*lead, *lead, width)))
+        if vit["registers"]:
+            self.put("registers", nn.Parameter(torch.zeros(*lead, vit["registers"], width)))
+        self.put("positions", nn.Parameter(torch.zeros(*lead, stored, width)))
+        if vit["pre_norm"]:
+            self.put("pre_norm", LayerNorm(width, vit["eps"]))
+        self.put("blocks", nn.ModuleList([VisionBlock(vit, self.names) for _ in range(vit["depth"])]))
+
+    @property
+    def blocks(self):
+        return self.of("blocks")
+
+    def tokens(self, what):
+        """[N, width] of learned tokens, whatever axes of one entry stand in front."""
+        return self.of(what).reshape(-1, self.vit["width"])
 
     def positions(self):
-        stored = self.position_embedding.weight
-        side = math.isqrt(len(stored) - 1)
-        if side == self.grid:
+        """[P, width], or [1 + P, width] with a class token, of the grid in use."""
+        stored, first = self.tokens("positions"), int(self.vit["cls"])
+        side, wanted = math.isqrt(len(stored) - first), self.vit["image_size"] // self.vit["patch"]
+        if side == wanted:
             return stored
-        grid = stored[1:].float().T.unflatten(1, (side, side))[None]
-        grid = F.interpolate(grid, (self.grid, self.grid), mode="bicubic", align_corners=False)
-        return torch.cat([stored[:1], grid[0].flatten(1).T.to(stored.dtype)])
+        grid = stored[first:].float().T.unflatten(1, (side, side))[None]
+        grid = F.interpolate(grid, (wanted, wanted), mode="bicubic", align_corners=False,
+                             antialias=self.vit["antialias"])
+        return torch.cat([stored[:first], grid[0].flatten(1).T.to(stored.dtype)])
 
-    def forward(self, pixels):
-        if hasattr(self, "patch_embedding"):
-            x = self.patch_embedding(pixels).flatten(2).transpose(1, 2)
-        else:
-            x = pixels
-            for layer in self.stem[:-1]:
-                x = F.gelu(layer(F.pad(x, (0, 1, 0, 1))), approximate="tanh")
-            x = self.stem[-1](x.flatten(2).transpose(1, 2))
-        cls = self.class_embedding.expand(len(x), 1, -1)
-        return torch.cat([cls, x], 1) + self.positions()
-
-
-class VisionEncoder(nn.Module):
-    def __init__(self, vit):
-        super().__init__()
-        self.layers = nn.ModuleList([VisionBlock(vit) for _ in range(vit["depth"])])
-
-
-class VisionTower(nn.Module):
-    """Hidden states after some of its blocks, class token first; deeper blocks are not run."""
-
-    def __init__(self, vit):
-        super().__init__()
-        self.embeddings = VisionEmbeddings(vit)
-        self.pre_layrnorm = LayerNorm(vit["width"], vit["eps"])  # the misspelling is CLIP's
-        self.encoder = VisionEncoder(vit)
+    def embed(self, pixels):
+        if self.vit["stem"] == "patch":
+            return self.of("patch")(pixels).flatten(2).transpose(1, 2)
+        *convolutions, last = self.of("stem")
+        for layer in convolutions:
+            pixels = F.gelu(layer(F.pad(pixels, (0, 1, 0, 1))), approximate="tanh")
+        return last(pixels.flatten(2).transpose(1, 2))
 
     def forward(self, pixels, depths):
-        x = self.pre_layrnorm(self.embeddings(pixels))
-        taps = {0: x}
-        for number, block in enumerate(self.encoder.layers[:max(depths)], 1):
+        positions = self.positions()
+        first = [self.tokens("cls") + positions[:1]] if self.vit["cls"] else []
+        first += [self.tokens("registers")] if self.vit["registers"] else []
+        x = self.embed(pixels) + positions[int(self.vit["cls"]):]
+        x = torch.cat([*(tokens.expand(len(x), -1, -1) for tokens in first), x], 1)
+        if self.vit["pre_norm"]:
+            x = self.of("pre_norm")(x)
+        taps = {}
+        for number, block in enumerate(self.blocks[:max(depths)], 1):
             taps[number] = x = block(x)
         return {depth: taps[depth] for depth in depths}
 
@@ -293,20 +346,40 @@ class Mfam(nn.Module):
     def __init__(self, config):
         super().__init__()
         context, out = config.vit["width"], config.llama["width"]
+        self.prefix = config.vit["cls"] + config.vit["registers"]  # tokens that stand for no place in the picture
         self.qformers = nn.ModuleList([QFormer(config.qformer, context, out) for _ in LEVELS])
         self.thematic = Thematic(config.thematic, context, out)
 
     def forward(self, features):
         tokens = [qformer(features[level]) for level, qformer in zip(LEVELS, self.qformers, strict=True)]
-        return torch.cat([*tokens, self.thematic(features["thematic"][:, 1:])], 1)
+        return torch.cat([*tokens, self.thematic(features["thematic"][:, self.prefix:])], 1)
 
 
-# ---- language model, with names as in LlamaForCausalLM ------------------------------------------------------------
+# ---- language model, with names as in LlamaForCausalLM, Qwen2ForCausalLM and Qwen3ForCausalLM ----------------------
 
-def rotate(x, positions, theta):
+def frequencies(llama, device):
+    """Rotary frequencies [H / 2], radians a position, float32, the fastest first.
+
+    With `rope_factor` above 1 (the scaling `llama3`), those that turn at most `rope_low_factor` times in
+    `rope_original` positions are divided by it, those that turn at least `rope_high_factor` times stay, and those
+    between are a blend of both.
+    """
+    half = head_size(llama) // 2
+    found = llama["rope_theta"] ** (-torch.arange(half, device=device, dtype=torch.float32) / half)
+    if llama["rope_factor"] == 1:
+        return found
+    low, high = llama["rope_low_factor"], llama["rope_high_factor"]
+    kept = ((llama["rope_original"] * found / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
+    return found * (kept + (1 - kept) / llama["rope_factor"])
+
+
+def head_size(llama):
+    """Channels of an attention head."""
+    return llama["head_dim"] or llama["width"] // llama["heads"]
+
+
+def rotate(x, positions, frequencies):
     """Rotary embedding of [B, N, T, H], half-split: channel i is paired with channel i + H / 2."""
-    half = x.shape[-1] // 2
-    frequencies = theta ** (-torch.arange(half, device=x.device, dtype=torch.float32) / half)
     angles = positions[:, None, :, None].float() * frequencies
     cos, sin = angles.cos(), angles.sin()
     a, b = x.float().chunk(2, -1)
@@ -314,19 +387,26 @@ def rotate(x, positions, theta):
 
 
 class LlamaAttention(nn.Module):
+    """Rotary (grouped-query) attention; queries, keys and values may have biases, and queries and keys a norm over the
+    channels of each head."""
+
     def __init__(self, llama, index):
         super().__init__()
-        self.heads, self.kv_heads = llama["heads"], llama["kv_heads"]
-        self.theta, self.index = llama["rope_theta"], index
-        width = llama["width"]
-        kv_width = width // self.heads * self.kv_heads
-        self.q_proj, self.o_proj = Linear(width, width, bias=False), Linear(width, width, bias=False)
-        self.k_proj, self.v_proj = Linear(width, kv_width, bias=False), Linear(width, kv_width, bias=False)
+        self.llama, self.index = llama, index
+        width, bias = llama["width"], llama["qkv_bias"]
+        q_width, kv_width = (head_size(llama) * llama[heads] for heads in ("heads", "kv_heads"))
+        self.q_proj, self.o_proj = Linear(width, q_width, bias=bias), Linear(q_width, width, bias=False)
+        self.k_proj, self.v_proj = Linear(width, kv_width, bias=bias), Linear(width, kv_width, bias=bias)
+        if llama["qk_norm"]:
+            self.q_norm, self.k_norm = (RMSNorm(head_size(llama), llama["eps"]) for _ in "qk")
 
     def forward(self, x, positions, mask, cache):
-        q = rotate(heads_first(self.q_proj(x), self.heads), positions, self.theta)
-        k = rotate(heads_first(self.k_proj(x), self.kv_heads), positions, self.theta)
-        v = heads_first(self.v_proj(x), self.kv_heads)
+        q = heads_first(self.q_proj(x), self.llama["heads"])
+        k, v = (heads_first(layer(x), self.llama["kv_heads"]) for layer in (self.k_proj, self.v_proj))
+        if self.llama["qk_norm"]:
+            q, k = self.q_norm(q), self.k_norm(k)
+        turns = frequencies(self.llama, x.device)
+        q, k = rotate(q, positions, turns), rotate(k, positions, turns)
         if cache is not None:
             k, v = cache.update(k, v, self.index)
         return self.o_proj(attend(q, k, v, mask))
@@ -371,6 +451,8 @@ class LlamaTrunk(nn.Module):
 
 
 class Llama(nn.Module):
+    """With a head of its own, or with one that is the embedding (`_tied_weights_keys` of the whole)."""
+
     def __init__(self, llama):
         super().__init__()
         self.model = LlamaTrunk(llama)
@@ -408,6 +490,8 @@ class CalmForCausalLM(PreTrainedModel, GenerationMixin):
     _no_split_modules = ("VisionBlock", "QFormerBlock", "LlamaBlock")
     _supports_cache_class = True  # asked for by older versions: caches are objects, not tuples
     _supports_sdpa = True
+    # What is one tensor if the config has tie_word_embeddings: newer versions read the pair, older ones its first.
+    _tied_weights_keys: ClassVar = {"language_model.lm_head.weight": "language_model.model.embed_tokens.weight"}
 
     def __init__(self, config):
         super().__init__(config)
@@ -445,8 +529,8 @@ class CalmForCausalLM(PreTrainedModel, GenerationMixin):
     def encode(self, pixel_values):
         """Visual tokens [B, I * N, D] of normalised pictures [B, I, 3, S, S], one picture after the other."""
         rows, count = pixel_values.shape[:2]
-        weight = self.vision_tower.embeddings.class_embedding
-        taps = self.vision_tower(pixel_values.flatten(0, 1).to(weight), tuple(self.config.taps.values()))
+        pixels = pixel_values.flatten(0, 1).to(self.vision_tower.of("positions"))  # their device and dtype
+        taps = self.vision_tower(pixels, tuple(self.config.taps.values()))
         tokens = self.mfam({part: taps[depth] for part, depth in self.config.taps.items()})
         return tokens.reshape(rows, count * tokens.shape[1], -1)
 

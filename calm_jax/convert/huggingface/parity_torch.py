@@ -1,9 +1,10 @@
 """An exported folder and a request in; what torch computes of it, as arrays, out. The torch half of `convert.parity`.
 
-    PYTHON parity_torch.py FOLDER REQUEST.json OUT     one .npz for each conversation, and OUT/rest.npz
+    PYTHON parity_torch.py FOLDER REQUEST.json OUT [FOLDER REQUEST.json OUT ...]
 
-It needs torch, transformers, sentencepiece and pillow, and nothing of this package, so that any interpreter with any
-version of transformers can run it.
+For each folder it writes one .npz for each conversation, and OUT/rest.npz. It needs torch, transformers, pillow and
+what the folder's tokenizer needs (sentencepiece, where it is a tokenizer.model), and nothing of this package, so that
+any interpreter with any version of transformers can run it.
 """
 
 import json
@@ -56,8 +57,8 @@ def watch(model, states: dict) -> None:
         return hook
 
     tower, levels = model.vision_tower, ("low", "middle", "high")
-    tower.pre_layrnorm.register_forward_hook(keep("encoder 0"))
-    for number, block in enumerate(tower.encoder.layers, 1):
+    tower.blocks[0].register_forward_pre_hook(lambda block, inputs: keep("encoder 0")(block, inputs, inputs[0]))
+    for number, block in enumerate(tower.blocks, 1):
         block.register_forward_hook(keep(f"encoder {number}"))
     for level, qformer in zip(levels, model.mfam.qformers, strict=True):
         qformer.register_forward_hook(keep(f"Q-Former {level}"))
@@ -68,4 +69,5 @@ def watch(model, states: dict) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    for first in range(1, len(sys.argv), 3):
+        main(*sys.argv[first:first + 3])

@@ -11,37 +11,83 @@ import re
 import shutil
 
 import numpy as np
-import sentencepiece
+import tokenizers
 import torch
 from transformers import BatchFeature
 from transformers.utils import PushToHubMixin, cached_file
 
 from .pictures import square
 
-CONFIG, VOCABULARY = "processor_config.json", "tokenizer.model"
+try:
+    import sentencepiece
+except ImportError:  # of use for a tokenizer.model alone
+    sentencepiece = None
+
+CONFIG = "processor_config.json"
 PARTS = ("low", "middle", "high", "thematic")  # the order of their tokens
-MARKERS = ("<s>", "</s>", "<unk>", "<image>", "USER:", "ASSISTANT:")
 SLOT = object()  # where the tokens of a picture stand among the pieces of a message
 _HUB = ("cache_dir", "force_download", "proxies", "token", "revision", "local_files_only", "subfolder")
 
 
+class SentencePiece:
+    """A tokenizer.model: LLaMA's, Vicuna's. A word boundary stands before each stretch of text."""
+
+    def __init__(self, content):
+        if sentencepiece is None:
+            raise ImportError("the tokenizer of this model is one of SentencePiece; install it: pip install "
+                              "sentencepiece")
+        self._model = sentencepiece.SentencePieceProcessor(model_proto=content)
+
+    def encode(self, text):
+        return self._model.encode(text)
+
+    def decode(self, ids, skip_special_tokens):
+        if skip_special_tokens:
+            return self._model.decode(ids)
+        return "".join(self._model.id_to_piece(token) for token in ids).replace("\u2581", " ")
+
+
+class Tokenizers:
+    """A tokenizer.json of the library `tokenizers`: SmolLM2's, Llama 3's, Qwen's. The name of a special token inside a
+    text is text."""
+
+    def __init__(self, content):
+        self._model = tokenizers.Tokenizer.from_str(content.decode("utf-8"))
+        self._model.no_padding()
+        self._model.no_truncation()
+        self._model.encode_special_tokens = True
+
+    def encode(self, text):
+        return self._model.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids, skip_special_tokens):
+        return self._model.decode(ids, skip_special_tokens=skip_special_tokens)
+
+
+KINDS = {"tokenizer.model": SentencePiece, "tokenizer.json": Tokenizers}
+
+
 class CalmProcessor(PushToHubMixin):
     """Args:
-        vocabulary: content of the SentencePiece model.
+        vocabulary: content of the tokenizer's file.
+        tokenizer: name of that file: `tokenizer.model` or `tokenizer.json`.
+        chat: how a conversation is written: `template`, its name; `begin`, `user`, `assistant` and `end`, token ids of
+            what stands before the first message, before a prompt, between a prompt and its answer, and after an answer,
+            where the first of `end` is what stops one; `bos`, the id that begins a text, or None; `pad`, that of
+            padding; `markers`, what no text may contain.
         image_size: side of the square that the encoder sees, pixels.
         tokens: part -> visual tokens of an image.
-        system: what a conversation begins with.
         instructions: task -> the words that ask for it: `score`, `level`, `comment`.
         mean, std: of the encoder's training pictures, RGB in 0..1.
+        padding: RGB 0..255 of what surrounds a picture that is no square.
     """
 
-    def __init__(self, vocabulary, image_size, tokens, system, instructions, mean, std, **extra):
-        self._vocabulary = vocabulary
-        self._pieces = sentencepiece.SentencePieceProcessor(model_proto=vocabulary)
-        self.image_size, self.tokens, self.system, self.instructions = image_size, dict(tokens), system, instructions
-        self.mean, self.std, self._extra = mean, std, extra
-        self.bos_token_id, self.eos_token_id = self._pieces.bos_id(), self._pieces.eos_id()
-        self.pad_token_id = self._pieces.unk_id()
+    def __init__(self, vocabulary, tokenizer, chat, image_size, tokens, instructions, mean, std, padding, **extra):
+        self._vocabulary, self.tokenizer, self.chat = vocabulary, tokenizer, chat
+        self._words = KINDS[tokenizer](vocabulary)
+        self.image_size, self.tokens, self.instructions = image_size, dict(tokens), instructions
+        self.mean, self.std, self.padding, self._extra = mean, std, tuple(padding), extra
+        self.bos_token_id, self.eos_token_id, self.pad_token_id = chat["bos"], chat["end"][0], chat["pad"]
         self._spans, self._size = {}, 0
         for part in PARTS:
             self._spans[part] = range(self._size, self._size + self.tokens[part])
@@ -52,16 +98,17 @@ class CalmProcessor(PushToHubMixin):
         hub = {key: kwargs[key] for key in _HUB if kwargs.get(key) is not None}
         with open(cached_file(name, CONFIG, **hub), encoding="utf-8") as stream:
             config = json.load(stream)
-        with open(cached_file(name, VOCABULARY, **hub), "rb") as stream:
+        with open(cached_file(name, config["tokenizer"], **hub), "rb") as stream:
             return cls(stream.read(), **config)
 
     def save_pretrained(self, folder, push_to_hub=False, **kwargs):
         os.makedirs(folder, exist_ok=True)
-        config = {"image_size": self.image_size, "tokens": self.tokens, "system": self.system,
-                  "instructions": self.instructions, "mean": self.mean, "std": self.std, **self._extra}
+        config = {"tokenizer": self.tokenizer, "chat": self.chat, "image_size": self.image_size, "tokens": self.tokens,
+                  "instructions": self.instructions, "mean": self.mean, "std": self.std, "padding": self.padding,
+                  **self._extra}
         with open(os.path.join(folder, CONFIG), "w", encoding="utf-8") as stream:
             json.dump(config, stream, indent=2)
-        with open(os.path.join(folder, VOCABULARY), "wb") as stream:
+        with open(os.path.join(folder, self.tokenizer), "wb") as stream:
             stream.write(self._vocabulary)
         for source in (__file__, inspect.getfile(square)):
             target = os.path.join(folder, os.path.basename(source))
@@ -69,7 +116,7 @@ class CalmProcessor(PushToHubMixin):
                 shutil.copyfile(source, target)
         if push_to_hub:
             self.push_to_hub(kwargs.pop("repo_id", os.path.basename(os.path.normpath(folder))), **kwargs)
-        return [os.path.join(folder, CONFIG), os.path.join(folder, VOCABULARY)]
+        return [os.path.join(folder, CONFIG), os.path.join(folder, self.tokenizer)]
 
     @classmethod
     def register_for_auto_class(cls, auto_class="AutoProcessor"):
@@ -87,7 +134,8 @@ class CalmProcessor(PushToHubMixin):
             input_ids, attention_mask, visual `[B, T]` int64 (padded on the left, ready for `generate`), and, if there
             are pictures, pixel_values `[B, I, 3, S, S]` float32.
         Raises:
-            ValueError: a picture cannot be read, or text and pictures do not fit together.
+            ValueError: a picture cannot be read, text and pictures do not fit together, or the messages of a
+                conversation are not by turns the user's and the assistant's.
         """
         if return_tensors not in ("pt", None):
             raise ValueError(f"return_tensors={return_tensors!r} is not supported; CALM takes torch tensors ('pt')")
@@ -114,20 +162,20 @@ class CalmProcessor(PushToHubMixin):
 
     def decode(self, ids, skip_special_tokens=True):
         ids = [int(token) for token in ids]
-        if not skip_special_tokens:
-            return "".join(self._pieces.id_to_piece(token) for token in ids).replace("\u2581", " ")
-        special = (self.bos_token_id, self.eos_token_id, self.pad_token_id)
-        return self._pieces.decode([token for token in ids if token not in special])
+        if skip_special_tokens:
+            special = (self.bos_token_id, self.eos_token_id, self.pad_token_id)
+            ids = [token for token in ids if token not in special]
+        return self._words.decode(ids, skip_special_tokens)
 
     def batch_decode(self, rows, skip_special_tokens=True):
         return [self.decode(row, skip_special_tokens) for row in rows]
 
     def encode_words(self, text):
         """Ids of a stretch of text by itself, without special tokens."""
-        return self._pieces.encode(text)
+        return self._words.encode(text)
 
     def _pixels(self, picture):
-        values = square(picture, self.image_size).astype(np.float32) / np.float32(255)
+        values = square(picture, self.image_size, self.padding).astype(np.float32) / np.float32(255)
         values = (values - np.asarray(self.mean, np.float32)) / np.asarray(self.std, np.float32)
         return torch.from_numpy(np.ascontiguousarray(values.transpose(2, 0, 1)))
 
@@ -138,25 +186,30 @@ class CalmProcessor(PushToHubMixin):
         if unknown:
             raise ValueError(f"there is no part {unknown[0]!r} of a picture; the parts are {', '.join(PARTS)}")
         messages = [{"role": "user", "content": text}] if isinstance(text, str) else text
-        ids, visual, used = [self.bos_token_id], [-1], 0
+        ids, visual, used = [], [], 0
 
         def write(tokens, slots=None):
             ids.extend(tokens)
             visual.extend([-1] * len(tokens) if slots is None else slots)
 
         explicit = any(piece is SLOT for message in messages for piece in _pieces(message))
-        write(self.encode_words(self.system))
+        write(self.chat["begin"])
         for number, message in enumerate(messages):
-            pieces = _pieces(message)
-            if message["role"] == "assistant":
-                write(self.encode_words("ASSISTANT:"))
+            role, pieces = message["role"], _pieces(message)
+            if role not in ("user", "assistant"):
+                raise ValueError(f"a message has the role {role!r}; the roles are user and assistant")
+            if role != ("user", "assistant")[number % 2]:
+                raise ValueError(f"message {number + 1} is of the role {role}; a conversation begins with the user, "
+                                 "and the assistant answers each message")
+            if role == "assistant":
+                write(self.chat["assistant"])
+                if SLOT in pieces:
+                    raise ValueError(f"message {number + 1}, an answer, has an <image>; only the user shows pictures")
                 for piece in pieces:
-                    write(self.encode_words(_checked(piece)))
-                write([self.eos_token_id])
+                    write(self.encode_words(self._checked(piece)))
+                write(self.chat["end"])
                 continue
-            if message["role"] != "user":
-                raise ValueError(f"a message has the role {message['role']!r}; the roles are user and assistant")
-            write(self.encode_words("USER:"))
+            write(self.chat["user"])
             if number == 0 and not explicit:
                 pieces = [SLOT] * pictures + [f" {piece}" if pictures else piece for piece in pieces]
             for piece in pieces:
@@ -165,12 +218,19 @@ class CalmProcessor(PushToHubMixin):
                     write([0] * len(slots), slots)
                     used += 1
                 else:
-                    write(self.encode_words(_checked(piece)))
+                    write(self.encode_words(self._checked(piece)))
         if messages[-1]["role"] != "assistant":
-            write(self.encode_words("ASSISTANT:"))
+            write(self.chat["assistant"])
         if used != pictures:
             raise ValueError(f"the text has {used} <image> and there are {pictures} pictures; give one for each")
         return ids, visual
+
+    def _checked(self, text):
+        for marker in self.chat["markers"]:
+            if marker in text:
+                raise ValueError(f"the text contains {marker!r}, a marker of the conversation format; write it "
+                                 f"otherwise: {text[:80]!r}")
+        return text
 
 
 def _is_one(text):
@@ -198,11 +258,3 @@ def _pieces(message):
     if isinstance(content, str):
         return [SLOT if piece == "<image>" else piece for piece in re.split("(<image>)", content) if piece]
     return [SLOT if entry["type"] == "image" else entry["text"] for entry in content]
-
-
-def _checked(text):
-    for marker in MARKERS:
-        if marker in text:
-            raise ValueError(f"the text contains {marker!r}, a marker of the conversation format; write it otherwise: "
-                             f"{text[:80]!r}")
-    return text
