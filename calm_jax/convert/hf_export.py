@@ -82,6 +82,9 @@ def export(source: str, out: str, *, merge_lora: bool = False, parts: bool = Fal
                           f"processor of exports knows {' and '.join(kind.FILES[0] for kind in TOKENIZERS)} alone; "
                           "such a model can be used here alone")
     leaves = restore.lazily(saved)
+    if model.light_head.grades:  # nothing is read from it
+        model = dataclasses.replace(model, light_head=config_lib.LightHead())
+        leaves = {name: leaf for name, leaf in leaves.items() if not name.startswith("light_head/")}
     if merge_lora:
         if not model.lora.rank:
             raise ConfigError(f"{saved.path} has no low-rank updates to merge; leave --merge-lora out")

@@ -9,11 +9,13 @@ import jax.numpy as jnp
 import miniature
 import numpy as np
 import pytest
+import safetensors.numpy as safetensors_numpy
 
 from calm_jax import config as config_lib
 from calm_jax import recipes, sharding
 from calm_jax.checkpoints import array_io, locate, restore
 from calm_jax.commands import train as program
+from calm_jax.convert import hf_export
 from calm_jax.data import attributes, builders, pipeline
 from calm_jax.data.tasks import skills
 from calm_jax.errors import ConfigError
@@ -156,6 +158,14 @@ def test_it_is_trained_dropped_afterwards_and_said(tmp_path, capsys):
     assert restore.origins(saved, after).keys() == Geometry.of(miniature.MODEL).shapes.keys()
     again = miniature.config(model=MODEL, init=str(tmp_path / "after"))
     assert isinstance(restore.origins(locate.find(tmp_path / "after"), again)["light_head/out/kernel"], restore.Drawn)
+
+
+def test_an_export_does_without_it(tmp_path):
+    source = miniature.saved(tmp_path / "run", config_lib.PARTS, light_head=config_lib.LightHead(GRADES))
+    assert "light_head/out/kernel" in restore.lazily(locate.find(source))
+    folder = hf_export.export(source, str(tmp_path / "hf"), say=lambda line: None)
+    names = [name for file in folder.glob("*.safetensors") for name in safetensors_numpy.load_file(file)]
+    assert len(names) > 50 and not any("light" in name for name in names)
 
 
 @pytest.mark.parametrize("change, said", [
