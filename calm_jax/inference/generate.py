@@ -37,6 +37,7 @@ from calm_jax.text.chat import Chat
 from calm_jax.text.prompts import Encoded, Layout, encode
 
 AHEAD = 2  # batches that are prepared while the device computes
+STATISTICS = 64  # pictures that wait for their statistics at the same time
 SCORE_TOKENS = 12  # of a score as text: the longest, " 10.0.", with room for a model that says more
 Question = tuple[Sample, int]  # a conversation and the turn that is asked
 # The picture of an `ImageRef.index`. Of `Pictures` those are not read of which the visual tokens are known.
@@ -236,9 +237,10 @@ class Generator:
         PARTS; float32, from half precision."""
         if self._pooled is None:
             self._pooled = self._known or self._encoding(())
-        waits = self._asked(self._pooled, "pooled", refs, pixels)
-        return np.stack([np.concatenate([seen.arrays[part].astype(np.float32).ravel() for part in config_lib.PARTS])
-                         for seen in (wait() for wait in waits)])
+        seen = (wait() for some in _chunks(refs, STATISTICS)
+                for wait in self._asked(self._pooled, "pooled", some, pixels))
+        return np.stack([np.concatenate([one.arrays[part].astype(np.float32).ravel() for part in config_lib.PARTS])
+                         for one in seen])
 
     def _asked(self, known: Encoding, kind: str, refs: Sequence[ImageRef], pixels: Pixels) -> list[Callable[[], Seen]]:
         content = content_of(pixels)
