@@ -164,11 +164,11 @@ def show(result: Mapping[str, Any]) -> str:
         title += f", read as {result['reader']}"
     if task == "attributes":
         lines = [f"  {'attribute':<14}{'level':<8}{'question':<12}{'n':>5}{'accuracy':>10}{'majority':>10}"
-                 f"{'gain (95 % interval)':>25}{'gain over control':>28}"]
+                 f"{'gain (95 % interval)':>25}{'over other photographs':>28}{'over control':>28}"]
         for row in table:
             lines.append(f"  {row['subject']:<14}{row['level']:<8}{row['kind']:<12}{row['n']:>5}"
                          f"{row['accuracy']:>10.3f}{row['majority']:>10.3f}{_with(row, 'gain'):>25}"
-                         f"{_with(row, 'control_gain'):>28}")
+                         f"{_with(row, 'elsewhere_gain'):>28}{_with(row, 'control_gain'):>28}")
     elif task == "suggesting":
         lines = [f"  {'flaw':<22}{'n':>5}{'right':>8}{'elsewhere':>11}{'gain (95 % interval)':>25}"
                  f"{'gain over control':>26}{'distinct':>10}"]

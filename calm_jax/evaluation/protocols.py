@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import tqdm
+from jaxtyping import Float
 
 from calm_jax import config as config_lib
 from calm_jax.data import attributes as attributes_lib
@@ -163,8 +164,10 @@ def attribute_table(answered: Sequence[Answered], control: Sequence[Answered] = 
     """One row an attribute and kind of question, in the order of the levels.
 
     Each has `n`, `accuracy`, `majority` (that of always giving the one answer that is right most often here: the best
-    that can be had without looking), `gain` over it and, where the same questions were put to a `control` model, its
-    accuracy and the gain over that; 95 % intervals over photographs.
+    that can be had without looking), `gain` over it; where there are several photographs `elsewhere`, the accuracy of
+    what the model said about other photographs, asked about the same attribute, and `elsewhere_gain` over that; and,
+    where the same questions were put to a `control` model, its accuracy and the gain over that. 95 % intervals are over
+    photographs.
     """
     others = {_place(item): item for item in control}
     order = {name: (config_lib.PARTS.index(attribute.level), name)
@@ -182,12 +185,25 @@ def attribute_table(answered: Sequence[Answered], control: Sequence[Answered] = 
                "majority": blind.mean(), "gain": (right - blind).mean(),
                "gain_interval": metrics.mean_interval(right - blind, groups),
                "photographs": {g: right[np.asarray(groups) == g].mean() for g in sorted(set(groups))}}
+        if len(set(groups)) > 1:
+            beside = _elsewhere(items)
+            row |= {"elsewhere": beside.mean(), "elsewhere_gain": (right - beside).mean(),
+                    "elsewhere_gain_interval": metrics.mean_interval(right - beside, groups)}
         if others:
             theirs = np.asarray([others[_place(item)].right for item in items], float)
             row |= {"control": theirs.mean(), "control_gain": (right - theirs).mean(),
                     "control_gain_interval": metrics.mean_interval(right - theirs, groups)}
         rows.append(row)
     return rows
+
+
+def _elsewhere(items: Sequence[Answered]) -> Float[np.ndarray, "n"]:
+    """Of each question the share of the answers to the others of its kind, about other photographs, that would be right
+    here: what the model is worth that is shown another photograph. Without any: nan."""
+    groups = np.asarray([item.group for item in items])
+    same = np.asarray([item.said for item in items])[None] == np.asarray([item.true for item in items])[:, None]
+    apart = groups[None] != groups[:, None]
+    return (same & apart).sum(1) / apart.sum(1)
 
 
 def _place(item: Answered) -> tuple:

@@ -338,21 +338,27 @@ def pairs(result: Mapping[str, Any] | None, painter: _Painter) -> list[dict[str,
 # ---- the table -------------------------------------------------------------------------------------------------------
 
 
+# Of accuracy, over what can be had without looking at the photograph in question.
+GAINS = {"gain": "majority", "elsewhere_gain": "other photographs", "control_gain": "control"}
+
+
 def attribute_groups(table: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The rows of `protocols.attribute_table` by kind of question and level, each with its whiskers in percent of a
     common axis; and how many of them lie above zero."""
-    scales = {name: _axis([row.get(f"{name}_interval") for row in table]) for name in ("gain", "control_gain")}
+    scales = {name: _axis([row.get(f"{name}_interval") for row in table]) for name in GAINS}
+    absent = dict.fromkeys([*GAINS, *(f"{name}_interval" for name in GAINS)])  # in rows of one photograph alone
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for row in table:
         whiskers = {name: _whisker(row.get(name), row.get(f"{name}_interval"), scale)
                     for name, scale in scales.items()}
         photographs = sorted((name, percent(share)) for name, share in row.get("photographs", {}).items())
         groups.setdefault((row["kind"], row["level"]), []).append(
-            {**row, "whiskers": whiskers, "photographs": photographs})
+            {**absent, **row, "whiskers": whiskers, "photographs": photographs})
     order = sorted(groups, key=lambda key: (key[0] != "grade", config_lib.PARTS.index(key[1])))
     rows = [row for key in order for row in groups[key]]
     return {"groups": [(kind, level, groups[kind, level]) for kind, level in order], "rows": len(rows),
-            "controlled": any("control_gain" in row for row in table), "scales": scales,
+            "gains": [name for name in GAINS if any(name in row for row in table)], "scales": scales,
+            "over": GAINS,
             "above": {name: {kind: sum(row["whiskers"][name]["verdict"] == "above" for row in rows
                                        if row["kind"] == kind) for kind in ("grade", "comparison")}
                       for name in scales},

@@ -54,6 +54,21 @@ def test_attribute_table_counts_majority_gain_and_control():
     assert noise["control_gain_interval"][0] > 0.2
     assert noise["photographs"] == {"photo0": 1.0, "photo1": 1.0, "photo2": 1.0, "photo3": 1.0}
     assert tilt["accuracy"] == 0.0 and tilt["gain"] == -1.0
+    assert noise["elsewhere"] == noise["elsewhere_gain"] == 0.5 and noise["elsewhere_gain_interval"][0] > 0.2
+    assert "elsewhere" not in tilt  # of one photograph alone
+
+
+def test_other_photographs_are_judged_by_what_was_said_about_them():
+    """Answers that follow the photograph gain; those that fit every photograph alike do not, whatever the majority."""
+    truths = "0", "1", "1", "0", "1", "1"
+    items = [answer("noise", "grade", f"photo{i // 2}", f"{i}", true, "1") for i, true in enumerate(truths)]
+    [row] = protocols.attribute_table(items)
+    assert row["accuracy"] == row["elsewhere"] == pytest.approx(4 / 6) and row["elsewhere_gain"] == 0
+    items = [answer("noise", "grade", f"photo{i // 2}", f"{i}", true, true) for i, true in enumerate(truths)]
+    others = [np.mean([b == a for j, b in enumerate(truths) if j // 2 != i // 2]) for i, a in enumerate(truths)]
+    [row] = protocols.attribute_table(items)
+    assert row["elsewhere"] == pytest.approx(np.mean(others)) and row["elsewhere_gain"] == pytest.approx(
+        1 - np.mean(others))
 
 
 def test_score_table_counts_what_cannot_be_read():
