@@ -21,9 +21,11 @@ LARGE = 1 << 22  # leaves from this many bytes on are cut into chunks
 
 
 def _ours(record: logging.LogRecord) -> bool:
-    """Orbax also logs what it raises, a traceback a thread, and warns of metadata that nothing here reads."""
+    """Orbax also logs what it raises, a traceback a thread, and warns of metadata that nothing here reads and of chunks
+    that are small so that eight readers can share a layer."""
     orbax = f"{os.sep}orbax{os.sep}checkpoint{os.sep}" in record.pathname
-    return not orbax or (record.levelno < logging.ERROR and not record.pathname.endswith("array_metadata_store.py"))
+    return not orbax or (record.levelno < logging.ERROR and not record.pathname.endswith(
+        ("array_metadata_store.py", "subchunking.py")))
 
 
 logging.getLogger("absl").addFilter(_ours)
