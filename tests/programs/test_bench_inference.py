@@ -7,6 +7,7 @@ from calm_jax import config as config_lib
 from calm_jax.models import flops
 from tools.bench import contenders
 from tools.bench import inference as bench_inference
+from tools.bench import pictures as bench_pictures
 
 
 @pytest.mark.slow
@@ -18,6 +19,17 @@ def test_the_benchmark_runs_both_sides(tmp_path):
         assert row["score_s"] > 0 and row["peak_bytes"] > 2**27
     text = bench_inference.show(result)
     assert "times as fast as torch: scoring " in text and "GFLOP a score" in text
+
+
+@pytest.mark.slow
+def test_photographs_are_looked_at_cold_and_warm(tmp_path, monkeypatch):
+    monkeypatch.setattr(contenders, "ENVIRONMENT", miniature.environment(tmp_path / "compiled"))
+    config = miniature.config(processes={"only": miniature.process(train=("mfam/.*",), freeze=(
+        "encoder/.*", "decoder/.*"))})
+    result = bench_pictures.measure(config, tmp_path, rounds=1, pictures=6) | {"machine": "m"}
+    assert all(rates["cold"][0] > 0 and rates["warm"][0] > 0 for rates in result["results"].values())
+    assert result["results"]["train"]["cold"][0] < result["results"]["train"]["warm"][0]  # where nothing is computed
+    assert "warm / cold" in bench_pictures.show(result) and not (tmp_path / "cache").exists()
 
 
 def test_rounds_are_compared_with_themselves():

@@ -28,6 +28,7 @@ from tools.bench import data as bench_data
 from tools.bench import gpu as bench_gpu
 from tools.bench import inference as bench_inference
 from tools.bench import page as bench_page
+from tools.bench import pictures as bench_pictures
 from tools.bench import train as bench_train
 
 torch = pytest.importorskip("torch", reason="torch is not here; make test has it")
@@ -268,12 +269,12 @@ def test_a_row_goes_to_the_end_of_its_table(tmp_path):
     page = tmp_path / "page.md"
     source = (miniature.ROOT / "docs" / "benchmarks.md").read_text()
     page.write_text(source)
-    for module in (bench_train, bench_inference, bench_data, bench_conversion):  # the page has what they write
+    for module in (bench_train, bench_inference, bench_data, bench_pictures, bench_conversion):  # has all
         bench_page.append(page, module.SECTION, module.COLUMNS, [["x"] * len(module.COLUMNS), ["y"] * len(
             module.COLUMNS)], date="today", machine="m", command="python -m c")
     written = page.read_text()
     rows = [line for line in written.splitlines() if line not in source.splitlines()]
-    assert len(rows) == 8 and rows[0] == "| today | m | `python -m c` | x | x | x | x |"
+    assert len(rows) == 10 and rows[0] == "| today | m | `python -m c` | x | x | x | x |"
     assert rows[1] == "| | | | y | y | y | y |"
     assert [line for line in written.splitlines() if line not in rows] == source.splitlines()
     section = written.partition(f"## {bench_data.SECTION}\n")[2].partition("\n## ")[0]
@@ -294,12 +295,15 @@ def test_every_benchmark_fills_its_columns():
     answers = taken | {"rounds": {name: [value] for name, value in taken.items()}, "peak_bytes": 2**30}
     slower = {"score_s": 1.0, "rounds": answers["rounds"] | {"score_s": [1.0]}}
     inference = {"flops_score": 1e9, "results": {"calm_jax": answers, "torch": answers | slower}}
-    cells = {bench_data: bench_data.cells({"cores": 2, "results": {"calm_jax": side, "torch": side | {"median": 2.0}}}),
+    rates = {"cold": [2.0, 4.0, 3.0], "warm": [20.0, 40.0, 33.0]}
+    cells = {bench_pictures: bench_pictures.cells({"results": {"score": rates, "train": rates}}),
+             bench_data: bench_data.cells({"cores": 2, "results": {"calm_jax": side, "torch": side | {"median": 2.0}}}),
              bench_conversion: bench_conversion.cells({"convert": way, "export": way}),
              bench_inference: bench_inference.cells(inference)}
     for module, rows in cells.items():
         assert all(len(row) == len(module.COLUMNS) for row in rows)
     assert cells[bench_data] == [["4.0 (3.0 to 5.0), 2.0 a core", "2.0 (3.0 to 5.0), 1.0 a core", "2.00"]]
+    assert cells[bench_pictures][0] == ["score", "3.0 (2.0 to 4.0)", "33.0 (20.0 to 40.0)", "10.0"]
     assert cells[bench_conversion][0] == ["convert", "2.0 GB", "4.0 s (0.50 GB/s)", "2.0 s", "2.00", "1.00 GiB"]
     assert cells[bench_inference][2] == [
         "times as fast", *[f"{ratio} ({ratio} to {ratio})" for ratio in ("2.00", "1.00", "1.00")], "1.00 of its"]

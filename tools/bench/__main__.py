@@ -3,9 +3,10 @@
     python -m tools.bench train --config configs/finetune.py:small [--against torch] [--rows 2] [--rounds 5]
     python -m tools.bench inference --config configs/finetune.py:small [--against torch]
     python -m tools.bench data --config configs/pretrain.py:7b [--against torch]
+    python -m tools.bench pictures --config configs/finetune.py:laptop
     python -m tools.bench conversion --config configs/pretrain.py:7b [--scratch DIR]
 
-train.py, inference.py, data.py and conversion.py beside this file say what each of them measures. Ratios
+train.py, inference.py, data.py, pictures.py and conversion.py beside this file say what each of them measures. Ratios
 mean something; times alone depend on the machine, which should be idle otherwise. --append puts the result at the end
 of its table in docs/benchmarks.md, or in a page of one's own.
 """
@@ -33,6 +34,7 @@ from tools.bench import conversion as bench_conversion
 from tools.bench import data as bench_data
 from tools.bench import inference as bench_inference
 from tools.bench import page as bench_page
+from tools.bench import pictures as bench_pictures
 from tools.bench import train as bench_train
 
 NOT_SHOWN = ("--out", "--append", "--scratch")  # in the command that a table names
@@ -40,7 +42,8 @@ NOT_SHOWN = ("--out", "--append", "--scratch")  # in the command that a table na
 
 def main(
         context: typer.Context,
-        what: Annotated[Literal["train", "inference", "data", "conversion"], typer.Argument(help="What to measure.")],
+        what: Annotated[Literal["train", "inference", "data", "pictures", "conversion"],
+                        typer.Argument(help="What to measure.")],
         config: cli.Recipe,
         against: Annotated[Literal["torch"] | None, typer.Option(help="What to compare with.",
                                                                  show_default=False)] = None,
@@ -51,8 +54,8 @@ def main(
                                              show_default=False)] = "",
         depth: Annotated[int, typer.Option(min=0, help="train: so many blocks of the language model instead of the "
                                            "config's, for devices that do not hold all; the result says so.")] = 0,
-        scratch: Annotated[str | None, typer.Option(help="conversion, inference, data: where there is room; conversion "
-                                                    "wants three times the model.", show_default=False)] = None,
+        scratch: Annotated[str | None, typer.Option(help="All but train: where there is room; conversion wants three "
+                                                    "times the model.", show_default=False)] = None,
         out: Annotated[str, typer.Option(help="Also write the result as JSON here.", show_default=False)] = "",
         append: Annotated[str, typer.Option(help="Also add the result to the tables of this page, such as "
                                             "docs/benchmarks.md.", show_default=False)] = "") -> None:
@@ -69,6 +72,8 @@ def main(
         folder = pathlib.Path(name)
         if what == "conversion":
             report(bench_conversion.measure(of.model, folder / "conversion"), bench_conversion, out, append)
+        elif what == "pictures":
+            report(bench_pictures.measure(of, folder, rounds=rounds), bench_pictures, out, append)
         elif what == "inference":
             report(bench_inference.measure(of, folder, against=bool(against), rounds=rounds), bench_inference, out,
                    append)

@@ -38,12 +38,12 @@ COLUMNS = ("", "scores/s (batch 8)", "tokens/s, batch 1", "tokens/s, batch 8", "
 def measure(config: config_lib.Config, folder: pathlib.Path, *, against: bool, rounds: int) -> dict:
     """Median times of every contender as JSON values; `folder` takes the weights."""
     contenders.stay_on_cpu()
-    checkpoint = _checkpoint(config, folder / "checkpoint")
-    sources = {"calm_jax": ("jax", str(checkpoint))}
+    source = checkpoint(config, folder / "checkpoint")
+    sources = {"calm_jax": ("jax", str(source))}
     if against:
         precise = contenders.probe()["platform"] == "cpu"
         # In a process of its own: it draws the weights where they will be computed with.
-        subprocess.run([sys.executable, "-m", "tools.export_to_hf", "--checkpoint", str(checkpoint), "--out",
+        subprocess.run([sys.executable, "-m", "tools.export_to_hf", "--checkpoint", str(source), "--out",
                         str(folder / "hf"), "--dtype", "stored" if precise else "bfloat16"], check=True,
                        stdout=subprocess.DEVNULL, env=contenders.ENVIRONMENT | os.environ)
         sources["torch"] = ("torch", str(folder / "hf"))
@@ -83,7 +83,7 @@ def _row(played: contenders.Played, names: list[str]) -> dict:
             "peak_bytes": played.rounds[-1][-1]["peak"]}
 
 
-def _checkpoint(config: config_lib.Config, folder: pathlib.Path) -> pathlib.Path:
+def checkpoint(config: config_lib.Config, folder: pathlib.Path) -> pathlib.Path:
     """One of no arrays: everything is drawn from its seed when it is read."""
     from calm_jax.checkpoints.store import Checkpoints
     from calm_jax.text import chat as chat_lib
@@ -121,13 +121,13 @@ def _prompt(config: config_lib.Config) -> int:
     from calm_jax.text import chat as chat_lib
     from calm_jax.text.prompts import Layout, encode
     chat = chat_lib.load(config.tokenizer, config.chat)
-    return len(encode(_question(0)[0], chat, Layout.of(config.model, config_lib.PARTS), ask=0).tokens)
+    return len(encode(question(0)[0], chat, Layout.of(config.model, config_lib.PARTS), ask=0).tokens)
 
 
 # ---- contenders --------------------------------------------------------------------------------------------------
 
 
-def _question(index: int) -> tuple[Sample, int]:
+def question(index: int) -> tuple[Sample, int]:
     text = f" {instructions.SCORE[0]}"
     return Sample((ImageRef(index),), (Turn((Mention(0, config_lib.PARTS), text), Answer("")),)), 0
 
@@ -151,7 +151,7 @@ def _calm_jax(source: str):
     pictures = _pictures(generator.size)
 
     def run(job, batch, tokens):
-        asked = [_question(index) for index in range(batch)]
+        asked = [question(index) for index in range(batch)]
         if job == "score":
             return [score.value for score in generator.scores(asked, pictures.__getitem__, batch=batch)]
         arrays = generator.arrays(asked, pictures.__getitem__, tokens)
