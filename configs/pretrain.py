@@ -32,7 +32,7 @@ SIZES = {
     "13b": (256, (0, 4_000, 2_180), c.Row()),
 }
 # Of `laptop`: rows as wide as they are cheap without the language model, and so many versions of each record.
-WARM_UP = {"laptop": (4, 300, c.Row(tokens=6144, images=16, answers=2048))}
+WARM_UP = {"laptop": (8, 300, c.Row(tokens=3072, images=8, answers=1024))}
 VERSIONS = {"laptop": 2}
 LIGHT_HEAD = c.LightHead(tuple(len(attribute.grades) for attribute in attributes.ATTRIBUTES.values()))
 PHRASINGS = 5  # of each question and answer, in `tiny`: what it has the steps to learn (ours)
