@@ -9,10 +9,12 @@ import pathlib
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 
 import jax
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from calm_jax import config as config_lib
 
@@ -147,6 +149,23 @@ def environment(cache: pathlib.Path | None = None, devices: int = 1) -> dict[str
         env |= {"JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
                 "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1"}
     return env
+
+
+@contextlib.contextmanager
+def compiled_once(cache: pathlib.Path) -> Iterator[None]:
+    """Programs of this process are compiled quickly, and each once, however often a test trains."""
+    settings = {"jax_disable_most_optimizations": True, "jax_persistent_cache_min_compile_time_secs": 0,
+                "jax_persistent_cache_min_entry_size_bytes": -1, "jax_compilation_cache_dir": str(cache)}
+    before = {name: jax.config.values[name] for name in settings}
+    compilation_cache.reset_cache()
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
 
 
 def run(arguments: list[str], env: dict[str, str], timeout: float = 900, cwd: pathlib.Path = ROOT

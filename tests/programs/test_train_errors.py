@@ -16,7 +16,6 @@ import jax
 import miniature
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
 from calm_jax import config as config_lib
 from calm_jax.checkpoints import locate, on_disk
@@ -33,18 +32,8 @@ from calm_jax.training import workdir as workdirs
 
 @pytest.fixture(scope="module", autouse=True)
 def quick_compilation(tmp_path_factory):
-    """Every run here compiles the same steps: once is enough."""
-    settings = {"jax_disable_most_optimizations": True, "jax_persistent_cache_min_compile_time_secs": 0,
-                "jax_persistent_cache_min_entry_size_bytes": -1,
-                "jax_compilation_cache_dir": str(tmp_path_factory.getbasetemp() / "compiled")}
-    before = {name: jax.config.values[name] for name in settings}
-    compilation_cache.reset_cache()
-    for name, value in settings.items():
-        jax.config.update(name, value)
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
+    with miniature.compiled_once(tmp_path_factory.getbasetemp() / "compiled"):
+        yield
 
 
 class Coloured:

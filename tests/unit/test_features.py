@@ -9,7 +9,6 @@ import os
 import random
 import signal
 import sqlite3
-import subprocess
 import sys
 import time
 
@@ -23,6 +22,7 @@ from PIL import Image
 import calm_jax
 from calm_jax import config as config_lib
 from calm_jax.commands import train as program
+from calm_jax.commands.predict import verbs
 from calm_jax.data import builders, images, pipeline
 from calm_jax.data.samples import BadRecord, Edit, ImageRef
 from calm_jax.errors import ConfigError
@@ -36,6 +36,12 @@ from calm_jax.text import chat as chat_lib
 
 FROZEN = miniature.process(train=("mfam/.*", "decoder/.*"), freeze=("encoder/.*",), cached=True, tasks={
     "caption": 0.5, "attributes": 0.5}, row=config_lib.Row(tokens=256, images=3, answers=96))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation(tmp_path_factory):
+    with miniature.compiled_once(tmp_path_factory.getbasetemp() / "compiled"):
+        yield
 
 
 @pytest.fixture(autouse=True)
@@ -447,17 +453,15 @@ def test_what_stands_for_an_unreadable_picture_is_not_kept_as_that_picture(param
     generator.close()
 
 
-def test_a_damaged_file_is_named_each_time_it_is_asked_about(checkpoint, album, tmp_path):
+def test_a_damaged_file_is_named_each_time_it_is_asked_about(checkpoint, album, tmp_path, capsys):
     folder = tmp_path / "photos"
     folder.mkdir()
     (folder / "good.png").write_bytes(album[0].read_bytes())
     (folder / "bad.png").write_bytes(album[1].read_bytes()[:300])
     rows = []
     for verb in ("score", "score", "comment"):
-        done = subprocess.run([sys.executable, "-m", "calm_jax", verb, str(folder), "--checkpoint", checkpoint,
-                               "--format", "jsonl"], env=miniature.environment(), text=True, capture_output=True)
-        assert done.returncode == 0, done.stderr
-        bad, good = map(json.loads, done.stdout.splitlines())
-        assert "error" in bad and "error" not in good, done.stdout
+        assert verbs.run(verb, [str(folder)], checkpoint=checkpoint, process="", batch=4, out=None, format="jsonl") == 0
+        bad, good = map(json.loads, capsys.readouterr().out.splitlines())
+        assert "error" in bad and "error" not in good
         rows.append(good)
     assert rows[0] == rows[1]
