@@ -266,3 +266,20 @@ def test_kept_tasks_have_a_share_and_options_combine():
     for wrong in ("7b+kept", "7b+keep+keep", "+keep"):
         with pytest.raises(ConfigError, match="there is no variant"):
             load("finetune", wrong)
+
+
+def test_a_field_that_an_older_config_lacks_had_its_default():
+    """Also one of an encoder's or a decoder's family, and of a table of processes."""
+    process = config_lib.Process(tasks={"caption": 1.0})
+    now = config_lib.Config(run=("only",), processes={"only": process})
+    old = json.loads(json.dumps(dataclasses.asdict(now)))
+    del old["processes"]["only"]["cached"], old["model"]["light_head"], old["model"]["encoder"]["native_size"]
+    del old["model"]["decoder"]["tied"]
+    assert config_lib.differences(old, dataclasses.asdict(now)) == []
+    other = dataclasses.replace(
+        now, processes={"only": dataclasses.replace(process, train=("mfam/.*",), freeze=("(?!mfam).*",), cached=True)},
+        model=dataclasses.replace(now.model, decoder=dataclasses.replace(now.model.decoder, tied=True)))
+    found = config_lib.differences(old, dataclasses.asdict(other))
+    assert {line.partition(":")[0] for line in found} == {
+        "config.model.decoder.tied", "config.processes.only.cached", "config.processes.only.freeze",
+        "config.processes.only.train"}
