@@ -15,11 +15,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, UInt8
 
 from calm_jax import config as config_lib
+from calm_jax.errors import ConfigError
 from calm_jax.features import keys, store
 from calm_jax.features.encoding import Encoding
 from calm_jax.features.store import Store
@@ -53,16 +53,22 @@ def pooled(seen: Feature) -> Float[Array, "B N E"]:
 def encoder(model: config_lib.Model, geometry: Geometry, parameters: Parameters, dtype: Any, *, name: str) -> Encoding:
     """The encoding of a training process whose encoder is frozen: `features`, part -> `[S, E]`, and `pooled`.
 
-    Each of several processes encodes the pictures of its own rows, with a copy of the encoder on each of its devices.
+    Each device has a copy of the encoder.
 
     Args:
       parameters: the model's; those of the encoder are read.
       dtype: of the computation.
       name: of the process, for messages.
+
+    Raises:
+      ConfigError: several processes train together, which each would have to hold the whole encoder.
     """
+    if jax.process_count() > 1:
+        raise ConfigError(f"processes.{name}.cached=True is for a training of one process, and {jax.process_count()} "
+                          f"train together: encode in each step, --config.processes.{name}.cached=False")
     mesh = Mesh(np.asarray(jax.local_devices()), ("rows",))
     everywhere, split = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("rows"))
-    own = {path: jax.device_put(_here(leaf), everywhere) for path, leaf in parameters.items()
+    own = {path: jax.device_put(leaf, everywhere) for path, leaf in parameters.items()
            if path.startswith("encoder/")}
 
     def see(own: Parameters, images: UInt8[Array, "n H W 3"]) -> Mapping[str, Mapping[str, Array]]:
@@ -125,10 +131,3 @@ def _rows(devices: int) -> int:
 def _facts(model: config_lib.Model, own: Parameters, dtype: Any) -> dict[str, Any]:
     return {"encoder": dataclasses.asdict(model.encoder), "depths": dataclasses.asdict(model.depths),
             "parameters": keys.of_parameters(own), "dtype": jnp.dtype(dtype).name, "backend": jax.default_backend()}
-
-
-def _here(leaf: Array) -> Array | np.ndarray:
-    """A whole parameter, also where devices of other processes hold some of it."""
-    if jax.process_count() == 1:
-        return leaf
-    return multihost_utils.process_allgather(leaf, tiled=True)

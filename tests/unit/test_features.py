@@ -366,6 +366,12 @@ def test_what_cannot_be_kept_is_refused(tmp_path, process, data, said):
     assert not (tmp_path / "run" / "config.json").exists()
 
 
+def test_several_processes_are_refused(parameters, monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(ConfigError, match=r"one process, and 2 train together.*processes\.only\.cached=False"):
+        seen_by(parameters)
+
+
 def on_eight_devices(folder: str) -> None:
     program.train(miniature.config(processes={"only": dataclasses.replace(FROZEN, batch=8)}), folder)
 
