@@ -8,7 +8,7 @@ Facts of the paper: the two processes, what each trains, the peak learning rate 
 Ours: everything else, see `python -m calm_jax.config`.
 
 `laptop` has a process `warm_up` before them (ours): the MFAM learns the grades of edits through a linear head, without
-the language model, which is what an example costs. The head is used no more afterwards.
+the language model, which costs the most. The head is left out afterwards.
 
 `tiny` and `small` start from nothing. A process `language` before the paper's two stands in for the pre-trained
 language model: only the language model learns there, reading the features of a random encoder. Without it the
@@ -31,7 +31,7 @@ SIZES = {
     "7b": (256, (0, 4_000, 2_180), c.Row()),
     "13b": (256, (0, 4_000, 2_180), c.Row()),
 }
-# Of `laptop`: rows as wide as they are cheap without the language model, and so many versions of each record.
+# Of `laptop`, whose warm-up leaves the language model out: rows, steps and shape of a row; versions of each record.
 WARM_UP = {"laptop": (8, 300, c.Row(tokens=3072, images=8, answers=1024))}
 VERSIONS = {"laptop": 2}
 LIGHT_HEAD = c.LightHead(tuple(len(attribute.grades) for attribute in attributes.ATTRIBUTES.values()))
@@ -60,9 +60,9 @@ def get_config(variant: str = "tiny"):
     if variant in WARM_UP:
         model = dataclasses.replace(model, light_head=LIGHT_HEAD)
         encoder_llm = (*encoder_llm, "light_head/.*")
-        pictures, steps, wide = WARM_UP[variant]
+        count, steps, wide = WARM_UP[variant]
         processes["warm_up"] = c.Process(
-            tasks={"attributes": 1.0}, row=wide, batch=pictures, steps=steps, optimizer=optimizer, words=0.0,
+            tasks={"attributes": 1.0}, row=wide, batch=count, steps=steps, optimizer=optimizer, words=0.0,
             light_head=1.0, train=(r"mfam/.*", r"light_head/.*"), freeze=(r"encoder/.*", r"decoder/.*"),
             eval_every=-(-steps // 2), cached=variant in c.CACHED, versions=VERSIONS[variant])
     processes["self_supervised"] = c.Process(

@@ -20,6 +20,7 @@ from calm_jax import config as config_lib
 from calm_jax import recipes, sharding
 from calm_jax.data import builders
 from calm_jax.errors import ConfigError
+from calm_jax.features import frozen
 from calm_jax.models.parameters import Geometry
 from calm_jax.text import chat as chat_lib
 from calm_jax.training import filters, loop, processes
@@ -54,6 +55,8 @@ def train(config: config_lib.Config, workdir: pathlib.Path, *, startup: Startup 
             process = config.processes[name]
             sharding.check_batch(process, mesh, name)
             filters.trainable(geometry.shapes, process)
+            if process.cached:
+                frozen.check_alone(name)
             datasets[name] = {dataset: builders.load(dataset, config.data.dir) for dataset in process.datasets}
         loop.say(f"devices: {mesh.devices.size} x {mesh.devices.flat[0].device_kind} of {jax.process_count()} "
                  f"process(es), mesh {dict(mesh.shape)}")

@@ -61,11 +61,9 @@ def encoder(model: config_lib.Model, geometry: Geometry, parameters: Parameters,
       name: of the process, for messages.
 
     Raises:
-      ConfigError: several processes train together, which each would have to hold the whole encoder.
+      ConfigError: see `check_alone`.
     """
-    if jax.process_count() > 1:
-        raise ConfigError(f"processes.{name}.cached=True is for a training of one process, and {jax.process_count()} "
-                          f"train together: encode in each step, --config.processes.{name}.cached=False")
+    check_alone(name)
     mesh = Mesh(np.asarray(jax.local_devices()), ("rows",))
     everywhere, split = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("rows"))
     own = {path: jax.device_put(leaf, everywhere) for path, leaf in parameters.items()
@@ -81,6 +79,13 @@ def encoder(model: config_lib.Model, geometry: Geometry, parameters: Parameters,
     return Encoding(functools.partial(program, own), _facts(model, own, dtype), stores("features", "pooled"),
                     rows=_rows(mesh.size), size=model.encoder.image_size, padding=model.encoder.padding,
                     remedy=f"encode in each step: --config.processes.{name}.cached=False")
+
+
+def check_alone(name: str) -> None:
+    """Raises ConfigError where several processes train together: features are kept for a training of one."""
+    if jax.process_count() > 1:
+        raise ConfigError(f"processes.{name}.cached=True is for a training of one process, and {jax.process_count()} "
+                          f"train together: encode in each step, --config.processes.{name}.cached=False")
 
 
 def worth_keeping(model: config_lib.Model, parts: tuple[str, ...], dtype: Any) -> bool:

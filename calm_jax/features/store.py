@@ -61,7 +61,7 @@ def gigabytes(default: float) -> float:
 
 
 class Store:
-    """A file of entries. Thread-safe; copies in other processes share the file.
+    """A file of entries. Thread-safe; stores of other processes share the file.
 
     Args:
       path: of the file, which is made when it is first needed.
@@ -74,9 +74,6 @@ class Store:
         self._connection: sqlite3.Connection | None = None
         self._touched: set[bytes] = set()
         self._broken = False
-
-    def __reduce__(self):
-        return Store, (self.path, self.limit)
 
     def get(self, key: bytes) -> bytes | None:
         """What was put under the key; None where there is nothing, or where it is damaged."""

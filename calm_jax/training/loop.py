@@ -182,8 +182,8 @@ def run_process(run: Run, name: str, datasets: Mapping[str, Dataset]) -> None:
                                 f"{f' ({reasons})' if reasons else ''}; mend the pictures, or raise eval_batches")
         values = {"loss": float(totals["loss"] / totals["weight"]),
                   "accuracy": float(totals["right"] / max(totals["answers"], 1))}
-        if "score_error" in totals:
-            values["score_error"] = float(totals["score_error"] / max(totals["scores"], 1))
+        if "score_error" in totals and totals["scores"]:
+            values["score_error"] = float(totals["score_error"] / totals["scores"])
         return values
 
     try:
@@ -265,6 +265,8 @@ class Meter:
         number, metrics = self.pending
         self.pending = None
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        if not values.pop("scores", 1):  # of none there is no error
+            del values["score_error"]
         if not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):
             # They are those of the weights after the step before.
             raise self.diverged(number - 1, f"the loss of step {number} is {values['loss']} (gradient norm "

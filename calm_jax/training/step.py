@@ -116,6 +116,7 @@ class Step:
                    "examples": batch["segments"].max(-1).sum(), "bad": batch["bad"].sum()}
         if "score_error" in sums:
             metrics["score_error"] = sums["score_error"] / totals["scores"]
+            metrics["scores"] = (batch["targets"] > 0).sum()
         return grads, metrics
 
     def train(self, state: State, frozen: Parameters, batch: Mapping[str, Array],

@@ -1,7 +1,7 @@
 """A config, what learns, and a batch in; a training step of the same geometry in transformers and torch out.
 
 It is what its users would write: CLIPVisionModel or Dinov2Model, three Blip2QFormerModels, LlamaForCausalLM with SDPA,
-PEFT for low-rank updates, logits at the supervised positions only, a block-diagonal causal mask for the packed
+PEFT for LoRA adapters, logits at the supervised positions only, a block-diagonal causal mask for the packed
 conversations. On a GPU frozen parts are bfloat16 and what learns is float32 under bfloat16 autocast, with fused Adam;
 on CPU all is float32. A frozen encoder runs without gradients, parts that the process does not read are not there, and
 gradients are checkpointed where the config says `remat=full`. Nothing here imports JAX: its memory would count.

@@ -77,8 +77,8 @@ def measure(config: config_lib.Config, *, against: bool, rounds: int, depth: int
         played |= compete(of, {"torch": "torch"})
     batch = make_batch(config)
     size = {"rows": process.batch, "tokens": int((batch["segments"] > 0).sum()),
-            "pictures": int(sum(value.reshape(*value.shape[:2], -1).any(-1) for name, value in batch.items()
-                                if shows(name)).astype(bool).sum())}
+            "pictures": int(np.any([value.reshape(*value.shape[:2], -1).any(-1) for name, value in batch.items()
+                                    if shows(name)], 0).sum())}
     work = {kind: value * process.batch for kind, value in flops.a_row(config.model, process, learns).items()}
     device = played["calm_jax"].device
     return {"what": "train", "process": config.run[0], **size, "depth": depth, "blocks": blocks, "flops": work,
@@ -144,7 +144,9 @@ def beyond(model: config_lib.Model) -> list[str]:
     if encoder.family not in ("clip", "dinov2") or decoder.family != "llama":
         return [f"model.encoder.family={encoder.family}, model.decoder.family={decoder.family}"]
     clip = encoder.family == "clip"
-    options = (("encoder.activation", encoder.activation, "quick_gelu" if clip else "gelu"),
+    exact = clip or encoder.mlp_width % encoder.width == 0  # Dinov2Model names the MLP's width by a whole ratio
+    options = (("encoder.mlp_width", encoder.mlp_width, encoder.mlp_width if exact else "a multiple of the width"),
+               ("encoder.activation", encoder.activation, "quick_gelu" if clip else "gelu"),
                ("encoder.native_size", encoder.native, encoder.image_size if clip else encoder.native),
                ("encoder.registers", encoder.registers, 0), ("decoder.qkv_bias", decoder.qkv_bias, False),
                ("decoder.qk_norm", decoder.qk_norm, False), ("decoder.rope_factor", decoder.rope_factor, 1.0))

@@ -59,13 +59,6 @@ class LlamaConfig(config_lib.Decoder):
     def head_size(self) -> int:
         return self.head_dim or self.width // self.heads
 
-    def beyond(self) -> list[str]:
-        """The options by which it differs from LLaMA and Vicuna as they were published first."""
-        options = (("tied", self.tied, False), ("head_dim", self.head_size, self.width // self.heads),
-                   ("qkv_bias", self.qkv_bias, False), ("qk_norm", self.qk_norm, False),
-                   ("rope_factor", self.rope_factor, 1.0))
-        return [f"model.decoder.{name}={value!r}" for name, value, plain in options if value != plain]
-
     def wrong(self) -> list[str]:
         checks = (
             (self.head_dim > 0 or self.width % self.heads == 0,
