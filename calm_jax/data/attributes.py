@@ -328,6 +328,11 @@ def graded(label: str) -> tuple[int, int] | None:
     return (_ORDER[name], int(grade)) if name in _ORDER and grade.isdigit() else None
 
 
+def phrases() -> tuple[tuple[str, ...], ...]:
+    """Of each attribute its name, then the names of its grades."""
+    return tuple((attribute.name, *attribute.grades) for attribute in ATTRIBUTES.values())
+
+
 def of_level(level: str) -> tuple[Attribute, ...]:
     """The attributes of a level, in the order in which they are applied."""
     return tuple(attribute for attribute in ATTRIBUTES.values() if attribute.level == level)

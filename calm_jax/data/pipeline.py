@@ -55,6 +55,7 @@ from calm_jax.text.prompts import Encoded, Layout, encode
 NAMED = 20  # bad records that are named in the log
 OPEN_ROWS = 16  # rows the planner fills at the same time: more packs tighter and mixes neighbours further apart
 BLOCK = 256  # rows planned at a time
+PHRASE = 12  # ids of the name of an attribute or a grade at most, whatever the tokenizer
 KEPT = 3  # blocks in memory: threads and workers read a little out of order
 
 # Waits for what the model gets of a picture, and for the attributes that must not be asked about it.
@@ -118,7 +119,9 @@ def blank(process: config_lib.Process, model: config_lib.Model, *, cached: bool,
       pad: the id of padding.
     """
     row, encoder, size = process.row, model.encoder, model.encoder.image_size
-    grades = {"grades": np.full((row.images, len(model.light_head.grades)), -1, np.int32)} if process.light_head else {}
+    head = model.light_head.grades if process.light_head else ()
+    grades = {"grades": np.full((row.images, len(head)), -1, np.int32),
+              "phrases": np.full((len(head), 1 + max(head), PHRASE), -1, np.int32)} if head else {}
     seen = {part: encoder.part(part) for part in process.parts} if cached else {}
     return {
         **({f"features/{part}": np.zeros((row.images, one.tokens, one.width), np.float16) for part, one in seen.items()}
@@ -139,9 +142,29 @@ def blank(process: config_lib.Process, model: config_lib.Model, *, cached: bool,
 
 def check_grades(head: config_lib.LightHead) -> None:
     """Raises ConfigError for a light head that is not of the attributes that there are."""
-    there = tuple(len(attribute.grades) for attribute in attributes.ATTRIBUTES.values())
-    if head.grades != there:
-        raise ConfigError(f"model.light_head.grades={head.grades} are not the grades of the attributes, {there}")
+    grades = tuple(len(attribute.grades) for attribute in attributes.ATTRIBUTES.values())
+    levels = tuple(attribute.level for attribute in attributes.ATTRIBUTES.values())
+    for name, given, there in (("grades", head.grades, grades), ("levels", head.levels, levels)):
+        if given != there:
+            raise ConfigError(f"model.light_head.{name}={given} are not the {name} of the attributes, {there}")
+
+
+def phrases(chat: Chat) -> Int[np.ndarray, "A P W"]:
+    """Ids of the names of the attributes and of their grades, as words within a sentence; -1 = none.
+
+    Raises:
+      ConfigError: the tokenizer needs more than PHRASE ids for one.
+    """
+    named = attributes.phrases()
+    found = np.full((len(named), max(map(len, named)), PHRASE), -1, np.int32)
+    for place, words in enumerate(named):
+        for which, word in enumerate(words):
+            ids = min(map(chat.tokenizer.encode, (f" {word}", word)), key=len)  # some put the space there by themselves
+            if len(ids) > PHRASE:
+                raise ConfigError(f"the tokenizer writes {word!r} in {len(ids)} tokens, and a light head takes at most "
+                                  f"{PHRASE}; warm up without one (--config.run leaves a process out)")
+            found[place, which, :len(ids)] = ids
+    return found
 
 
 class Rows:
@@ -161,6 +184,7 @@ class Rows:
         self.model, self.features = model, features
         if process.light_head:
             check_grades(model.light_head)
+            self._phrases = phrases(chat)
         self.process, self.chat, self.seed, self.split = process, chat, seed, split
         self.layout = Layout.of(model, process.parts)
         self.size, self.padding = model.encoder.image_size, model.encoder.padding
@@ -327,6 +351,8 @@ class Rows:
         process = self.process
         out = blank(process, self.model, cached=self.features is not None, pad=self.chat.pad)
         token, image, place = 0, 0, 0
+        if process.light_head:
+            out["phrases"][:] = self._phrases
         looks = self._looks(planned)
         for number, (example, (sample, encoded)) in enumerate(zip(planned.examples, planned.texts, strict=True), 1):
             length, supervised = len(encoded.tokens), len(encoded.places)

@@ -306,25 +306,40 @@ def named(answer: Mapping[str, Any]) -> tuple[list[Edit], list[Edit], list[Edit]
 
     Only known phrasings count; a comment that paraphrases gets no credit.
     """
-    done = list(_ref(answer["images"][0]).edits)
-    stated = set()
-    for sentence in re.split(r"(?<=[.!?])\s+", answer["text"].strip()):
-        for name, attribute in attributes.ATTRIBUTES.items():
-            grade = attributes.grade_of(name, sentence)
-            if grade is not None and grade != attribute.neutral:
-                stated.add((name, grade))
+    done, stated = list(_ref(answer["images"][0]).edits), _stated(answer["text"])
     hit = [edit for edit in done if (edit.attribute, edit.grade) in stated]
     invented = sorted(stated - {(edit.attribute, edit.grade) for edit in done})
     return hit, [edit for edit in done if edit not in hit], [Edit(name, grade) for name, grade in invented]
 
 
-def comments_in_figures(result: Mapping[str, Any] | None) -> dict[str, int] | None:
-    """How many degradations there were, were named and were invented, over all comments of a result."""
+@functools.lru_cache(maxsize=4096)
+def _stated(text: str) -> frozenset[tuple[str, int]]:
+    """The degradations that a comment names, as attribute and grade."""
+    stated = set()
+    for sentence in re.split(r"(?<=[.!?])\s+", text.strip()):
+        for name, attribute in attributes.ATTRIBUTES.items():
+            grade = attributes.grade_of(name, sentence)
+            if grade is not None and grade != attribute.neutral:
+                stated.add((name, grade))
+    return frozenset(stated)
+
+
+def comments_in_figures(result: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """How many degradations there were, were named and were invented, over all comments of a result; and `elsewhere`,
+    how many would be named on average by comments about other photographs in the place of the right ones, None where
+    there are none."""
     if result is None:
         return None
-    sums = np.sum([[len(part) for part in named(answer)] for answer in result["answers"]] or [[0, 0, 0]], axis=0)
-    return {"done": int(sums[0] + sums[1]), "hit": int(sums[0]), "invented": int(sums[2]), "n": len(result["answers"]),
-            "distinct": len({answer["text"] for answer in result["answers"]})}
+    answers = result["answers"]
+    sums = np.sum([[len(part) for part in named(answer)] for answer in answers] or [[0, 0, 0]], axis=0)
+    done = [{(edit.attribute, edit.grade) for edit in _ref(answer["images"][0]).edits} for answer in answers]
+    elsewhere = []
+    for answer, edits in zip(answers, done, strict=True):
+        others = [len(edits & _stated(other["text"])) for other in answers if other["group"] != answer["group"]]
+        elsewhere += [np.mean(others)] if others else []
+    return {"done": int(sums[0] + sums[1]), "hit": int(sums[0]), "invented": int(sums[2]), "n": len(answers),
+            "distinct": len({answer["text"] for answer in answers}),
+            "elsewhere": float(np.sum(elsewhere)) if elsewhere else None}
 
 
 def pairs(result: Mapping[str, Any] | None, painter: _Painter) -> list[dict[str, Any]]:

@@ -31,7 +31,7 @@ HALF = jnp.float16
 LARGE = 1 << 18  # bytes of a picture's visual tokens from which on keeping them is no gain: those of small models
 # Pictures that a device encodes at a time: on CPU one is enough for all cores, and none is computed that nobody asked
 # for.
-ROWS = {"cpu": 1}
+ROWS = {"cpu": 4}
 ROWS_ELSEWHERE = 16
 
 

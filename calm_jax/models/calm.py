@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int, Key, UInt8
 from calm_jax import config as config_lib
 from calm_jax.models import lora
 from calm_jax.models.encoders import Feature
-from calm_jax.models.light_head import LightHead
+from calm_jax.models.light_head import LightHead, phrase_embeddings
 from calm_jax.models.mfam import Mfam
 from calm_jax.models.score_head import ScoreHead
 
@@ -84,6 +84,12 @@ class Calm(nnx.Module):
         """`__call__` where the visual tokens are known."""
         x = self.embed(batch["tokens"], batch["visual"], pool)
         return self.decoder(x, batch["positions"], batch["segments"], remat=self.remat, key=key)
+
+    def phrases(self, ids: Int[Array, "A P W"]) -> Float[Array, "A G D"]:
+        """What the light head draws visual tokens to, see `phrase_embeddings`."""
+        count = ids.shape[0]
+        words = self.decoder.embed(jnp.maximum(rearrange(ids, "a p w -> a (p w)"), 0), jnp.float32)
+        return phrase_embeddings(rearrange(words, "a (p w) d -> a p w d", a=count, w=ids.shape[2]), ids)
 
     def answer_logits(self, hidden: Float[Array, "B T D"], places: Int[Array, "B K"]) -> Float[Array, "B K V"]:
         """float32 logits at the supervised positions only; position t predicts token t + 1."""

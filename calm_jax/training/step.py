@@ -68,8 +68,9 @@ class Step:
             pool = model.look(batch, process.parts, dtype=self.dtype, freeze_encoder=self.freeze_encoder)
             if process.light_head:
                 images = batch["targets"].shape[1]
-                light = model.light_head.loss(rearrange(pool, "b (i n) d -> b i n d", i=images), batch["grades"],
-                                              batch["targets"])
+                light = model.light_head.loss(  # the same phrases in every row
+                    rearrange(pool, "b (i n) d -> b i n d", i=images), model.phrases(batch["phrases"][0]),
+                    model.cfg.attribute_tokens(process.parts), batch["grades"], batch["targets"])
                 loss += process.light_head * (light["grades"] / totals["grades"] + light["scores"] / totals["scores"])
                 sums |= {"right": light["grades_right"], "score_error": light["score_error"]}
             if process.words:

@@ -53,7 +53,7 @@ def test_the_quick_demo_ends_with_a_page_and_goes_on_where_it_stopped(tmp_path):
 
 def test_commands_are_what_is_typed(monkeypatch):
     monkeypatch.chdir(ROOT)
-    lines = [commands.command_line(step) for step in demo.steps(pathlib.Path("runs/demo"), quick=False)]
+    lines = [commands.command_line(step) for step in demo.steps(pathlib.Path("runs/demo"), "tiny")]
     assert all(not line.startswith(os.sep) for line in lines)
     assert lines[0].endswith("-m calm_jax.train --config pretrain --workdir runs/demo/control "
                              "--config.processes.language.shuffle_labels=True "
@@ -61,6 +61,29 @@ def test_commands_are_what_is_typed(monkeypatch):
                              "'--config.run=(\"language\",\"self_supervised\")'")
     assert lines[2].endswith("--workdir runs/demo/finetune --config.init=runs/demo/pretrain")
     assert lines[3].endswith("--control runs/demo/control/checkpoints/self_supervised --out runs/demo/evaluation")
+
+
+def test_the_laptop_model_starts_from_parts(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    lines = [commands.command_line(step) for step in demo.steps(pathlib.Path("runs/demo"), "laptop")]
+    assert lines[0].endswith("-m calm_jax parts laptop --out runs/demo/parts")
+    assert lines[1].endswith("-m calm_jax convert --parts runs/demo/parts --out runs/demo/start")
+    assert "--config pretrain:laptop --workdir runs/demo/pretrain --config.init=runs/demo/start" in lines[2]
+    assert "--config.init=runs/demo/pretrain --config.tokenizer=runs/demo/start" in lines[3]
+    assert len(lines) == 7
+
+
+def test_without_the_packages_of_the_parts_it_says_so_and_stops(tmp_path):
+    nowhere = {**os.environ, "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(tmp_path), "UV_FIND_LINKS": str(tmp_path)}
+    done = _run("--laptop", "--workdir", str(tmp_path / "demo"), env=nowhere)
+    assert done.returncode == 2 and "could not be fetched" in done.stderr and "Traceback" not in done.stderr
+    assert "step 1" in done.stderr.splitlines()[-1] and "[2/" not in done.stdout
+    assert not (tmp_path / "demo" / "parts").exists() and not (tmp_path / "demo" / "pretrain").exists()
+
+
+def test_two_demos_at_once_are_refused(tmp_path):
+    done = _run("--quick", "--laptop", "--workdir", str(tmp_path / "demo"))
+    assert done.returncode == 2 and "name one" in done.stderr and not (tmp_path / "demo").exists()
 
 
 @pytest.mark.parametrize("later", ("result", "checkpoint"))

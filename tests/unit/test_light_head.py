@@ -28,7 +28,9 @@ from calm_jax.training.setup import Setup
 from calm_jax.training.step import Step
 
 GRADES = tuple(len(attribute.grades) for attribute in attributes.ATTRIBUTES.values())
-MODEL = dataclasses.replace(miniature.MODEL, light_head=config_lib.LightHead(GRADES))
+LEVELS = tuple(attribute.level for attribute in attributes.ATTRIBUTES.values())
+MODEL = dataclasses.replace(miniature.MODEL, light_head=config_lib.LightHead(GRADES, LEVELS),
+                            qformer=dataclasses.replace(miniature.MODEL.qformer, queries=5))
 WARM_UP = miniature.process(tasks={"attributes": 0.7, "score": 0.3}, parts=config_lib.PARTS, words=0.0, light_head=1.0,
                             row=config_lib.Row(tokens=1024, images=4, answers=400), batch=2,
                             train=("mfam/.*", "light_head/.*"), freeze=("encoder/.*", "decoder/.*"))
@@ -47,7 +49,8 @@ def batch(process=STEP, model=MODEL):
     found = miniature.batch(model, process)
     rng = np.random.default_rng(1)
     grades = rng.integers(-1, min(GRADES), (process.batch, process.row.images, len(GRADES)), np.int32)
-    return {**found, "grades": grades}
+    phrases = np.repeat(pipeline.phrases(chat_lib.load())[None], process.batch, 0)
+    return {**found, "grades": grades, "phrases": phrases}
 
 
 @functools.cache
@@ -71,19 +74,25 @@ def test_the_loss_is_that_of_known_grades_and_scores():
     model = made.geometry.bind({**trained, **frozen})
     pool = np.asarray(model.encode(jnp.asarray(given["images"]), STEP.parts, dtype=jnp.float32))
     pool = pool.reshape(2, 2, -1, pool.shape[-1])
+    table, ids = np.asarray(frozen["decoder/embedding"]), pipeline.phrases(chat_lib.load())
+    means = np.stack([[table[[i for i in word if i >= 0]].mean(0) if (word >= 0).any() else np.zeros(table.shape[1])
+                       for word in words] for words in ids])
+    phrases = [means[place, :1] + means[place, 1:1 + count] for place, count in enumerate(GRADES)]
+    unit = np.square(np.concatenate(phrases)).sum(-1).mean()
     expected = right = error = 0.0
     for row, slot in np.ndindex(2, 2):
         mean = pool[row, slot].mean(0)
         normal = (mean - mean.mean()) / np.sqrt(mean.var() + 1e-5)
-        out = normal @ trained["light_head/out/kernel"] + trained["light_head/out/bias"]
-        for place, grade in enumerate(given["grades"][row, slot]):
+        score = 5.5 + 2.25 * float((normal @ trained["light_head/out/kernel"] + trained["light_head/out/bias"])[0])
+        for place, (grade, level) in enumerate(zip(given["grades"][row, slot], LEVELS, strict=True)):
             if grade >= 0:
-                own = np.asarray(out)[1 + sum(GRADES[:place]):][:GRADES[place]]
-                expected -= (own - np.log(np.exp(own).sum()))[grade] / 3
-                right += own.argmax() == grade
+                token = pool[row, slot, 5 * config_lib.LEVELS.index(level) + LEVELS[:place].count(level)]
+                far = np.square(token - phrases[place]).sum(-1) / unit
+                expected += (4 * far[grade] + np.log(np.exp(-4 * far).sum()) + far[grade] / 2) / 3
+                right += far.argmin() == grade
         if (target := given["targets"][row, slot]) > 0:
-            expected += ((5.5 + 2.25 * out[0] - target) / 2.25) ** 2 / 2
-            error += abs(5.5 + 2.25 * out[0] - target)
+            expected += ((score - target) / 2.25) ** 2 / 2
+            error += abs(score - target)
     assert float(loss) == pytest.approx(float(expected), rel=1e-4)
     assert float(sums["right"]) == right and float(sums["score_error"]) == pytest.approx(float(error), rel=1e-4)
 
@@ -99,7 +108,7 @@ def test_the_language_model_is_not_computed_and_micro_batches_change_nothing():
     for name in metrics:
         assert float(metrics[name]) == pytest.approx(float(same[name]), rel=1e-5)
     assert 0 < float(metrics["accuracy"]) < 1 and float(metrics["answers"]) == (batch()["grades"] >= 0).sum()
-    broken = {path: leaf * jnp.nan if path.startswith("decoder/") else leaf for path, leaf in frozen.items()}
+    broken = {path: leaf * jnp.nan if path.startswith("decoder/blocks/") else leaf for path, leaf in frozen.items()}
     assert np.isfinite(float(jax.jit(made.gradients)(trained, broken, batch(), None)[1]["loss"]))
     both = dataclasses.replace(STEP, words=1.0)
     assert flops.a_row(MODEL, STEP, filters.trainable(made.geometry.shapes, STEP))["forward"] < 0.7 * flops.a_row(
@@ -163,17 +172,18 @@ def test_it_is_trained_dropped_afterwards_and_said(tmp_path, capsys):
     saved = locate.find(tmp_path / "warm")
     assert any(path.startswith("light_head/") for path in array_io.shapes(saved))
     assert not skills.learned(saved.config.processes["only"])
-    after = miniature.config(processes={"only": miniature.process(train=("mfam/.*",), freeze=(
+    without = dataclasses.replace(MODEL, light_head=config_lib.LightHead())
+    after = miniature.config(model=without, processes={"only": miniature.process(train=("mfam/.*",), freeze=(
         "encoder/.*", "decoder/.*"))}, init=str(tmp_path / "warm"))
     program.train(after, tmp_path / "after")
     assert "the light head of " in "".join(capsys.readouterr())
-    assert restore.origins(saved, after).keys() == Geometry.of(miniature.MODEL).shapes.keys()
+    assert restore.origins(saved, after).keys() == Geometry.of(without).shapes.keys()
     again = miniature.config(model=MODEL, init=str(tmp_path / "after"))
     assert isinstance(restore.origins(locate.find(tmp_path / "after"), again)["light_head/out/kernel"], restore.Drawn)
 
 
 def test_an_export_does_without_it(tmp_path):
-    source = miniature.saved(tmp_path / "run", config_lib.PARTS, light_head=config_lib.LightHead(GRADES))
+    source = miniature.saved(tmp_path / "run", config_lib.PARTS, light_head=MODEL.light_head)
     assert "light_head/out/kernel" in restore.lazily(locate.find(source))
     folder = hf_export.export(source, str(tmp_path / "hf"), say=lambda line: None)
     names = [name for file in folder.glob("*.safetensors") for name in safetensors_numpy.load_file(file)]
@@ -191,7 +201,22 @@ def test_a_head_of_other_attributes_or_none_is_refused():
     with pytest.raises(ConfigError, match="teaches a light head, and the model has none"):
         miniature.config(processes={"only": WARM_UP})
     with pytest.raises(ConfigError, match="are not the grades of the attributes"):
-        pipeline.check_grades(config_lib.LightHead((3, 3)))
+        pipeline.check_grades(config_lib.LightHead((3, 3), ("low", "low")))
+    with pytest.raises(ConfigError, match="are not the levels of the attributes"):
+        pipeline.check_grades(config_lib.LightHead(GRADES, LEVELS[::-1]))
+    with pytest.raises(ConfigError, match="queries=2 are too few for a light head: a level has 5 attributes"):
+        miniature.config(model=dataclasses.replace(MODEL, qformer=miniature.MODEL.qformer), processes={"only": WARM_UP})
+    with pytest.raises(ConfigError, match="each attribute has both"):
+        miniature.config(model=dataclasses.replace(MODEL, light_head=config_lib.LightHead(GRADES)),
+                         processes={"only": WARM_UP})
+
+
+def test_an_attributes_token_is_where_its_level_stands():
+    whole, low = MODEL.attribute_tokens(config_lib.PARTS), MODEL.attribute_tokens(("low", "thematic"))
+    assert len(set(whole)) == len(GRADES) and max(whole) < 15
+    for place, level in enumerate(LEVELS):
+        assert whole[place] // 5 == config_lib.LEVELS.index(level)
+        assert low[place] == (whole[place] if level == "low" else 0)
 
 
 def test_the_recipe_warms_up_first_and_every_mesh_can_hold_the_head():

@@ -200,3 +200,21 @@ def test_words():
     assert report.figure(-0.25, "+.2f") == "−0.25" and report.figure([0.1, math.nan]) == "[0.100, –]"
     assert report.percent(0.5) == "50" and report.percent(None) == "–"
     assert report.duration(61.2) == "61 s" and report.duration(750.0) == "12 min 30 s"
+
+
+def test_comments_are_judged_on_other_photographs_too():
+    said = {name: attributes.get(name).cues.answers[grade][0] for name, grade in (("exposure", 0), ("noise", 2))}
+
+    def answer(group, edits, *names):
+        return {"group": group, "text": " ".join(["A cat.", *(said[name] for name in names)]),
+                "images": [{"index": 0, "window": None, "edits": [dataclasses.asdict(edit) for edit in edits]}]}
+
+    dark, noisy = Edit("exposure", 0, 1), Edit("noise", 2, 1)
+    result = {"answers": [answer("cat", (dark,), "exposure"), answer("cat", (dark, noisy), "exposure", "noise"),
+                          answer("cup", (noisy,), "exposure")]}
+    figures = report.comments_in_figures(result)
+    # Of the four flaws three are named. The cup's comment names both of the cat's dark pictures, one of the cat's
+    # two comments names the noise of the cup.
+    assert figures == {"done": 4, "hit": 3, "invented": 1, "n": 3, "distinct": 2, "elsewhere": 2.5}
+    assert report.comments_in_figures({"answers": result["answers"][:2]})["elsewhere"] is None
+    assert report.comments_in_figures(None) is None
