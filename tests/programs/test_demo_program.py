@@ -95,3 +95,5 @@ def test_an_evaluation_is_current_when_it_is_newer_than_its_checkpoints(tmp_path
         os.utime(path, (1000 + number, 1000 + number))
     assert commands.Step("", (), result, (tmp_path / "model",)).current == (later == "result")
     assert not commands.Step("", (), result).current, "a training decides by itself"
+    assert commands.Step("", (), result, once=True).current
+    assert not commands.Step("", (), tmp_path / "not yet", once=True).current

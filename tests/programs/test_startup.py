@@ -31,6 +31,7 @@ def cache(tmp_path):
     use(before)
 
 
+@pytest.mark.slow
 def test_a_second_start_compiles_nothing_anew_and_a_trace_is_written(cache, tmp_path, capfd):
     config = miniature.config(processes={"only": miniature.process(steps=8, eval_every=0)})
 

@@ -195,6 +195,7 @@ def test_merged_adapters_below_merged_adapters(trained, tmp_path):
         np.testing.assert_allclose(third[path], value, rtol=1e-5, atol=1e-6, err_msg=path)
 
 
+@pytest.mark.slow
 def test_adapters_on_kernels_that_were_never_saved(tmp_path):
     """From nothing, one factor of each adapter learns: both are held, and merged into the kernels of the seed."""
     process = miniature.process(steps=1, eval_every=0, optimizer=config_lib.Optimizer(peak_lr=0.3, warmup=0.0),
