@@ -15,12 +15,18 @@ FOUND = "/jax/compilation_cache/cache_hits"
 MISSED = "/jax/compilation_cache/cache_misses"
 
 
+QUICK = 0.1  # seconds of compilation from which on a program is kept; JAX's second leaves a start many that take less
+
+
 def keep_programs() -> None:
     """Compiled programs are kept, for this program's next start, in JAX_COMPILATION_CACHE_DIR (empty = nowhere) or else
-    in `calm_jax` in the user's cache folder. JAX tells programs, versions and devices apart."""
+    in `calm_jax` in the user's cache folder; those that took JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS, or else QUICK.
+    JAX tells programs, versions and devices apart."""
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         home = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
         jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(home) / "calm_jax"))
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", QUICK)
 
 
 class Startup:

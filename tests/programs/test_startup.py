@@ -73,14 +73,19 @@ def test_a_trace_of_a_run_with_fewer_steps_is_ended(tmp_path):
 
 
 def test_programs_are_kept_where_the_user_says_or_in_the_cache_folder(monkeypatch, tmp_path):
-    before = jax.config.jax_compilation_cache_dir
+    before, least = jax.config.jax_compilation_cache_dir, jax.config.jax_persistent_cache_min_compile_time_secs
     try:
         monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "/somewhere")
+        monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "7")
         startup.keep_programs()
-        assert jax.config.jax_compilation_cache_dir == before  # JAX reads the variable itself
+        assert jax.config.jax_compilation_cache_dir == before  # JAX reads the variables itself
+        assert jax.config.jax_persistent_cache_min_compile_time_secs == least
         monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+        monkeypatch.delenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", raising=False)
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
         startup.keep_programs()
         assert jax.config.jax_compilation_cache_dir == str(tmp_path / "calm_jax")
+        assert jax.config.jax_persistent_cache_min_compile_time_secs == startup.QUICK
     finally:
         jax.config.update("jax_compilation_cache_dir", before)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", least)
