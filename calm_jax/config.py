@@ -278,17 +278,21 @@ class Model(Checked):
         features = self.encoder.part(part)
         return (features.tokens - features.prefix) // self.thematic.pool ** 2
 
-    def attribute_tokens(self, parts: tuple[str, ...]) -> tuple[int, ...]:
-        """Where among the visual tokens of an image, of which `parts` are computed, the own token of each attribute of
-        the light head stands: the first of its level is that of the level's first attribute, and so on. 0 where its
-        level is not computed: nothing is known of it there."""
-        begins, found = {}, []
+    def spans(self, parts: tuple[str, ...]) -> dict[str, tuple[int, int]]:
+        """Where the tokens of each of `parts` stand among the visual tokens of an image: part -> (first, count)."""
+        found, size = {}, 0
         for part in PARTS:
             if part in parts:
-                begins[part] = sum(self.visual_tokens(other) for other in begins)
-        for number, level in enumerate(self.light_head.levels):
-            found.append(begins[level] + self.light_head.levels[:number].count(level) if level in begins else 0)
-        return tuple(found)
+                found[part] = (size, self.visual_tokens(part))
+                size += found[part][1]
+        return found
+
+    def attribute_tokens(self, parts: tuple[str, ...]) -> tuple[int, ...]:
+        """The place, among the visual tokens of an image, of each attribute's own token: the first of its level is that
+        of the level's first attribute, and so on. 0 where its level is not computed: no grade is known there."""
+        spans, levels = self.spans(parts), self.light_head.levels
+        return tuple(spans[level][0] + levels[:number].count(level) if level in spans else 0
+                     for number, level in enumerate(levels))
 
     @property
     def visual_gain(self) -> float:

@@ -32,8 +32,10 @@ class Step:
     @property
     def current(self) -> bool:
         """Whether it need not run again; a training decides by itself."""
-        if self.once or not self.sources or not self.result.is_file():
-            return self.once and self.result.is_file()
+        if self.once:
+            return self.result.is_file()
+        if not self.sources or not self.result.is_file():
+            return False
         made = [marker.stat().st_mtime for source in self.sources for marker in source.rglob("COMPLETE.json")]
         return bool(made) and max(made) < self.result.stat().st_mtime
 

@@ -23,12 +23,8 @@ class Layout:
 
     @classmethod
     def of(cls, model: config_lib.Model, parts: tuple[str, ...]) -> Layout:
-        spans, size = {}, 0
-        for part in config_lib.PARTS:
-            if part in parts:
-                spans[part] = (size, model.visual_tokens(part))
-                size += spans[part][1]
-        return cls(tuple(spans), spans, size)
+        spans = model.spans(parts)
+        return cls(tuple(spans), spans, sum(count for _, count in spans.values()))
 
 
 @dataclasses.dataclass(frozen=True)
