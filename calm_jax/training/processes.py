@@ -10,9 +10,12 @@ from __future__ import annotations
 
 import ctypes
 import faulthandler
+import math
 import os
 import signal
 import sys
+import threading
+import time
 from collections.abc import Mapping
 
 import jax
@@ -86,13 +89,44 @@ def described(environment: Mapping[str, str]) -> str:
 def supervised(environment: Mapping[str, str] = os.environ) -> None:
     """To be called first, from the main thread: on SIGUSR1 the stacks of all threads go to stderr; and a process whose
     supervisor is gone is told to stop, by SIGTERM, for nobody else would."""
-    faulthandler.register(DUMP, all_threads=True)
+    _stacks_on_signal()
     parent = environment.get(SUPERVISOR, "")
     if parent.isdigit() and sys.platform == "linux":
         # The kernel sends it when the thread ends that started this process: the supervisor's main thread.
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
         if os.getppid() != int(parent):  # it went before this line
             os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _stacks_on_signal() -> None:
+    """DUMP writes the stacks of all threads, whatever the main thread is doing.
+
+    faulthandler's own handler would read the frames of threads that run on meanwhile, and so end the process now and
+    then (SIGSEGV in one of some dozens of calls). Here a thread that waits for the signal writes them, and holds the
+    interpreter's lock while it does; only native code that never gives that lock back stays unseen.
+    """
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    lock, last = threading.Lock(), -math.inf
+
+    def show(*_):
+        nonlocal last
+        if lock.acquire(blocking=False):  # both ways of the signal, below, arrive here
+            try:
+                if time.monotonic() - last > 0.1:
+                    faulthandler.dump_traceback(all_threads=True)
+                    last = time.monotonic()
+            finally:
+                lock.release()
+
+    def wait():
+        while received := os.read(reader, 1):
+            if received[0] == DUMP:
+                show()
+
+    threading.Thread(target=wait, name="stacks", daemon=True).start()
+    signal.signal(DUMP, show)  # an event loop in the main thread takes the pipe away for a while
+    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
 
 
 class Progress:
