@@ -28,7 +28,7 @@ from calm_jax.training import filters, optimizer
 from calm_jax.training.step import State, Step, compile_train
 
 MESHES = [sizes for sizes in itertools.product((1, 2, 4, 8), repeat=3) if math.prod(sizes) == 8]
-# Thorough: all ten meshes, each with and without micro-batches; else one of every kind.
+# `make test` takes one mesh, `make test-slow` one of every kind; thorough: all ten, with and without micro-batches.
 SOME = [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2), (1, 2, 4)]
 ROWS = 16  # divides among eight devices also in two micro-batches
 VISUAL = 96  # channels of the language model, so that a visual pool has a shape that nothing else has
@@ -134,18 +134,22 @@ def exchanged(hlo: str) -> list[tuple[str, str, list[int]]]:
     return found
 
 
-def on_eight_devices() -> None:
-    """Compiles in two threads, which is what takes time, and computes in one: collectives must not interleave."""
+def on_eight_devices(one: bool) -> None:
+    """Compiles in two threads, which is what takes time, and computes in one: collectives must not interleave.
+
+    Args:
+      one: mesh of two models, and what their compiled programs exchange; else many meshes of all.
+    """
     assert len(jax.devices()) == 8
-    meshes = {("wide", 1): MESHES if miniature.THOROUGH else SOME,
-              ("wide", 2): MESHES if miniature.THOROUGH else [(2, 2, 2)], ("odd", 1): [(1, 1, 8)],
-              ("options", 1): [(1, 2, 4), (2, 2, 2)], **{(name, 1): [(2, 2, 2)] for name in OTHERS}}
+    meshes = {("wide", 1): [(2, 2, 2)], ("options", 1): [(1, 2, 4)]} if one else {
+        ("wide", 1): MESHES if miniature.THOROUGH else SOME, ("wide", 2): MESHES if miniature.THOROUGH else [(2, 2, 2)],
+        ("odd", 1): [(1, 1, 8)], ("options", 1): [(1, 2, 4), (2, 2, 2)], **{(name, 1): [(2, 2, 2)] for name in OTHERS}}
     models = {"wide": WIDE, "odd": ODD, "options": OPTIONS, **OTHERS}
     work = [(name, accumulate, sizes) for (name, accumulate), some in meshes.items() for sizes in (None, *some)]
     result: dict = {"differences": {}}
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         texts = pool.submit(lambda: {name: exchanged(compiled(model, flat)) for name, model, flat in (
-            ("wide", WIDE, False), ("options", OPTIONS, False), ("flat", WIDE, True))})
+            ("wide", WIDE, False), ("options", OPTIONS, False), ("flat", WIDE, True)) if one})
         ready = pool.map(lambda item: prepared(models[item[0]], *item[1:]), work)
         for (name, accumulate, sizes), (compute, arguments) in zip(work, ready, strict=True):
             outcome = jax.device_get(compute(*arguments))
@@ -159,23 +163,34 @@ def on_eight_devices() -> None:
     print(json.dumps(result))
 
 
-@pytest.fixture(scope="module")
-def measured(tmp_path_factory) -> dict:
-    env = miniature.environment(tmp_path_factory.getbasetemp() / "compiled", devices=8)
-    done = miniature.run([sys.executable, "-c", "import test_sharding; test_sharding.on_eight_devices()"], env)
+def computed(one: bool) -> dict:
+    """What `on_eight_devices` found; every mesh gave what one device gave."""
+    done = miniature.run([sys.executable, "-c", f"import test_sharding; test_sharding.on_eight_devices({one})"],
+                         miniature.environment(devices=8))
     assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(done.stdout)
-
-
-@miniature.sweeps
-def test_every_mesh_gives_the_loss_and_gradients_of_one_device(measured):
-    assert len(MESHES) == 10 and len(measured["differences"]) == (26 if miniature.THOROUGH else 12)
-    assert measured["loss wide 1"] == pytest.approx(measured["loss wide 2"], abs=1e-5)
+    found = json.loads(done.stdout)
     for name in ("wide", "options"):
-        assert 0.01 < measured[f"largest {name}"] < 10  # there is something to differ in, and float32 can hold it
-    wrong = {mesh: value for mesh, value in measured["differences"].items() if not value < 1e-5}
-    print(f"largest difference over {len(measured['differences'])} meshes: {max(measured['differences'].values()):.2e}")
+        assert 0.01 < found[f"largest {name}"] < 10  # there is something to differ in, and float32 can hold it
+    wrong = {mesh: value for mesh, value in found["differences"].items() if not value < 1e-5}
+    print(f"largest difference over {len(found['differences'])} meshes: {max(found['differences'].values()):.2e}")
     assert not wrong, wrong
+    return found
+
+
+@pytest.fixture(scope="module")
+def measured() -> dict:
+    return computed(one=True)
+
+
+def test_a_mesh_gives_the_loss_and_gradients_of_one_device(measured):
+    assert len(measured["differences"]) == 2
+
+
+@pytest.mark.slow
+def test_every_mesh_gives_the_loss_and_gradients_of_one_device():
+    found = computed(one=False)
+    assert len(MESHES) == 10 and len(found["differences"]) == (26 if miniature.THOROUGH else 12)
+    assert found["loss wide 1"] == pytest.approx(found["loss wide 2"], abs=1e-5)
 
 
 POOL = ROWS * PROCESS.row.images * sum(WIDE.visual_tokens(part) for part in PROCESS.parts)

@@ -161,7 +161,7 @@ def joined(folder: pathlib.Path, count: int, control: bool) -> list[dict]:
     return [json.loads(text.splitlines()[-1]) for text in said]
 
 
-@miniature.sweeps
+@pytest.mark.slow
 @pytest.mark.parametrize("count", COUNTS)
 def test_each_process_reads_and_holds_its_share(large, count):
     folder, whole = large

@@ -304,7 +304,8 @@ def quick_compilation():
     jax.config.update("jax_disable_most_optimizations", False)
 
 
-@pytest.mark.parametrize("name", [name for name in WHOLE if "clip" not in name])
+@pytest.mark.parametrize("name", [name if name == "dinov2" else pytest.param(name, marks=pytest.mark.slow)
+                                  for name in WHOLE if "clip" not in name])
 @pytest.mark.usefixtures("quick_compilation")
 def test_a_whole_model_learns_and_scores(name):
     model, process = dataclasses.replace(miniature.MODEL, encoder=WHOLE[name]), miniature.process(

@@ -188,6 +188,7 @@ def one_batch(monkeypatch):
     monkeypatch.setattr(parity, "_cases", lambda model, files: cases(model, files)[-1:])
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_batch")
 @pytest.mark.parametrize("reader", WRITERS)
 def test_torch_computes_every_family_and_option_alike(combined, reader):
@@ -202,6 +203,7 @@ def test_torch_computes_every_family_and_option_alike(combined, reader):
         assert result.answers == result.agree == result.searched == 4, name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reader", WRITERS)
 def test_exports_of_every_family_are_used_as_transformers_models_are(combined, reader):
     """Whole and, where a version has their classes, in parts; of one tensor where the head is the embedding."""
@@ -226,6 +228,7 @@ def test_exports_of_every_family_are_used_as_transformers_models_are(combined, r
             assert used.get(part) == (None if gone else expected), (name, part)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["dinov2-smollm2", "siglip-qwen2", "clip-qwen3", "dinov2-llama3"])
 def test_every_family_comes_back_bit_for_bit(combined, name, tmp_path):
     """The whole by its table, and its parts as sources of a conversion."""
@@ -291,6 +294,7 @@ def test_torch_to_orbax_to_torch_is_bit_exact(tmp_path, monkeypatch, form, dtype
 # ---- trained checkpoints: our own stem, low-rank updates ---------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_batch")
 def test_updates_and_our_own_stem_compute_the_same(tmp_path):
     """Apart and merged; one process of torch for both."""
@@ -306,6 +310,7 @@ def test_updates_and_our_own_stem_compute_the_same(tmp_path):
         assert "vision_tower.embeddings.stem.0.weight" in names
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_batch")
 def test_what_a_vocabulary_is_padded_with_is_never_said_by_torch_either(tmp_path, monkeypatch):
     """Its logits are the highest by far: greedy, by beam search and in what scores are read from."""

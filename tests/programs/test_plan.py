@@ -130,6 +130,7 @@ def planned(tmp_path: pathlib.Path, *words: str) -> tuple[dict, str]:
     return json.loads(out.read_text()), done.stdout
 
 
+@pytest.mark.slow
 def test_a_plan_for_simulated_devices(tmp_path):
     found, text = planned(tmp_path, "--config", "configs/finetune.py:tiny", "--topology", "a100:8",
                           "--config.processes.scores.batch=16")

@@ -132,6 +132,7 @@ def test_a_model_refuses_what_it_cannot_do(model, album, tmp_path):
         blind.score(picture(0), reader="head")
 
 
+@pytest.mark.slow
 def test_a_personal_score_is_the_mean_over_contexts(model, tmp_path):
     rated = [(picture(number), 1 + number % 5) for number in range(7)]
     asked = [picture(20), picture(21)]
@@ -179,7 +180,7 @@ print(json.dumps(found))
 """
 
 
-@miniature.sweeps
+@pytest.mark.slow
 def test_scores_are_the_same_on_any_number_of_devices(checkpoint, album):
     paths = [path for path in gather([str(album)], io.StringIO()) if pathlib.Path(path).name not in BAD][:7]
 

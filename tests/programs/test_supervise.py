@@ -175,7 +175,7 @@ def wait_for_checkpoint(running: subprocess.Popen, checkpoints: pathlib.Path) ->
 
 def test_training_under_a_supervisor(tmp_path):
     """Nobody else may train in its workdir; it shows its stacks; it saves when its supervisor is killed."""
-    workdir, environment = tmp_path / "run", miniature.environment(tmp_path / "compiled")
+    workdir, environment = tmp_path / "run", miniature.environment()
     command = miniature.command(workdir, "--config.processes.generic.steps=5000")
     running = subprocess.Popen([sys.executable, "-m", "calm_jax.supervise", "--", *command[1:]], cwd=miniature.ROOT,
                                env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
@@ -233,7 +233,7 @@ def test_training_that_stands_still_is_started_again_and_goes_on(tmp_path):
     workdir = tmp_path / "run"
     words = ["--stall", "20", "--startup", "200", "--", *miniature.command(workdir)[1:]]
     running = subprocess.Popen([sys.executable, "-m", "calm_jax.supervise", *words], cwd=miniature.ROOT, text=True,
-                               env=miniature.environment(tmp_path / "compiled"), stderr=subprocess.PIPE)
+                               env=miniature.environment(), stderr=subprocess.PIPE)
     wait_for_checkpoint(running, workdir / "checkpoints" / "generic")
     [child] = psutil.Process(running.pid).children()
     child.send_signal(signal.SIGSTOP)

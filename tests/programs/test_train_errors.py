@@ -284,6 +284,7 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_last_good_checkpoint(trai
     assert not (last.parent / "00000004").exists()  # what is not finite is never saved
 
 
+@pytest.mark.slow
 def test_a_huge_learning_rate_ends_in_that_sentence(tmp_path, coloured):
     coloured()
     process = miniature.process(optimizer=config_lib.Optimizer(peak_lr=1e30, clip=0.0), steps=6, eval_every=6)
@@ -291,7 +292,8 @@ def test_a_huge_learning_rate_ends_in_that_sentence(tmp_path, coloured):
         program.train(miniature.config(processes={"only": process}), tmp_path / "run")
 
 
-@pytest.mark.parametrize(("rate", "steps"), [(1e20, 1), (1e38, 1), (1e20, 3)])
+@pytest.mark.parametrize(("rate", "steps"), [
+    (1e20, 1), *(pytest.param(*more, marks=pytest.mark.slow) for more in ((1e38, 1), (1e20, 3)))])
 def test_weights_that_are_saved_are_judged_and_not_those_before_them(trained, tmp_path, coloured, rate, steps):
     """One step from good weights: its loss is finite, and what it leaves behind is not; at a validation, or without."""
     coloured()

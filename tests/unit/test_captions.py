@@ -50,6 +50,7 @@ def demo():
     return [(one[0], other[:2]) for one, other in itertools.pairwise(comments)]
 
 
+@pytest.mark.slow
 @JAVA
 @pytest.mark.parametrize("texts", [demo, pytest.param(pccd, marks=pytest.mark.skipif(
     DATA is None, reason="CALM_DATA is not set"))], ids=["demo", "PCCD"])

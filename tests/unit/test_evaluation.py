@@ -308,6 +308,7 @@ def run(*words):
     return miniature.run([sys.executable, "-m", "calm_jax.evaluate", *map(str, words)], miniature.environment())
 
 
+@pytest.mark.slow
 def test_several_checkpoints_in_one_table_measured_once(tmp_path):
     models = [miniature.saved(tmp_path / name, config_lib.PARTS) for name in ("one", "two")]
     out = tmp_path / "out"

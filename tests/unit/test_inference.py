@@ -122,6 +122,9 @@ SAMPLINGS = {"greedy": Sampling(), "drawn": Sampling(temperature=1.0, seed=5), "
              "three beams": Sampling(beams=3), "long beams": Sampling(beams=2, shortest=7),
              "beams that like length": Sampling(beams=4, length_penalty=2.0),
              "beams that do not": Sampling(beams=2, length_penalty=-1.0)}
+# The kinds of search, of which `make test` takes the first.
+EVERY_WAY = [pytest.param(SAMPLINGS[name], id=name, marks=[pytest.mark.slow] * (name != "greedy"))
+             for name in ("greedy", "nucleus", "three beams")]
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +134,7 @@ def talkative(parameters):
     return parameters | {"decoder/head/kernel": 3 * head.at[:, chat_lib.load().stop].multiply(1.7)}
 
 
-@pytest.mark.parametrize("sampling", [SAMPLINGS[name] for name in ("greedy", "tempered", "three beams")])
+@pytest.mark.parametrize("sampling", EVERY_WAY)
 def test_what_a_vocabulary_is_padded_with_is_never_said(talkative, demo, sampling):
     """The same answers as without the padding, although its logits are the highest by far."""
     model = dataclasses.replace(MODEL, decoder=dataclasses.replace(MODEL.decoder, vocab=2112))
@@ -221,8 +224,7 @@ def test_cached_generation_equals_the_full_forward(talkative, demo, sampling):
     assert len({tuple(ids) for ids in found.tolist()}) > 1
 
 
-@pytest.mark.parametrize("sampling", [SAMPLINGS[name] for name in ("greedy", "nucleus", "three beams")],
-                         ids=["greedy", "nucleus", "three beams"])
+@pytest.mark.parametrize("sampling", EVERY_WAY)
 def test_answers_do_not_depend_on_their_neighbours(talkative, demo, sampling):
     generator, asked = Generator(MODEL, talkative, chat_lib.load()), questions()
 
@@ -234,8 +236,7 @@ def test_answers_do_not_depend_on_their_neighbours(talkative, demo, sampling):
     assert said(asked[::-1], 4) == together[::-1] and said(iter(asked), 3) == together
 
 
-@pytest.mark.parametrize("sampling", [SAMPLINGS[name] for name in ("greedy", "nucleus", "three beams")],
-                         ids=["greedy", "nucleus", "three beams"])
+@pytest.mark.parametrize("sampling", EVERY_WAY)
 def test_a_remembered_beginning_changes_nothing(talkative, demo, sampling):
     """Rated pictures once for all questions, or again for each: the same scores and answers."""
     generator = Generator(MODEL, talkative, chat_lib.load())

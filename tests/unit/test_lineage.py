@@ -80,8 +80,10 @@ def copied(trained, tmp_path):
 
 
 @pytest.mark.parametrize("lora", [
-    config_lib.Lora(rank=0), NEW, dataclasses.replace(OLD, alpha=4.0), dataclasses.replace(OLD, rank=3),
-    dataclasses.replace(OLD, targets=r"decoder/blocks/(q|k)")], ids=["none", "all", "alpha", "rank", "targets"])
+    config_lib.Lora(rank=0), pytest.param(NEW, marks=pytest.mark.slow),
+    pytest.param(dataclasses.replace(OLD, alpha=4.0), marks=pytest.mark.slow), dataclasses.replace(OLD, rank=3),
+    pytest.param(dataclasses.replace(OLD, targets=r"decoder/blocks/(q|k)"), marks=pytest.mark.slow)],
+    ids=["none", "all", "alpha", "rank", "targets"])
 def test_adapters_that_differ_are_merged_and_the_model_is_the_same(trained, lora):
     config = miniature.config(model=model(lora))
     before = values(trained / "base")

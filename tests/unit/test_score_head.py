@@ -161,6 +161,7 @@ def test_a_head_is_taught_from_a_checkpoint_without_one_and_read(tmp_path):
     np.testing.assert_array_equal(whole["decoder/embedding"], before["decoder/embedding"])
 
 
+@pytest.mark.slow
 def test_an_exported_head_scores_alike(tmp_path):
     pytest.importorskip("torch", reason="torch is not here; make test has it")
     source = miniature.saved(tmp_path / "run", config_lib.PARTS, score_head=HEAD)
