@@ -1,4 +1,4 @@
-# make env | plan-env | demo | test | test-slow | test-newest | lint | lock | clean
+# make env | plan-env | demo | demo-full | test | test-slow | test-newest | lint | lock | clean
 #
 # .venv, to use and for the demo, is of the newest Python found here. .venv-test is of the newest for which torch comes
 # without CUDA's libraries, since the tests compare with torch on CPU. A Python that is named serves for both:
@@ -25,7 +25,7 @@ export UV_COMPILE_BYTECODE := 1
 # Into the environment whose mark ($@) is made; the package itself as it lies here.
 install = VIRTUAL_ENV=$(CURDIR)/$(@D) $(UV) pip install --quiet
 package = $(install) --no-deps -e .
-.PHONY: env test-env newest-env plan-env demo test test-slow test-newest lint lock clean same
+.PHONY: env test-env newest-env plan-env demo demo-full test test-slow test-newest lint lock clean same
 
 env: same $(VENV)/.installed
 test-env: $(TEST)/.installed $(OLD)/.installed
@@ -78,8 +78,8 @@ $(OLD)/.installed: requirements-transformers-4.46.lock | $(UV)
 		'import importlib.metadata as m; print(next(r for r in m.requires("jax") if r.startswith("libtpu")).split(";")[0])')"
 	touch $@
 
-demo: env
-	$(VENV)/bin/python -m tools.demo --workdir runs/demo
+demo demo-full: env
+	$(VENV)/bin/python -m tools.demo $(if $(filter %-full,$@),--full)
 
 test: test-env
 	$(TEST)/bin/ruff check .

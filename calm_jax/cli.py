@@ -471,14 +471,14 @@ def cues(
 @command("demo", MORE, example="calm demo --workdir runs/demo")
 def demo(
         workdir: Annotated[str, typer.Option(metavar="DIR", help="Folder of everything; default: runs/demo, "
-                                             "runs/demo-laptop or runs/demo-quick.", show_default=False)] = "",
-        laptop: Annotated[bool, typer.Option("--laptop", help="Of pretrained parts, 190 MB of packages, in ten "
-                                             "minutes; not tuned yet.")] = False,
-        quick: Annotated[bool, typer.Option("--quick", help="A few steps of a smaller model, to see that it "
-                                            "works.")] = False) -> int:
-    """Train a small model on photographs that come with packages, and show it on a page."""
+                                             "runs/demo-full or runs/demo-quick.", show_default=False)] = "",
+        full: Annotated[bool, typer.Option("--full", help="Train for longer, and a control on shuffled labels "
+                                           "besides: an hour instead of ten minutes.")] = False,
+        quick: Annotated[bool, typer.Option("--quick", help="A few steps of a smaller model from nothing, to see that "
+                                            "it works.")] = False) -> int:
+    """Join pretrained parts to a model that judges photos, and show it on a page."""
     from calm_jax.commands import demo as work
-    return work.run(workdir, quick=quick, laptop=laptop)
+    return work.run(workdir, quick=quick, full=full)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ LEVELS = PARTS[:3]
 VARIANTS = ("tiny", "small", "laptop", "1b", "7b", "13b")
 # Variants whose frozen encoder is much of what a step costs, and whose features are small: they are kept on disk.
 CACHED = ("laptop",)
-CHATS = {"laptop": "chatml", "1b": "zephyr"}  # variant -> chat template of its language model, where not Vicuna's
+CHATS = {"laptop": "chatml_bare", "1b": "zephyr"}  # variant -> chat template of its language model, where not Vicuna's
 
 
 def field(default: Any, doc: str, source: str, *, choices: tuple = (), runtime: bool = False, form: str = "",
@@ -368,6 +368,8 @@ class Process(Checked):
                       "paper: GPT-3.5 wrote them; ours: most are written by hand", form="path")
     phrasings: int = field(0, "of each written question and answer about attributes and measurements only so many "
                            "are used; 0 = all", "ours", least=0)
+    terse: float = field(0.0, "share of the questions about an attribute that are its name alone, answered in a word",
+                         "ours", least=0, most=1)
     parts: tuple[str, ...] = field(PARTS, "parts of an image that this process computes", "paper: all, in this order",
                                    choices=PARTS)
     train: tuple[str, ...] = field((".*",), "regexes: parameters that learn", "paper (table of processes)",

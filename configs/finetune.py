@@ -23,7 +23,7 @@ from calm_jax import config as c
 SIZES = {  # rows a step, steps of the two processes, peak learning rates, shape of a row (ours but the 7b rates)
     "tiny": (2, (450, 450), (2e-3, 2e-3), c.Row(tokens=480, images=3, answers=160)),
     "small": (16, (5_000, 5_000), (5e-4, 5e-4), c.Row(tokens=1024, images=4, answers=256)),
-    "laptop": (16, (200, 100), (3e-4, 2e-4), c.Row(tokens=512, images=4, answers=160, candidates=8)),
+    "laptop": (16, (200, 100), (3e-4, 2e-4), c.Row(tokens=512, images=6, answers=160, candidates=8)),
     "1b": (128, (1_640, 1_840), (2.5e-5, 7e-5), c.Row()),
     "7b": (128, (1_640, 1_840), (2.5e-5, 7e-5), c.Row()),
     "13b": (128, (1_640, 1_840), (2.5e-5, 7e-5), c.Row()),
@@ -52,6 +52,7 @@ KEEP = {
                "scores": {"comment": 0.2, "attributes": 0.3, "suggestion": 0.05}},
     "1b": LARGE, "7b": LARGE, "13b": LARGE}
 KEPT_PHRASINGS = 5  # of each question and answer about attributes, in `tiny` and `laptop`, as in pretrain.py
+TERSE = {"laptop": 0.5}  # of the questions about attributes: a name takes half the room of a question
 
 
 def get_config(variant: str = "tiny"):
@@ -66,7 +67,7 @@ def get_config(variant: str = "tiny"):
     keep = scratch or "keep" in options
     adam = {"b2": 0.95, "scale": ("(encoder|mfam)/.*=0.1",)} if scratch else {}
     if size == "laptop":  # its visual tokens are words already, see pretrain.py
-        adam = {"scale": ("mfam/.*=0.1",)}
+        adam = {"b2": 0.95, "scale": ("mfam/.*=0.1",)}
     train, freeze = ((".*",), ()) if scratch else ((r"mfam/.*", r"decoder/.*"), (r"encoder/.*",))
     if "lora" in options:
         lora, least = (LAPTOP_LORA, LAPTOP_RATE) if size == "laptop" else (LORA, LORA_RATE)
@@ -84,7 +85,7 @@ def get_config(variant: str = "tiny"):
             learn, stay = (train + head, freeze) if scores else (train, freeze + head)
         kept = KEEP[size][name] if keep else {}
         processes[name] = c.Process(
-            tasks={task: 1.0 - sum(kept.values()), **kept}, row=row,
+            tasks={task: 1.0 - sum(kept.values()), **kept}, row=row, terse=TERSE.get(size, 0.0),
             phrasings=KEPT_PHRASINGS if size in ("tiny", "laptop") else 0, batch=rows, steps=count,
             optimizer=c.Optimizer(peak_lr=rate, **adam), train=learn, freeze=stay,
             score_head=float(scores), eval_every=max(-(-count // 2), 1), cached=size in c.CACHED)

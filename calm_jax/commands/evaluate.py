@@ -82,7 +82,12 @@ def evaluate(path: str, options: Options, file: pathlib.Path) -> dict[str, Any]:
     if options.records:
         places = np.linspace(0, len(indices) - 1, min(options.records, len(indices))).round().astype(int)
         indices = indices[np.unique(places)]
-    ask = functools.partial(_answers, options=options, dataset=dataset, indices=indices, asked=asked)
+    learned = saved.config.processes[saved.meta["process"]].mixture
+    comparisons = any(task == "comparisons" for _, task in learned)
+    if options.task == "attributes" and not comparisons:
+        print(f"{saved.path} never learned comparisons of two pictures, and is not asked for them", file=sys.stderr)
+    ask = functools.partial(_answers, options=options, dataset=dataset, indices=indices, comparisons=comparisons,
+                            asked=asked)
     mine, theirs = _kept(file)
     answered = ask(saved, replies=mine)
     beside = ask(control, replies=theirs) if control and options.task in ("attributes", "suggesting") else ()
@@ -129,7 +134,7 @@ def _asked(path: str, options: Options, dataset: Dataset, saved: Saved,
 
 
 def _answers(saved: Saved, options: Options, dataset: Dataset, indices: Sequence[int],
-             replies: pathlib.Path, asked: Mapping[str, Any]) -> list:
+             comparisons: bool, replies: pathlib.Path, asked: Mapping[str, Any]) -> list:
     model = restore.whole(saved)
     trained = model.config.processes[model.saved.meta["process"]]
     parts = trained.parts if options.task != "attributes" else config_lib.LEVELS
@@ -137,13 +142,11 @@ def _answers(saved: Saved, options: Options, dataset: Dataset, indices: Sequence
                         {**asked, "replies": lineage.identity(saved)})
     del model  # the generator holds its weights in arrays of its own
     if options.task == "attributes":
-        unlearned = [f"the level {level}" for level in config_lib.LEVELS if level not in trained.parts]
-        if not any(task == "comparisons" for _, task in trained.mixture):
-            unlearned.append("comparisons of two pictures")
-        if unlearned:
+        if unlearned := [f"the level {level}" for level in config_lib.LEVELS if level not in trained.parts]:
             print(f"{saved.path} never learned {' and '.join(unlearned)}: what it answers there is chance",
                   file=sys.stderr)
-        return protocols.attributes(generator, dataset, indices, cues=trained.cues, phrasings=trained.phrasings)
+        return protocols.attributes(generator, dataset, indices, comparisons=comparisons, cues=trained.cues,
+                                    phrasings=trained.phrasings)
     if options.task == "suggesting":
         return suggesting.suggesting(generator, dataset, indices)
     if options.task == "personalised":

@@ -124,9 +124,9 @@ SETS = {
               "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53", 98_362_432, 135, "Apache-2.0",
               "SmolLM2-135M-Instruct, quantised to Q4_1: the weights are those that the quantised values stand for, "
               "not the published ones."),
-        chat="chatml", variant="laptop"),
+        chat="chatml_bare", variant="laptop"),
     "laptop-hub": PartSet(Hub("facebook/dinov2-small", 22, "Apache-2.0"),
-                          Hub("HuggingFaceTB/SmolLM2-135M-Instruct", 135, "Apache-2.0"), "chatml", "laptop"),
+                          Hub("HuggingFaceTB/SmolLM2-135M-Instruct", 135, "Apache-2.0"), "chatml_bare", "laptop"),
     "dinov2-360m": PartSet(Hub("facebook/dinov2-base", 87, "Apache-2.0"),
                            Hub("HuggingFaceTB/SmolLM2-360M-Instruct", 362, "Apache-2.0"), "chatml"),
     "siglip2-qwen3": PartSet(Hub("google/siglip2-base-patch16-256", 86, "Apache-2.0"),

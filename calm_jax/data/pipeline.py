@@ -217,7 +217,7 @@ class Rows:
             phrasings=self.process.phrasings, dataset=dataset,
             indices=indices, rated={rater: np.asarray(numbers) for rater, numbers in rated.items()},
             support=self.process.support, spread=self.process.score_spread, raters=self.process.rater_spread,
-            compose=self.process.compose)
+            compose=self.process.compose, terse=self.process.terse)
         return Source(dataset, indices, tuple(wanted), shares / shares.sum(), float(shares.sum()), context)
 
     def __getstate__(self):

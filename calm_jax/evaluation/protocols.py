@@ -76,17 +76,18 @@ def _ask(generator: Generator, dataset: Dataset, samples: Sequence[Sample], limi
     return list(tqdm.tqdm(answers, total=len(samples), desc=what, unit="answer", mininterval=0.5))
 
 
-def attributes(generator: Generator, dataset: Dataset, indices: Sequence[int], *, draws: int = 3, cues: str = "",
-               phrasings: int = 0) -> list[Answered]:
+def attributes(generator: Generator, dataset: Dataset, indices: Sequence[int], *, draws: int = 3,
+               comparisons: bool = True, cues: str = "", phrasings: int = 0) -> list[Answered]:
     """Asks about these records, at the levels the generator computes.
 
     Args:
       draws: how often, each time with other edits; single pictures and comparisons alternate, single ones first.
+      comparisons: without them, of the draws only those of single pictures, which are the same.
       cues, phrasings: the phrases asked with and understood, as in the config of the process that trained it.
     """
     asked: list[tuple[Sample, int]] = []
     for index in indices:
-        for draw in range(draws):
+        for draw in range(0, draws, 1 if comparisons else 2):
             rng = np.random.default_rng([SEED, int(index), draw])
             sample = tasks.make(("attributes", "comparisons")[draw % 2], dataset, int(index), rng,
                                 Context(generator.layout.parts, cues_lib.bank(cues, phrasings)))

@@ -118,6 +118,19 @@ def test_answers_are_about_balanced(drawn):
     assert {name for name, _ in counts} == set(attributes.ATTRIBUTES)
 
 
+def test_a_terse_question_is_the_name_of_the_attribute(demo):
+    """Of the same pictures the same grades are asked, in the same order."""
+    for seed in range(20):
+        usual, terse = (tasks.make("attributes", demo, seed * 4, np.random.default_rng(seed),
+                                   Context(PARTS, terse=share)) for share in (0.0, 1.0))
+        assert usual.images == terse.images and [turn.label for turn in usual.turns] == [
+            turn.label for turn in terse.turns]
+        for turn in terse.turns:
+            name, truth = split_label(turn)
+            assert str(turn.prompt[-1]).strip() == f"{name.capitalize()}?"
+            assert turn.answer.text == f"{attributes.get(name).grades[int(truth)].capitalize()}."
+
+
 @pytest.mark.parametrize("task", ["attributes", "comparisons"])
 @pytest.mark.parametrize("parts", [("low",), ("middle", "thematic"), ("low", "high")])
 def test_only_given_parts_are_asked(demo, task, parts):

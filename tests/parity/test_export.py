@@ -156,7 +156,7 @@ def combinations(place):
         "<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"])
     cases = {
         "dinov2-smollm2": dict(
-            tokenizer=smollm, template="chatml", encoder=vision("dinov2", native_size=56), lora=LORA,
+            tokenizer=smollm, template="chatml_bare", encoder=vision("dinov2", native_size=56), lora=LORA,
             decoder=language(smollm_size, tied=True), thematic=config_lib.Thematic(pool=2, norm=True)),
         "siglip-qwen2": dict(
             tokenizer=qwen, template="qwen", encoder=vision("siglip", native_size=24, eps=1e-3),

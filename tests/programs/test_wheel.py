@@ -128,7 +128,7 @@ def test_everything_a_user_runs_works_outside_of_the_repository(calm, tmp_path):
 
 @pytest.mark.slow
 def test_the_demo_begins_and_stops_when_it_is_told_to(calm):
-    running = calm("demo", "--workdir", "runs/demo", start=True, start_new_session=True)
+    running = calm("demo", "--quick", "--workdir", "runs/demo", start=True, start_new_session=True)
     metrics = calm.work / "runs" / "demo" / "pretrain" / "metrics.jsonl"
     end = time.monotonic() + 600
     while not metrics.exists() and running.poll() is None and time.monotonic() < end:

@@ -26,6 +26,8 @@ LINES = ["6.5.", "10.0.", "What would improve this photograph?", "naïve café �
 WRITTEN = {
     "chatml": f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\n*? One.<|im_end|>\n<|im_start|>assistant\n"
               "Good.<|im_end|>\n<|im_start|>user\nTwo?<|im_end|>\n<|im_start|>assistant\n6.5.<|im_end|>\n",
+    "chatml_bare": "<|im_start|>user\n*? One.<|im_end|>\n<|im_start|>assistant\nGood.<|im_end|>\n"
+                   "<|im_start|>user\nTwo?<|im_end|>\n<|im_start|>assistant\n6.5.<|im_end|>\n",
     "qwen": "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n*? One.<|im_end|>\n"
             "<|im_start|>assistant\nGood.<|im_end|>\n<|im_start|>user\nTwo?<|im_end|>\n<|im_start|>assistant\n6.5."
             "<|im_end|>\n",
@@ -117,7 +119,7 @@ def test_a_template_whose_tokens_are_not_there_is_refused_with_those_that_are_kn
         chat_lib.load("", "chatml")
     with pytest.raises(ConfigError, match="the nearest is 'chatml'"):
         chat_lib.load("", "chatmll")
-    assert set(TEMPLATES.names()) == {"vicuna", "chatml", "llama3", "qwen", "zephyr"}
+    assert set(TEMPLATES.names()) == {"vicuna", "chatml", "chatml_bare", "llama3", "qwen", "zephyr"}
 
 
 @pytest.mark.parametrize("template", SPECIAL)

@@ -2,6 +2,7 @@
 
 import json
 import sys
+import types
 
 import jax
 import miniature
@@ -302,6 +303,20 @@ def test_every_picture_is_asked_what_programs_ask(task, reader):
 
 
 # ---- the program -------------------------------------------------------------------------------------------------
+
+
+def test_comparisons_are_not_asked_of_who_never_learned_them():
+    """The other questions are the same ones."""
+    class Silent:
+        layout, size = types.SimpleNamespace(parts=config_lib.LEVELS), 32
+
+        def answers(self, asked, pixels, limit):
+            return [""] * len(asked)
+
+    data = builders.load("demo")
+    both, alone = (protocols.attributes(Silent(), data, data.indices("test")[:6], comparisons=asked)
+                   for asked in (True, False))
+    assert len(both) > len(alone) > 20 and alone == [item for item in both if item.kind == "grade"]
 
 
 def run(*words):

@@ -29,6 +29,7 @@ class Context:
       spread: standard deviation of the Gaussian that replaces one right digit of a score, on the scale 1-10; 0 = none.
       raters: take the spread of a record's own raters where it is known.
       compose: captions and comments are composed of what is known where nobody wrote any (`composed`).
+      terse: share of the questions about an attribute that are its name alone.
     """
 
     parts: Parts
@@ -41,6 +42,7 @@ class Context:
     spread: float = 0.0
     raters: bool = False
     compose: bool = False
+    terse: float = 0.0
 
     def first(self, choices: tuple) -> tuple:
         """Those of some phrasings that are used."""

@@ -47,13 +47,20 @@ def attributes_of(record: Record, rng: np.random.Generator, context: Context) ->
         for place, (name, grade) in enumerate(asked.items()):
             attribute, cues = attributes.get(name), context.bank[name]
             question, answer = pick(rng, cues.questions), pick(rng, cues.answers[grade])
-            if rng.random() < SHORT_SHARE:
-                question, answer = f"{question} {pick(rng, _BRIEFLY)}", f"{attribute.grades[grade].capitalize()}."
+            if context.terse and rng.random() < context.terse:
+                question, answer = f"{name.capitalize()}?", _word(attribute, grade)
+            elif rng.random() < SHORT_SHARE:
+                question, answer = f"{question} {pick(rng, _BRIEFLY)}", _word(attribute, grade)
             prompt = (question,) if place else (Mention(0, (level,)), f" {question}")
             turns.append(Turn(prompt, Answer(answer), f"{name}={grade}"))
     if not turns:  # every question of these levels is unfit for this picture; comparisons never are
         return comparisons(record, rng, context)
     return (ImageRef(record.image.index, record.image.window, edits),), tuple(turns), None
+
+
+def _word(attribute: attributes.Attribute, grade: int) -> str:
+    """The bare grade as an answer."""
+    return f"{attribute.grades[grade].capitalize()}."
 
 
 def _draw_grades(record: Record, rng: np.random.Generator, levels: Parts) -> dict[str, dict[str, int]]:
