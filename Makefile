@@ -78,8 +78,11 @@ $(OLD)/.installed: requirements-transformers-4.46.lock | $(UV)
 		'import importlib.metadata as m; print(next(r for r in m.requires("jax") if r.startswith("libtpu")).split(";")[0])')"
 	touch $@
 
-demo demo-full: env
-	$(VENV)/bin/python -m tools.demo $(if $(filter %-full,$@),--full)
+demo: env
+	$(VENV)/bin/python -m tools.demo --workdir runs/demo
+
+demo-full: env
+	$(VENV)/bin/python -m tools.demo --full --workdir runs/demo-full
 
 test: test-env
 	$(TEST)/bin/ruff check .

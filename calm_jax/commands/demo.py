@@ -53,10 +53,10 @@ BUDGET = {
               "comments": {"steps": 120, "batch": 1, "eval_batches": 4, "eval_every": 0},
               "scores": {"steps": 10, "batch": 1, "eval_batches": 2, "eval_every": 0}},
     "full": {"warm_up": {"steps": 250, "eval_batches": 2},
-             "self_supervised": {"steps": 40, "batch": 2, "eval_batches": 4},
-             "generic": {"steps": 20, "batch": 2, "eval_batches": 4},
-             "comments": {"steps": 300, "batch": 2},
-             "scores": {"steps": 60, "batch": 2}},
+             "self_supervised": {"steps": 20, "batch": 2, "eval_batches": 2},
+             "generic": {"steps": 10, "batch": 2, "eval_batches": 2},
+             "comments": {"steps": 320, "batch": 1, "eval_batches": 8},
+             "scores": {"steps": 40, "batch": 1, "eval_batches": 4}},
 }
 RECORDS = {"short": 24, "full": 0, "quick": 0}  # of the test split that are asked about; 0 = all
 
