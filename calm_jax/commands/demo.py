@@ -87,10 +87,12 @@ def steps(workdir: pathlib.Path, extent: Extent) -> list[Step]:
                     workdir / name / "metrics.jsonl")
 
     def evaluation(task, title, model, control=None):
-        records = ("--records", str(RECORDS)) if extent == "short" else ()
-        return Step(title, ("calm_jax.evaluate", "--workdir", str(model), "--task", task, "--dataset", "demo", *records,
+        records = RECORDS if extent == "short" else 0
+        return Step(title, ("calm_jax.evaluate", "--workdir", str(model), "--task", task, "--dataset", "demo",
+                            *(("--records", str(records)) if records else ()),
                             *(("--control", str(control)) if control else ()), "--out", str(workdir / "evaluation")),
-                    workdir / "evaluation" / f"{task}-demo-test.json", (model, *((control,) if control else ())))
+                    workdir / "evaluation" / f"{task}-demo-test.json", (model, *((control,) if control else ())),
+                    asked=(("records", records), ("control", str(control or ""))))
 
     fetched = [
         Step("parts: a pretrained encoder and language model, 190 MB of Python packages",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import pathlib
 import shlex
@@ -18,8 +19,9 @@ FAST_COMPILER = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive
 class Step:
     """One command: its headline, the arguments of `python -m`, the file that it writes, and what it is made from.
 
-    `result` of a training is its metrics; an evaluation whose result is newer than all checkpoints in `sources` is
-    not repeated, nor is what is made `once` and is there. The output of a step with a `log` goes there.
+    `result` of a training is its metrics; an evaluation whose result is newer than all checkpoints in `sources`, and
+    has the values of `asked`, is not repeated, nor is what is made `once` and is there. The output of a step with a
+    `log` goes there.
     """
 
     title: str
@@ -28,6 +30,7 @@ class Step:
     sources: tuple[pathlib.Path, ...] = ()
     log: pathlib.Path | None = None
     once: bool = False
+    asked: tuple[tuple[str, object], ...] = ()
 
     @property
     def current(self) -> bool:
@@ -35,6 +38,12 @@ class Step:
         if self.once:
             return self.result.is_file()
         if not self.sources or not self.result.is_file():
+            return False
+        try:
+            found = json.loads(self.result.read_text()) if self.asked else {}
+        except ValueError:  # it says itself what is wrong with its file
+            return False
+        if any(found.get(name) != value for name, value in self.asked):
             return False
         made = [marker.stat().st_mtime for source in self.sources for marker in source.rglob("COMPLETE.json")]
         return bool(made) and max(made) < self.result.stat().st_mtime

@@ -100,5 +100,9 @@ def test_an_evaluation_is_current_when_it_is_newer_than_its_checkpoints(tmp_path
         os.utime(path, (1000 + number, 1000 + number))
     assert commands.Step("", (), result, (tmp_path / "model",)).current == (later == "result")
     assert not commands.Step("", (), result).current, "a training decides by itself"
+    result.write_text('{"records": 24}')
+    os.utime(result, (2000, 2000))
+    assert [commands.Step("", (), result, (tmp_path / "model",), asked=(("records", number),)).current
+            for number in (24, 36)] == [True, False]
     assert commands.Step("", (), result, once=True).current
     assert not commands.Step("", (), tmp_path / "not yet", once=True).current
