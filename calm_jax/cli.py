@@ -473,7 +473,7 @@ def demo(
         workdir: Annotated[str, typer.Option(metavar="DIR", help="Folder of everything; default: runs/demo, "
                                              "runs/demo-full or runs/demo-quick.", show_default=False)] = "",
         full: Annotated[bool, typer.Option("--full", help="Train for longer, and a control on shuffled labels "
-                                           "besides: an hour instead of ten minutes.")] = False,
+                                           "besides.")] = False,
         quick: Annotated[bool, typer.Option("--quick", help="A few steps of a smaller model from nothing, to see that "
                                             "it works.")] = False) -> int:
     """Join pretrained parts to a model that judges photos, and show it on a page."""

@@ -31,6 +31,7 @@ TITLE = "calm_jax: the laptop model"
 LEAD = ("CALM, a multimodal language model that looks at photographs and says how beautiful they are and why: a "
         "pretrained encoder (a DINOv2 ViT-S/14) and a pretrained language model (SmolLM2-135M), joined here by the "
         "four processes of its paper.")
+QUICK_TITLE = "calm_jax: a few steps from nothing"
 QUICK_LEAD = ("CALM, a multimodal language model that looks at photographs and says how beautiful they are and why, "
               "trained here from nothing through all four processes of its paper, in a geometry smaller than “tiny”.")
 NOTES = (
@@ -45,7 +46,7 @@ NOTES = (
 EVERYTHING = "everything on this page"
 QUICK_NOTE = "This page was made with --quick: a handful of steps, so every answer is expected to be nonsense."
 
-# process -> fields that differ from the recipe's: what goes into ten minutes of two cores, and into an hour (ours).
+# process -> fields that differ from the recipe's: ten minutes of two cores, and how long `full` trains (ours).
 BUDGET = {
     "short": {"warm_up": {"steps": 60, "versions": 1, "train_share": 0.6, "eval_batches": 1},
               "self_supervised": {"steps": 3, "batch": 1, "versions": 1, "eval_batches": 1},
@@ -165,7 +166,7 @@ def write_report(workdir: pathlib.Path, plan: list[Step], spent: dict[str, float
                         *([f"--{extent}"] if extent != "short" else [])])
     trained = [step.result.parent.name for step in plan if step.result.name == "metrics.jsonl"]
     return report.write(
-        workdir / "report.html", title=TITLE, lead=QUICK_LEAD if quick else LEAD,
+        workdir / "report.html", title=QUICK_TITLE if quick else TITLE, lead=QUICK_LEAD if quick else LEAD,
         notes=(QUICK_NOTE, *NOTES) if quick else NOTES, workdirs={name: workdir / name for name in trained},
         results=[json.loads(step.result.read_text()) for step in plan if step.sources],
         commands=[report.Command(EVERYTHING, whole), *ran], seconds=seconds, truth="composed")

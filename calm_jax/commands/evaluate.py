@@ -139,7 +139,7 @@ def _answers(saved: Saved, options: Options, dataset: Dataset, indices: Sequence
     trained = model.config.processes[model.saved.meta["process"]]
     parts = trained.parts if options.task != "attributes" else config_lib.LEVELS
     generator = Replies(Generator(model.config.model, model.parameters, model.chat, parts, model.dtype), replies,
-                        {**asked, "replies": lineage.identity(saved)})
+                        {**asked, "comparisons": comparisons, "replies": lineage.identity(saved)})
     del model  # the generator holds its weights in arrays of its own
     if options.task == "attributes":
         if unlearned := [f"the level {level}" for level in config_lib.LEVELS if level not in trained.parts]:

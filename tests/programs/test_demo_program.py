@@ -29,6 +29,7 @@ def test_the_quick_demo_ends_with_a_page_and_goes_on_where_it_stopped(tmp_path):
     page = pathlib.Path(done.stdout.splitlines()[-1].removeprefix("report: "))
     assert page == tmp_path / "demo" / "report.html" and page.is_file()
     text = page.read_text(encoding="utf-8")
+    assert demo.TITLE not in text and demo.QUICK_TITLE in text
     for name in ("self_supervised", "generic", "comments", "scores", "--control", "--quick"):
         assert name in text
     assert "[1/8] training" in done.stdout and "peak memory" in done.stdout
