@@ -10,12 +10,11 @@ from __future__ import annotations
 
 import ctypes
 import faulthandler
-import math
+import functools
 import os
 import signal
 import sys
 import threading
-import time
 from collections.abc import Mapping
 
 import jax
@@ -107,25 +106,21 @@ def _stacks_on_signal() -> None:
     """
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
-    lock, last = threading.Lock(), -math.inf
-
-    def show(*_):
-        nonlocal last
-        if lock.acquire(blocking=False):  # both ways of the signal, below, arrive here
-            try:
-                if time.monotonic() - last > 0.1:
-                    faulthandler.dump_traceback(all_threads=True)
-                    last = time.monotonic()
-            finally:
-                lock.release()
+    show = functools.partial(faulthandler.dump_traceback, all_threads=True)
 
     def wait():
         while received := os.read(reader, 1):
             if received[0] == DUMP:
                 show()
 
+    def handler(*_):
+        told = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+        if told != writer:  # an event loop in the main thread, which hears of signals for a while instead
+            signal.set_wakeup_fd(told, warn_on_full_buffer=False)
+            show()
+
     threading.Thread(target=wait, name="stacks", daemon=True).start()
-    signal.signal(DUMP, show)  # an event loop in the main thread takes the pipe away for a while
+    signal.signal(DUMP, handler)
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
 
 

@@ -199,26 +199,29 @@ def test_training_under_a_supervisor(tmp_path):
         pass
 
 
-def test_asking_for_stacks_ends_no_process():
-    """Threads that call and return all the time are read while they stand still; and a main thread in native code
-    is no obstacle."""
-    child = ("import sys, threading, time\nfrom calm_jax.training import processes\nprocesses.supervised()\n"
-             "def deep(n): return n and deep(n - 1)\n"
+@pytest.mark.parametrize(("main", "frame"), [
+    ("def main_is_here(): print('ready', flush=True); time.sleep(100)\nmain_is_here()", "in main_is_here"),
+    ("async def main():\n  asyncio.get_running_loop().add_signal_handler(signal.SIGUSR2, print)\n"
+     "  print('ready', flush=True); await asyncio.sleep(100)\nasyncio.run(main())", "in run_forever")],
+    ids=["native", "loop"])
+def test_asking_for_stacks_shows_them_and_ends_no_process(main, frame):
+    """Once for each time, whatever the main thread does: native code, or an event loop that hears of signals itself.
+    Threads that call and return all the time are read while they stand still."""
+    child = ("import asyncio, signal, threading, time\nfrom calm_jax.training import processes\n"
+             "processes.supervised()\ndef deep(n): return n and deep(n - 1)\n"
              "def busy():\n  while True: deep(900)\n"
-             "for _ in range(3): threading.Thread(target=busy, daemon=True).start()\n"
-             "def main_is_here(): print('ready', flush=True); time.sleep(600)\n"
-             "main_is_here()")
+             f"for _ in range(3): threading.Thread(target=busy, daemon=True).start()\n{main}")
     running = subprocess.Popen([sys.executable, "-c", child], cwd=miniature.ROOT, env=miniature.environment(),
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert running.stdout.readline() == "ready\n"
     for _ in range(40):
         running.send_signal(signal.SIGUSR1)
-        while "in main_is_here" not in (line := running.stderr.readline()):
+        while frame not in (line := running.stderr.readline()):
             assert line, running.wait()
-        time.sleep(0.12)
     assert running.poll() is None
     running.kill()
-    running.communicate()
+    said = running.communicate()[1]
+    assert frame not in said
 
 
 def test_training_that_cannot_go_on_has_an_exit_code_of_its_own():
