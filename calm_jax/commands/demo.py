@@ -56,7 +56,7 @@ BUDGET = {
     "full": {"warm_up": {"steps": 250, "eval_batches": 2},
              "self_supervised": {"steps": 20, "batch": 2, "eval_batches": 2},
              "generic": {"steps": 10, "batch": 2, "eval_batches": 2},
-             "comments": {"steps": 320, "batch": 1, "eval_batches": 8},
+             "comments": {"steps": 300, "batch": 1, "eval_batches": 8},
              "scores": {"steps": 40, "batch": 1, "eval_batches": 4}},
 }
 RECORDS = 36  # of the test split that the short one is asked about; the others: all
