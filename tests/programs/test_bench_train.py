@@ -29,6 +29,7 @@ from tools.bench import gpu as bench_gpu
 from tools.bench import inference as bench_inference
 from tools.bench import page as bench_page
 from tools.bench import pictures as bench_pictures
+from tools.bench import products as bench_products
 from tools.bench import train as bench_train
 
 torch = pytest.importorskip("torch", reason="torch is not here; make test has it")
@@ -255,11 +256,40 @@ def test_the_benchmark_runs_both_sides(capfd):
     assert "NOT the whole model: 1 of 2 blocks" in text and "calm_jax / torch: time " in text
     [cells] = bench_train.cells(result)
     assert cells[0].startswith("1 of 2 blocks of the language model: ") and "tokens/s" in cells[1]
-    assert cells[2] == f"{ours['median_s'] / theirs['median_s']:.2f}"
+    times = result["products"]["seconds"]
+    left = (ours["median_s"] - times["calm_jax"] + times["torch"]) / theirs["median_s"]
+    assert cells[2] == f"{ours['median_s'] / theirs['median_s']:.2f}; {left:.2f} with torch's products"
+    assert f"with torch's products, time {left:.2f}" in text
     result["results"]["torch"] = {"error": "out of memory"}
     assert "out of memory" in bench_train.show(result) and bench_train.cells(result)[0][1:] == ["out of memory", "", ""]
     with pytest.raises(ConfigError, match="--depth 3: the language model has 2 blocks"):
         bench_train.measure(of, against=True, rounds=1, depth=3)
+
+
+@pytest.mark.parametrize("name", ["all", "fine-tuning", "lora"])
+def test_the_products_of_a_step_are_those_of_its_linear_layers(name):
+    """Of the language model all but attention, of the encoder all but the patch embedding, of the MFAM none."""
+    of = dataclasses.replace(CASES[name], model=dataclasses.replace(CASES[name].model, remat="none"))
+    learns, model, process = bench_train.learning(of), of.model, of.processes["only"]
+    found = bench_products.of_step(of, learns)
+    language = process.batch * flops.language(model, process.row.tokens, process.row.answers).weights
+    encoder = process.batch * process.row.images * flops.encoder(model).weights
+
+    def work(of):
+        return sum(2 * product.rows * product.inputs * product.outputs * of(product) for product in found)
+
+    learned = encoder * (name == "all")
+    for of, most in ((lambda one: one.forward, language + encoder), (lambda one: one.towards_input, language + learned),
+                     (lambda one: one.towards_kernel, (language + learned) * (name != "lora"))):
+        assert 0.6 * most <= work(of) <= most
+
+
+def test_both_sides_multiply_what_a_step_multiplies():
+    """The same numbers, whichever way a kernel lies: what is timed is what it says."""
+    product = bench_products.Product(rows=5, inputs=4, outputs=3, forward=1, towards_input=2, towards_kernel=1)
+    assert product.flops == 2 * 5 * 4 * 3 * 4
+    ours, theirs = (side([product])() for side in (bench_products.jax_side, bench_products.torch_side))
+    assert ours == pytest.approx(theirs, rel=1e-5) and ours != 0
 
 
 # ---- the page ------------------------------------------------------------------------------------------------------

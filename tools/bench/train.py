@@ -13,6 +13,9 @@ length, so that neither datasets nor photographs are needed. Real rows take the 
 hold fewer tokens: training logs their `fill`.
 
 Model FLOPs are those of `calm_jax.models.flops`: what the process needs, whatever is computed again to save memory.
+
+On CPU, where two libraries multiply at different rates, both also multiply what their steps multiply and nothing else
+(products.py): the report says what is left of the ratio once that difference is taken off.
 """
 
 from __future__ import annotations
@@ -31,7 +34,7 @@ import numpy as np
 from calm_jax import config as config_lib
 from calm_jax.data import pipeline
 from calm_jax.errors import ConfigError
-from tools.bench import contenders
+from tools.bench import contenders, products
 
 SECTION = "Training step"  # of docs/benchmarks.md, and the columns of its table
 COLUMNS = ("calm_jax", "torch", "time ratio", "memory ratio")
@@ -85,7 +88,20 @@ def measure(config: config_lib.Config, *, against: bool, rounds: int, depth: int
             "torch_checkpointed": checkpointed,
             "device": device, "machine": contenders.machine(device), "peak_flops": peak_flops(device),
             "numerics": played["calm_jax"].built.get("numerics", ""),
+            "products": _multiply(compete, config, learns, played) if against and device["platform"] == "cpu" else {},
             "results": {name: row(one, size, sum(work.values()), peak_flops(device)) for name, one in played.items()}}
+
+
+def _multiply(compete, config: config_lib.Config, learns: Mapping[str, bool],
+              played: Mapping[str, contenders.Played]) -> dict[str, Any]:
+    """FLOPs of the products of a step, and the median seconds that each contender takes for nothing else; {} where one
+    of them had no memory for its step."""
+    if any(one.error for one in played.values()):
+        return {}
+    alone = compete(config, {"calm_jax": "jax-products", "torch": "torch-products"})
+    times = {name: statistics.median(replies[0]["seconds"] for replies in one.rounds[1:])
+             for name, one in alone.items()}
+    return {"flops": sum(product.flops for product in products.of_step(config, learns)), "seconds": times}
 
 
 def row(played: contenders.Played, size: Mapping[str, int], work: float, peak: float | None) -> dict[str, Any]:
@@ -271,7 +287,10 @@ def _draw(shape: tuple[int, ...], dtype: Any, place: Any) -> Callable:
 def main(side: str, values: str, taught: str) -> None:
     """A contender's process, see `contenders.serve`."""
     config = config_lib.from_config_dict(json.loads(values))
-    if side == "torch":
+    if side.endswith("-products"):
+        make = products.torch_side if side.startswith("torch") else products.jax_side
+        contenders.serve(side.removesuffix("-products"), lambda: (make(products.of_step(config, learning(config))), {}))
+    elif side == "torch":
         from tools.bench import torch_side as bench_torch
         contenders.serve(side, lambda: bench_torch.torch_step(config, json.loads(taught), make_batch(config)))
     else:
@@ -304,6 +323,12 @@ def show(result: Mapping[str, Any]) -> str:
         lines.append(f"  {CHECKPOINTED}")
     if ratios := _ratios(result):
         lines.append(f"  calm_jax / torch: time {ratios[0]}, memory {ratios[1]}")
+    if left := _left(result):
+        alone = result["products"]
+        rates = ", ".join(f"{name} {seconds:.3f} s ({alone['flops'] / seconds / 1e9:.0f} GFLOP/s)"
+                          for name, seconds in alone["seconds"].items())
+        lines.append(f"  products alone, {alone['flops'] / 1e12:.3g} TFLOP: {rates}; with torch's products, time "
+                     f"{left:.2f}")
     return "\n".join(lines)
 
 
@@ -323,7 +348,18 @@ def cells(result: Mapping[str, Any]) -> list[list[str]]:
         found[0] = f"{_depth(result)}: {found[0]}"
     if result["torch_checkpointed"]:
         found[1] = f"{CHECKPOINTED}: {found[1]}"
-    return [[*found, *(_ratios(result) or ("", ""))]]
+    time, memory = _ratios(result) or ("", "")
+    if left := _left(result):
+        time += f"; {left:.2f} with torch's products"
+    return [[*found, time, memory]]
+
+
+def _left(result: Mapping[str, Any]) -> float | None:
+    """The time ratio if our products took torch's time; None where they were not measured."""
+    if not (result["products"] and _ratios(result)):
+        return None
+    (ours, theirs), times = (result["results"][name] for name in COLUMNS[:2]), result["products"]["seconds"]
+    return (ours["median_s"] - times["calm_jax"] + times["torch"]) / theirs["median_s"]
 
 
 def _depth(result: Mapping[str, Any]) -> str:
