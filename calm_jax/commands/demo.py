@@ -54,8 +54,8 @@ BUDGET = {
               "comments": {"steps": 120, "batch": 1, "eval_batches": 4, "eval_every": 0},
               "scores": {"steps": 10, "batch": 1, "eval_batches": 2, "eval_every": 0}},
     "full": {"warm_up": {"steps": 250, "eval_batches": 2},
-             "self_supervised": {"steps": 20, "batch": 2, "eval_batches": 2},
-             "generic": {"steps": 10, "batch": 2, "eval_batches": 2},
+             "self_supervised": {"steps": 20, "batch": 2, "accumulate": 2, "eval_batches": 2},
+             "generic": {"steps": 10, "batch": 2, "accumulate": 2, "eval_batches": 2},
              "comments": {"steps": 300, "batch": 1, "eval_batches": 8},
              "scores": {"steps": 40, "batch": 1, "eval_batches": 4}},
 }
@@ -87,12 +87,14 @@ def steps(workdir: pathlib.Path, extent: Extent) -> list[Step]:
                             *(f"--config.{field}={value}" for field, value in overrides.items())),
                     workdir / name / "metrics.jsonl")
 
-    def evaluation(task, title, model, control=None):
+    def evaluation(task, title, model, control=None, reader=""):
         records = RECORDS if extent == "short" else 0
+        name = "-".join(filter(None, (task, "demo-test", reader)))
         return Step(title, ("calm_jax.evaluate", "--workdir", str(model), "--task", task, "--dataset", "demo",
                             *(("--records", str(records)) if records else ()),
+                            *(("--reader", reader) if reader else ()),
                             *(("--control", str(control)) if control else ()), "--out", str(workdir / "evaluation")),
-                    workdir / "evaluation" / f"{task}-demo-test.json", (model, *((control,) if control else ())),
+                    workdir / "evaluation" / f"{name}.json", (model, *((control,) if control else ())),
                     asked=(("records", records), ("control", str(control or ""))))
 
     fetched = [
@@ -119,7 +121,7 @@ def steps(workdir: pathlib.Path, extent: Extent) -> list[Step]:
           if control else ()),
         evaluation("attributes", "evaluation: attributes", mine, control),
         evaluation("commenting", "evaluation: comments", mine),
-        evaluation("scoring", "evaluation: scores", mine),
+        evaluation("scoring", "evaluation: scores", mine, reader="expectation"),  # as `calm score` reads them
     ]
 
 
