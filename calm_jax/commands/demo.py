@@ -48,10 +48,10 @@ QUICK_NOTE = "This page was made with --quick: a handful of steps, so every answ
 
 # process -> fields that differ from the recipe's: ten minutes of two cores, and how long `full` trains (ours).
 BUDGET = {
-    "short": {"warm_up": {"steps": 60, "versions": 1, "train_share": 0.6, "eval_batches": 1},
+    "short": {"warm_up": {"steps": 80, "versions": 1, "train_share": 0.6, "eval_batches": 1},
               "self_supervised": {"steps": 3, "batch": 1, "versions": 1, "eval_batches": 1},
               "generic": {"steps": 3, "batch": 1, "eval_batches": 1},
-              "comments": {"steps": 120, "batch": 1, "eval_batches": 4, "eval_every": 0},
+              "comments": {"steps": 140, "batch": 1, "eval_batches": 4, "eval_every": 0},
               "scores": {"steps": 10, "batch": 1, "eval_batches": 2, "eval_every": 0}},
     "full": {"warm_up": {"steps": 250, "eval_batches": 2},
              "self_supervised": {"steps": 20, "batch": 2, "accumulate": 2, "eval_batches": 2},

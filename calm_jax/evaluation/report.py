@@ -455,6 +455,12 @@ def _draw_rate(run, process, axes) -> None:
     axes.xaxis.get_major_locator().set_params(integer=True)
 
 
+READ = {"text": "read from the words of the answer",
+        "expectation": "the mean of all decimals by the model's own probabilities of saying them",
+        "levels": "the mean of five words from bad to excellent by the model's own probabilities of saying them",
+        "head": "the regression head's"}
+
+
 def scores(result: Mapping[str, Any] | None, truth: str) -> dict[str, Any] | None:
     """The scatter plot and the table of a scoring result."""
     if result is None:
@@ -482,6 +488,6 @@ def scores(result: Mapping[str, Any] | None, truth: str) -> dict[str, Any] | Non
     names = (("plcc", "PLCC", "linear correlation"), ("srcc", "SRCC", "rank correlation"),
              ("mae", "MAE", "mean absolute error, points"))
     return {"plot": plots.plot("scores", draw, width=4.6, height=4.4), "n": table["n"],
-            "failures": table["parse_failures"],
+            "failures": table["parse_failures"], "read": READ[result["reader"]],
             "distinct": len({said for pairs_ in points.values() for _, said in pairs_}),
             "rows": [(name, meaning, table.get(key), table.get(f"{key}_interval")) for key, name, meaning in names]}

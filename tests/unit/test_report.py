@@ -85,8 +85,8 @@ def results():
         patch.setattr(metrics, "RESAMPLES", 100)
         tables = {"attributes": (asked, protocols.attribute_table(asked, control)),
                   "commenting": (comments, {"n": len(comments)}), "scoring": (scored, protocols.score_table(scored))}
-    return [{"model": f"runs/{task}", "task": task, "dataset": "demo", "split": "test", "table": table,
-             "answers": json.loads(json.dumps([dataclasses.asdict(item) for item in answers]))}
+    return [{"model": f"runs/{task}", "task": task, "dataset": "demo", "split": "test", "reader": "text",
+             "table": table, "answers": json.loads(json.dumps([dataclasses.asdict(item) for item in answers]))}
             for task, (answers, table) in tables.items()]
 
 
