@@ -134,6 +134,11 @@ SMALL = {
 }
 
 
+# Code: the most memory that this process has held, KiB. `ru_maxrss` begins with that of the process it was forked from,
+# here a test worker with everything that it has loaded.
+PEAK = "int(open('/proc/self/status').read().split('VmHWM:')[1].split()[0])"
+
+
 def command(workdir: pathlib.Path, *extra: str, values: dict | None = None) -> list[str]:
     """The training program on configs/pretrain.py with SMALL (or `values`) as overrides."""
     return [sys.executable, "-m", "calm_jax.train", "--config", "configs/pretrain.py", "--workdir", str(workdir),

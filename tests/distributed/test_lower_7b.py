@@ -12,7 +12,7 @@ import pytest
 MINUTES, GIBIBYTES = 2, 8
 
 CODE = textwrap.dedent("""
-    import importlib.util, json, resource, sys, time
+    import importlib.util, json, sys, time
     begin = time.monotonic()
     import jax, jax.numpy as jnp
     from calm_jax import config as config_lib
@@ -33,9 +33,9 @@ CODE = textwrap.dedent("""
     count = lambda table: sum(s.size for s in table.values())
     print(json.dumps({
         "seconds": time.monotonic() - begin, "trained": count(trained), "frozen": count(frozen), "module": text,
-        "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "peak": PEAK * 1024,
         "arrays": sum(a.nbytes for a in jax.live_arrays())}))
-""")
+""").replace("PEAK", miniature.PEAK)
 
 
 @pytest.mark.parametrize(("config", "process", "trained"), [

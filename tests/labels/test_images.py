@@ -263,8 +263,8 @@ def test_a_large_picture_is_reduced_to_what_it_would_be(tmp_path, monkeypatch, m
 def test_giants_take_turns(tmp_path):
     """One or four threads of one process, each with 179 megapixels of grey with transparency in 350 kB."""
     Image.new("LA", (13_370, 13_370), (90, 128)).save(tmp_path / "a.png", compress_level=1)
-    code = ("import resource, sys, threading; from calm_jax.data import pictures; "
-            "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10; before = peak(); "
+    code = ("import sys, threading; from calm_jax.data import pictures; "
+            f"peak = lambda: {miniature.PEAK} >> 10; before = peak(); "
             "read = lambda: sizes.append(pictures.read(sys.argv[1]).nbytes); sizes = []; "
             "threads = [threading.Thread(target=read) for _ in range(int(sys.argv[2]))]; "
             "[t.start() for t in threads]; [t.join() for t in threads]; print(peak() - before, *sizes)")
@@ -276,14 +276,15 @@ def test_giants_take_turns(tmp_path):
 
 
 def test_threads_share_the_memory_of_decoding_whatever_the_format(tmp_path):
-    """Eight threads each with 4 megapixels that take up to 128 MB, and 150 MiB for all of them."""
+    """Eight threads each with 4 megapixels that take up to 128 MB, and 150 MiB for all of them, beside what they give
+    and the libraries that they load."""
     side, made = 2000, {"la.png": "LA", "rgba.webp": "RGBA", "rgb.jp2": "RGB", "f.tif": "F", "rgb.jpg": "RGB"}
     for name, mode in made.items():
         Image.new(mode, (side, side)).save(tmp_path / name, **{"jpg": {"progressive": True, "subsampling": 0}, "webp": {
             "method": 0}, "tif": {"compression": "tiff_deflate"}}.get(name.split(".")[1], {}))
-    code = ("import pathlib, resource, sys, threading; from calm_jax.data import pictures; "
+    code = ("import pathlib, sys, threading; from calm_jax.data import pictures; "
             "pictures._DECODING = pictures.Budget(150 << 20); done = []; "
-            "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10; before = peak(); "
+            f"peak = lambda: {miniature.PEAK} >> 10; before = peak(); "
             "read = lambda path: done.append(pictures.read(path).shape); "
             "groups = [[threading.Thread(target=read, args=(path,)) for _ in range(8)] "
             "for path in pathlib.Path(sys.argv[1]).iterdir()]; "
@@ -292,7 +293,7 @@ def test_threads_share_the_memory_of_decoding_whatever_the_format(tmp_path):
     done = miniature.run([sys.executable, "-c", code, str(tmp_path)], dict(os.environ))
     mebibytes, count = map(int, done.stdout.split())
     print(f"{mebibytes} MiB")
-    assert count == 8 * len(made) and mebibytes < 230 and not done.stderr
+    assert count == 8 * len(made) and mebibytes < 450 and not done.stderr  # 340; 600 without it
 
 
 def test_no_more_is_decoded_at_a_time_than_the_budget():
