@@ -87,14 +87,14 @@ def steps(workdir: pathlib.Path, extent: Extent) -> list[Step]:
                             *(f"--config.{field}={value}" for field, value in overrides.items())),
                     workdir / name / "metrics.jsonl")
 
-    def evaluation(task, title, model, control=None, reader=""):
+    def evaluation(task, title, model, control=None, reader="text"):
         records = RECORDS if extent == "short" else 0
-        name = "-".join(filter(None, (task, "demo-test", reader)))
         return Step(title, ("calm_jax.evaluate", "--workdir", str(model), "--task", task, "--dataset", "demo",
                             *(("--records", str(records)) if records else ()),
-                            *(("--reader", reader) if reader else ()),
+                            *(("--reader", reader) if reader != "text" else ()),
                             *(("--control", str(control)) if control else ()), "--out", str(workdir / "evaluation")),
-                    workdir / "evaluation" / f"{name}.json", (model, *((control,) if control else ())),
+                    workdir / "evaluation" / f"{steps_lib.result_name(task, 'demo', 'test', reader)}.json",
+                    (model, *((control,) if control else ())),
                     asked=(("records", records), ("control", str(control or ""))))
 
     fetched = [

@@ -23,6 +23,7 @@ from calm_jax import config as config_lib
 from calm_jax import files
 from calm_jax.checkpoints import lineage, locate, on_disk, restore
 from calm_jax.checkpoints.meta import Saved
+from calm_jax.commands.steps import result_name
 from calm_jax.data import builders, cues
 from calm_jax.data.samples import Dataset
 from calm_jax.data.tasks import skills
@@ -279,11 +280,6 @@ def run(workdirs: Sequence[str], task: str, *, shots: Sequence[str], out: str, *
         file = out / f"{stem}.md"
         files.write(file, compare(results) + "\n")
         print(f"\n{compare(results)}\nwritten to {file}")
-
-
-def result_name(task: str, dataset: str, split: str, reader: str = "text") -> str:
-    """Of the files of a result, without its ending: results of other readers than the paper's stand beside it."""
-    return "-".join((task, dataset, split, *((reader,) if task == "scoring" and reader != "text" else ())))
 
 
 def _once(path: str, options: Options, file: pathlib.Path) -> dict[str, Any]:

@@ -49,6 +49,11 @@ class Step:
         return bool(made) and max(made) < self.result.stat().st_mtime
 
 
+def result_name(task: str, dataset: str, split: str, reader: str = "text") -> str:
+    """Of the files of an evaluation, without their ending: those of other readers than the paper's stand beside it."""
+    return "-".join((task, dataset, split, *((reader,) if task == "scoring" and reader != "text" else ())))
+
+
 def interpreter() -> str:
     """How to call this Python from here, without a path that means something on this machine only."""
     inside = os.path.relpath(sys.executable)

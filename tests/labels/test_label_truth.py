@@ -25,7 +25,8 @@ from calm_jax.data.tasks.context import Context
 
 SIZE = 224
 SHARE = 0.95  # of the pictures where an edit is no no-op
-MEASURED = 0.9  # of these, what can be measured at all by registration
+# Share that registration may fail on, for rows of bricks and fields of stars match everywhere: that is no wrong label.
+UNMEASURED = {"para": 0.0, "demo": 0.1}
 COUNTS = {"para": 500, "demo": 40}
 LUMA = np.array([0.299, 0.587, 0.114])
 
@@ -284,7 +285,7 @@ class Verdict:
     pictures: int = 0  # with at least one edit that is none
     moved: int = 0  # of these, all their grades in order
     recovered: int = 0  # of the edits that are none, within tolerance; geometric attributes only
-    unmeasured: int = 0  # of them, registration found nothing: rows of bricks and fields of stars match everywhere
+    unmeasured: int = 0  # of them, those of which registration found nothing
     pairs: int = 0  # comparisons that may be asked and could be judged
     wrong: list = dataclasses.field(default_factory=list)  # those whose answer the measurement contradicts
     lost: list = dataclasses.field(default_factory=list)  # edits that were not recovered
@@ -366,8 +367,8 @@ def test_geometric_grades_are_recovered_from_the_pixels(source, name):
     verdict = verdicts(source)[name]
     assert verdict.pictures >= 0.5 * COUNTS[source]
     edits = verdict.grades - verdict.noops
-    assert verdict.unmeasured <= (1 - MEASURED) * edits, verdict.lost
-    assert verdict.recovered >= SHARE * (edits - verdict.unmeasured), verdict.lost
+    excused = min(verdict.unmeasured, UNMEASURED[source] * edits)
+    assert verdict.recovered >= SHARE * (edits - excused), verdict.lost
 
 
 @pytest.mark.parametrize("source", COUNTS)

@@ -34,7 +34,6 @@ import typer
 
 from calm_jax import cli, files, recipes
 from calm_jax import config as config_lib
-from calm_jax.commands import evaluate
 from calm_jax.commands import steps as commands
 from calm_jax.errors import ConfigError
 from calm_jax.training import logging
@@ -82,7 +81,7 @@ def plan(workdir: pathlib.Path, data_dir: str, steps: int = 0, more: Sequence[st
                              workdir / name / "metrics.jsonl", log=workdir / f"{name}.log")
 
     def evaluation(name, model, task, *options, reader="text"):
-        file = f"{evaluate.result_name(task, dataset(), SPLIT, reader)}.json"
+        file = f"{commands.result_name(task, dataset(), SPLIT, reader)}.json"
         process = "self_supervised" if task == "attributes" else "scores"
         sources = [workdir / model / "checkpoints" / process]
         folder = workdir / "evaluation" / name
