@@ -15,10 +15,11 @@ from typing import Annotated, Any, Literal
 import typer
 
 import calm_jax
-from calm_jax import guard
+from calm_jax import guard, host_memory
 
 WIDTH = 100  # columns of the help at most
 
+COMPUTING = ("train", "evaluate", "score", "comment", "suggest", "attributes", "personalise")
 JUDGE, TRAIN, WEIGHTS, MORE = "Judge photos", "Train and evaluate", "Weights", "Plans, phrases, demonstration"
 
 SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": WIDTH,
@@ -72,7 +73,10 @@ def _checked(function: Callable) -> Callable:
 
 def main(*words: str) -> None:
     """The program. With words, they stand before those of the command line."""
-    guard.run(lambda: invoke([*words, *sys.argv[1:]]))
+    asked = [*words, *sys.argv[1:]]
+    if asked and asked[0] in COMPUTING and not {"-h", "--help"}.intersection(asked):
+        host_memory.settle()
+    guard.run(lambda: invoke(asked))
 
 
 def single(function: Callable, *, extras: bool = False) -> None:

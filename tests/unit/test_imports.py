@@ -10,7 +10,8 @@ import miniature
 import pytest
 
 PACKAGE = miniature.ROOT / "calm_jax"
-PROGRAMS = {"api", "cli", "commands", "guard", "recipes", "terminal", "train", "evaluate", "supervise", "__main__"}
+PROGRAMS = {"api", "cli", "commands", "guard", "host_memory", "recipes", "terminal", "train", "evaluate", "supervise",
+            "__main__"}
 BASE = {"errors", "registry", "config", "files", "json_files"}  # what everything else may stand on
 # part -> the parts of the package that it may import; a part with a dot is a single module. The order is the direction.
 MAY: dict[str, set[str]] = {
