@@ -11,6 +11,7 @@ list of pictures a list; no answer depends on the other pictures.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import os
 import warnings
@@ -21,6 +22,7 @@ import numpy as np
 import PIL.Image
 from jaxtyping import Float
 
+from calm_jax import config as config_lib
 from calm_jax.checkpoints import lineage, restore
 from calm_jax.data import attributes as attributes_lib
 from calm_jax.data import pictures
@@ -32,7 +34,7 @@ from calm_jax.data.tasks import instructions, skills
 from calm_jax.data.tasks.opinions import contexts, in_context
 from calm_jax.errors import ConfigError, nearest
 from calm_jax.features import keys
-from calm_jax.inference import choice
+from calm_jax.inference import choice, taste
 from calm_jax.inference.decoding import GREEDY, Sampling
 from calm_jax.inference.generate import Generator, Pictures, Pixels
 from calm_jax.inference.scorer import Score
@@ -41,6 +43,7 @@ Picture: TypeAlias = str | os.PathLike | bytes | PIL.Image.Image | np.ndarray
 SCALE = (LOWEST, HIGHEST)
 COMMENT_TOKENS = 128  # of a comment or a suggestion at most
 ATTRIBUTE_TOKENS = 24
+METHODS = ("ridge", "context")  # of personal scores: in closed form (ours), or in context (paper)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,26 +161,41 @@ class Model:
         return self._each(images, self.judged)
 
     def personalise(self, rated: Sequence[tuple[Picture, float]], images: Picture | Sequence[Picture], *,
-                    scale: tuple[float, float] = SCALE, shots: int = 0) -> Score | list[Score]:
-        """The scores that a person would give who gave some pictures the scores in `rated` (paper: in context).
+                    scale: tuple[float, float] = SCALE, method: str = "ridge", shots: int = 0) -> Score | list[Score]:
+        """The scores that a person would give who gave some pictures the scores in `rated`.
 
         Args:
           rated: pictures and that person's scores.
           scale: lowest and highest of the scores given and returned.
-          shots: rated pictures in a context, see `personal`.
+          method: one of `METHODS`: `ridge` goes from the generic scores, if the model learned to score, and from what
+            its encoder sees (`inference.taste`); `context` shows the model the rated pictures (paper).
+          shots: of `context`, see `personal`.
 
         Raises:
           ConfigError: as `personal`.
           BadRecord: a picture cannot be read.
         """
-        return self._each(images, lambda count, pixels: self.personal(rated, count, pixels, scale=scale, shots=shots))
+        return self._each(images, lambda count, pixels: self.personal(rated, count, pixels, scale=scale, method=method,
+                                                                      shots=shots))
 
     def statistics(self, images: Picture | Sequence[Picture]) -> Float[np.ndarray, "F"] | list[Float[np.ndarray, "F"]]:
         """What the visual encoder sees of each whole picture, in a few numbers: for ridge regression, groups and
         likenesses. They are those of `Generator.statistics`, kept on disk; raises as `score`."""
-        one = self.loaded("score" if "score" in self.processes else next(iter(self.processes), "score"))
-        return self._each(images, lambda count, pixels: one.generator.statistics(
+        generator = self.seeing().generator
+        return self._each(images, lambda count, pixels: generator.statistics(
             [ImageRef(index) for index in range(count)], pixels))
+
+    def seeing(self) -> Loaded:
+        """The model whose encoder is asked: that which scores, if one does; a conversion will do; raises as
+        `loaded`."""
+        if "score" in self.processes:
+            return self.loaded("score")
+        chosen = choice.seeing(self.path, self._process)
+        if chosen.process not in self._loaded:
+            if self._say:
+                self._say(chosen.line)
+            self._loaded[chosen.process] = _load(chosen)
+        return self._loaded[chosen.process]
 
     # ---- the same for pictures that are read one after the other -----------------------------------------------------
 
@@ -193,7 +211,7 @@ class Model:
             yield score if scale == SCALE else score.on(scale)
 
     def personal(self, rated: Sequence[tuple[Picture, float]], count: int, pixels: Pixels, *,
-                 scale: tuple[float, float] = SCALE, shots: int = 0) -> Iterator[Score]:
+                 scale: tuple[float, float] = SCALE, method: str = "ridge", shots: int = 0) -> Iterator[Score]:
         """`personalise` of `count` pictures, as in `scores`. What all of them share, the rated pictures, is computed
         once.
 
@@ -202,8 +220,13 @@ class Model:
             each with its share of them, and a score is the mean over them (paper.md's 100 shots are ten times ten).
 
         Raises:
-          ConfigError: nothing is rated, a score is off the scale, or so many shots do not fit.
+          ConfigError: nothing is rated, a score is off the scale, so many shots do not fit, or there is no such method.
         """
+        if method not in METHODS:
+            raise ConfigError(f"there is no method {method!r}{nearest(method, METHODS)}")
+        if shots and method != "context":
+            raise ConfigError(f"shots={shots} are pictures in a context, and the method is {method}; leave shots out, "
+                              "or set the method to context")
         if not rated:
             raise ConfigError("no picture is rated; a personal score needs at least one")
         lowest, highest = scale = checked(scale)
@@ -211,6 +234,30 @@ class Model:
             if not lowest <= score <= highest:
                 raise ConfigError(f"rated picture {place} has the score {score:g}, which is not from "
                                   f"{lowest:g} to {highest:g}, the scale")
+        ask = self._by_ridge if method == "ridge" else functools.partial(self._in_context, shots=shots)
+        return ask(rated, count, pixels, scale)
+
+    def _by_ridge(self, rated: Sequence[tuple[Picture, float]], count: int, pixels: Pixels,
+                  scale: tuple[float, float]) -> Iterator[Score]:
+        shown = Pictures(lambda index: pictures.pixels(rated[index][0]), lambda index: keys.of_source(rated[index][0]))
+        known = list(self._known(len(rated), shown))
+        own = taste.Taste.of(np.concatenate([seen for seen, _ in known]), [mapped(score, scale) for _, score in rated],
+                             _joined(generic for _, generic in known))
+        for seen, generic in self._known(count, pixels):
+            yield from (score.on(scale) for score in own.scores(seen, generic))
+
+    def _known(self, count: int, pixels: Pixels) -> Iterator[tuple[Float[np.ndarray, "n E"], list[float] | None]]:
+        """What `taste` reads of pictures, and their generic scores, or None where the model has none; by batches."""
+        generator = self.seeing().generator
+        look = Pictures.fitted(pixels, generator.size, 4 * self.batch)
+        generic = self.scores(count, look) if "score" in self.processes else None
+        for start in range(0, count, self.batch):
+            refs = [ImageRef(index) for index in range(start, min(start + self.batch, count))]
+            scores = None if generic is None else [next(generic).value for _ in refs]
+            yield taste.features(generator.statistics(refs, look), generator.encoder), scores
+
+    def _in_context(self, rated: Sequence[tuple[Picture, float]], count: int, pixels: Pixels,
+                    scale: tuple[float, float], shots: int) -> Iterator[Score]:
         one = self.loaded("personalise")
         generator = one.generator
         shown = [pictures.fit(pictures.pixels(picture), generator.size) for picture, _ in rated]
@@ -277,6 +324,11 @@ class Model:
         return answers[0] if alone else answers
 
 
+def _joined(several: Iterable[list[float] | None]) -> list[float] | None:
+    lists = list(several)
+    return None if lists[0] is None else list(itertools.chain.from_iterable(lists))
+
+
 def comment_on(aspect: str) -> str:
     """The instruction for a comment on one of `instructions.ASPECTS`, or on everything for an empty name."""
     if not aspect:
@@ -289,7 +341,8 @@ def comment_on(aspect: str) -> str:
 
 def _load(chosen: choice.Choice) -> Loaded:
     restored = restore.model(chosen.path)
-    process, identity = restored.config.processes[chosen.process], lineage.identity(restored.saved)
+    process = restored.config.processes.get(chosen.process, config_lib.Process())  # a conversion has none
+    identity = lineage.identity(restored.saved)
     if process.cues:
         identity["cues"] = fingerprint(process.cues)
     model, parameters, chat, dtype = restored.config.model, restored.parameters, restored.chat, restored.dtype

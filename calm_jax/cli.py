@@ -232,15 +232,18 @@ def personalise(
                                              "has rated; paths are relative to its folder.")] = ...,
         user: Annotated[str, typer.Option(help="Whose ratings, where the table has several people's.",
                                           show_default=False)] = "",
-        shots: Annotated[int, typer.Option(min=0, help="Rated photos in a context; 0 = as many as fit.")] = 0,
+        method: Annotated[Literal["ridge", "context"], typer.Option(
+            help="ridge: from the generic scores and what the encoder sees, in closed form; context: the rated photos "
+                 "are shown to the model (paper), which must have learned that.")] = "ridge",
+        shots: Annotated[int, typer.Option(min=0, help="context: rated photos in one; 0 = as many as fit.")] = 0,
         scale: Annotated[str, typer.Option(metavar="LOW,HIGH", help="Of the ratings and of the results.")] = "1,10",
         top_k: TopK = 0, min_score: MinScore = None, sort: Sort = None, copy_to: CopyTo = "",
         format: Format = "table", out: Out = "", batch: Batch = 16) -> int:
     """Score photos as one person would, from photos that this person has rated."""
     from calm_jax.commands.predict import verbs
     return verbs.run("personalise", paths or [], checkpoint=checkpoint, process=process, ratings=ratings, user=user,
-                     shots=shots, scale=_names(scale), top_k=top_k, min_score=min_score, sort=sort, copy_to=copy_to,
-                     format=format, out=out, batch=batch)
+                     method=method, shots=shots, scale=_names(scale), top_k=top_k, min_score=min_score, sort=sort,
+                     copy_to=copy_to, format=format, out=out, batch=batch)
 
 
 # ---- training -----------------------------------------------------------------------------------------------------
@@ -334,12 +337,14 @@ def evaluate(
                                              "suggesting: one never trained on suggestions.", show_default=False)] = "",
         threshold: Annotated[float, typer.Option(help="scoring: on the scale 1-10, above which a photo is "
                                                  "good.")] = 5.0,
+        method: Annotated[Literal["ridge", "context"], typer.Option(
+            help="personalised: in closed form on what the encoder sees, or in context, as in the paper.")] = "ridge",
         shots: Annotated[str, typer.Option(metavar="K[,K...]", help="personalised: rated photos "
                                            "shown.")] = "0,2,5,10,20",
         raters: Annotated[int, typer.Option(min=0, help="personalised: how many people; 0 = all.")] = 0,
         shown: Annotated[str, typer.Option(help="personalised: the split of the rated photos shown.")] = "train",
-        context: Annotated[int, typer.Option(min=0, help="personalised: rated photos in a context at most; more shots "
-                                             "are the mean over several contexts; 0 = as many as fit.")] = 0,
+        context: Annotated[int, typer.Option(min=0, help="personalised, context: rated photos in one at most; "
+                                             "more shots are the mean over several; 0 = as many as fit.")] = 0,
         spice: Annotated[bool | None, typer.Option("--spice/--no-spice", help="commenting: compute SPICE, or fail; "
                                                    "default: where it can be computed.", show_default=False)] = None,
         out: Annotated[str, typer.Option(metavar="DIR", help="Folder of the results; default: WORKDIR/evaluation.",
@@ -347,8 +352,8 @@ def evaluate(
     """Measure a model by a task on a data set: table, plot, answers."""
     from calm_jax.commands import evaluate as work
     work.run(_names(workdir), task, process=process, dataset=dataset, data_dir=data_dir, split=split, reader=reader,
-             records=records, control=control, threshold=threshold, shots=_names(shots), raters=raters, shown=shown,
-             context=context, spice=spice, out=out)
+             records=records, control=control, threshold=threshold, method=method, shots=_names(shots), raters=raters,
+             shown=shown, context=context, spice=spice, out=out)
 
 
 # ---- weights ------------------------------------------------------------------------------------------------------

@@ -28,10 +28,15 @@ TICK = 16  # steps after which several processes compare their clocks
 
 
 class Checkpoints:
-    """The checkpoints of one training process in one folder: saved in the background, pruned by policy."""
+    """The checkpoints of one training process in one folder: saved in the background, pruned by policy.
 
-    def __init__(self, place: str | os.PathLike, policy: config_lib.Checkpoint):
-        self.folder, self.policy = pathlib.Path(place).absolute(), policy
+    Args:
+      files: name -> content of what each carries beside its arrays, such as a tokenizer.
+    """
+
+    def __init__(self, place: str | os.PathLike, policy: config_lib.Checkpoint, files: Mapping[str, bytes] | None = None
+                 ):
+        self.folder, self.policy, self._files = pathlib.Path(place).absolute(), policy, files or {}
         self._orbax = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler())
         self._finisher: threading.Thread | None = None
         self._error: BaseException | None = None
@@ -91,6 +96,8 @@ class Checkpoints:
                 self._orbax.wait_until_finished()
                 if jax.process_index() == 0:
                     on_disk.write_json(path / META, meta)
+                    for name, content in self._files.items():
+                        (path / name).write_bytes(content)
                     on_disk.write_marker(path)
             if jax.process_index() == 0:
                 if best:

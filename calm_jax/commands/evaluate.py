@@ -46,6 +46,7 @@ class Options:
       control: checkpoint to compare with, or "".
       process: of a workdir that is measured, whatever it learned; "" = the one that learned the task.
       threshold: of the accuracies of scoring, on the scale 1-10.
+      method: of personalised, ridge or context.
       shots, raters, shown, context: of personalised.
     """
 
@@ -58,6 +59,7 @@ class Options:
     control: str = ""
     process: str = ""
     threshold: float = 5.0
+    method: str = "ridge"
     shots: tuple[int, ...] = personalised.SHOTS
     raters: int = 0
     shown: str = "train"
@@ -83,8 +85,7 @@ def evaluate(path: str, options: Options, file: pathlib.Path) -> dict[str, Any]:
     if options.records:
         places = np.linspace(0, len(indices) - 1, min(options.records, len(indices))).round().astype(int)
         indices = indices[np.unique(places)]
-    learned = saved.config.processes[saved.meta["process"]].mixture
-    comparisons = any(task == "comparisons" for _, task in learned)
+    comparisons = any(task == "comparisons" for _, task in _trained(saved).mixture)
     if options.task == "attributes" and not comparisons:
         print(f"{saved.path} never learned comparisons of two pictures, and is not asked for them", file=sys.stderr)
     ask = functools.partial(_answers, options=options, dataset=dataset, indices=indices, comparisons=comparisons,
@@ -106,6 +107,11 @@ def evaluate(path: str, options: Options, file: pathlib.Path) -> dict[str, Any]:
         _plain(dataclasses.asdict(item)) for item in answered]}
 
 
+def _trained(saved: Saved) -> config_lib.Process:
+    """The process that a checkpoint is of; a conversion learned nothing."""
+    return saved.config.processes.get(saved.meta["process"], config_lib.Process(words=0.0, light_head=1.0))
+
+
 def _kept(file: pathlib.Path) -> tuple[pathlib.Path, pathlib.Path]:
     """Where the replies of a model and of its control are kept until the result is in `file`."""
     return file.with_suffix(".replies.jsonl"), file.with_suffix(".control.replies.jsonl")
@@ -113,6 +119,10 @@ def _kept(file: pathlib.Path) -> tuple[pathlib.Path, pathlib.Path]:
 
 def _chosen(path: str, options: Options) -> list[choice.Choice]:
     """What is measured: the model, and its control if there is one, which may be one that never learned the task."""
+    if options.task == "personalised" and options.method == "ridge":
+        scores = "score" in choice.processes(path, options.process)
+        return [choice.choose(path, "score", process=options.process) if scores else
+                choice.seeing(path, options.process)]
     return [choice.choose(path, options.skill, process=options.process,
                           as_it_is=not locate.is_workdir(pathlib.Path(path))),
             *([choice.choose(options.control, options.skill, as_it_is=True)] if options.control else ())]
@@ -137,7 +147,7 @@ def _asked(path: str, options: Options, dataset: Dataset, saved: Saved,
 def _answers(saved: Saved, options: Options, dataset: Dataset, indices: Sequence[int],
              comparisons: bool, replies: pathlib.Path, asked: Mapping[str, Any]) -> list:
     model = restore.whole(saved)
-    trained = model.config.processes[model.saved.meta["process"]]
+    trained = _trained(model.saved)
     parts = trained.parts if options.task != "attributes" else config_lib.LEVELS
     generator = Replies(Generator(model.config.model, model.parameters, model.chat, parts, model.dtype), replies,
                         {**asked, "comparisons": comparisons, "replies": lineage.identity(saved)})
@@ -151,8 +161,11 @@ def _answers(saved: Saved, options: Options, dataset: Dataset, indices: Sequence
     if options.task == "suggesting":
         return suggesting.suggesting(generator, dataset, indices)
     if options.task == "personalised":
-        return personalised.personalised(generator, dataset, indices, dataset.indices(options.shown),
-                                         shots=options.shots, raters=options.raters, context=options.context)
+        shown = dataset.indices(options.shown)
+        foretell = (personalised.InContext(generator, dataset, options.context) if options.method == "context" else
+                    personalised.ByRidge(generator, dataset, [*indices, *shown],
+                                         scores=skills.state(trained, "score") == skills.TAUGHT))
+        return personalised.personalised(foretell, dataset, indices, shown, shots=options.shots, raters=options.raters)
     return protocols.opinions(generator, dataset, indices, {"scoring": "score", "commenting": "comment"}[options.task],
                               options.reader)
 
@@ -181,10 +194,11 @@ def show(result: Mapping[str, Any]) -> str:
                          f"{_with(row, 'gain'):>25}{_with(row, 'control_gain'):>26}{row['distinct']:>10}")
     elif task == "personalised":
         lines = [f"  {'shots':>5}  {'arm':<10}{'raters':>7}{'SRCC (95 % interval)':>25}{'PLCC':>11}{'MAE':>7}"
-                 f"{'gain over permuted ratings':>30}"]
+                 f"{'gain over permuted ratings':>30}{'gain over no ratings':>30}"]
         for row in table:
             lines.append(f"  {row['shots']:>5}  {row['arm']:<10}{row['raters']:>7}{_with(row, 'srcc'):>25}"
-                         f"{_figure(row['plcc']):>11}{_figure(row['mae']):>7}{_with(row, 'gain'):>30}")
+                         f"{_figure(row['plcc']):>11}{_figure(row['mae']):>7}{_with(row, 'gain'):>30}"
+                         f"{_with(row, 'over_none'):>30}")
     else:
         lines = [f"  {name:<28}{_figure(value)}" for name, value in table.items()]
     return "\n".join([title, *lines])
@@ -266,7 +280,7 @@ def run(workdirs: Sequence[str], task: str, *, shots: Sequence[str], out: str, *
     options = Options(task, shots=counts, **more)
     out = pathlib.Path(out or f"{workdirs[0]}/evaluation")
     files.folder(out)
-    stem = result_name(options.task, options.dataset, options.split, options.reader)
+    stem = result_name(options.task, options.dataset, options.split, options.reader, options.method)
     results = []
     for number, path in enumerate(workdirs):
         file = out / (f"{stem}.json" if len(workdirs) == 1 else f"{stem}-{number + 1}.json")

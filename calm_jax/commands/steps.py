@@ -49,9 +49,11 @@ class Step:
         return bool(made) and max(made) < self.result.stat().st_mtime
 
 
-def result_name(task: str, dataset: str, split: str, reader: str = "text") -> str:
-    """Of the files of an evaluation, without their ending: those of other readers than the paper's stand beside it."""
-    return "-".join((task, dataset, split, *((reader,) if task == "scoring" and reader != "text" else ())))
+def result_name(task: str, dataset: str, split: str, reader: str = "text", method: str = "context") -> str:
+    """Of the files of an evaluation, without their ending: those of other readers and methods than the paper's stand
+    beside it."""
+    other = {"scoring": [reader] if reader != "text" else [], "personalised": [method] if method != "context" else []}
+    return "-".join((task, dataset, split, *other.get(task, ())))
 
 
 def interpreter() -> str:

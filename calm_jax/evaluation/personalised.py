@@ -5,24 +5,28 @@ other pictures are correlated with that rater's own. Raters are those that train
 and the pictures in question are those of a held-out split; the rated pictures shown come from another split (ours:
 a rater of OASIS has rated too few pictures of one small split for both).
 
-Beside it stand the mean score of the raters seen in training (the crowd) and the rater's own mean; and a control in
-which the scores shown are dealt to the wrong pictures, which should be worth no more than no pictures at all.
+Ratings are used in one of two ways: shown to the model before the question (`InContext`, paper), or in closed form
+(`ByRidge`, ours). Beside them stand the mean score of the raters seen in training (the crowd) and the rater's own mean;
+and a control in which the scores shown are dealt to the wrong pictures, which should be worth no more than no pictures
+at all.
 """
 
 from __future__ import annotations
 
 import collections
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import tqdm
 
-from calm_jax.data.samples import Dataset, Sample
+from calm_jax.data.samples import Answer, Dataset, Mention, Sample, Turn
 from calm_jax.data.scale import mapped
+from calm_jax.data.tasks import instructions
 from calm_jax.data.tasks.opinions import contexts, held_out, in_context
 from calm_jax.errors import ConfigError
 from calm_jax.evaluation import metrics
+from calm_jax.inference import taste
 from calm_jax.inference.generate import Generator
 
 SEED = 15_485_863
@@ -46,19 +50,84 @@ class Verdict:
     said: float
 
 
-def personalised(generator: Generator, dataset: Dataset, asked: Sequence[int], shown: Sequence[int], *,
-                 shots: Sequence[int] = SHOTS, raters: int = 0, context: int = 0, batch: int = 16) -> list[Verdict]:
-    """Asks for the scores of held-out raters.
+# (record, score on 1-10) of rated pictures, records in question -> what the rater would say of those, or None: nothing
+Foretell = Callable[[Sequence[tuple[int, float]], Sequence[int]], Sequence[float] | None]
+
+
+@dataclasses.dataclass(frozen=True)
+class InContext:
+    """The rated pictures come before the question.
+
+    Attributes:
+      most: rated pictures before a question; 0 = as many as fit. More are several contexts, each with its share of
+        them, and a score is the mean over them.
+    """
+
+    generator: Generator
+    dataset: Dataset
+    most: int = 0
+    batch: int = 16
+
+    def __call__(self, rated: Sequence[tuple[int, float]], queries: Sequence[int]) -> list[float]:
+        """Raises ConfigError where a context does not fit the model's positions."""
+        generator, dataset = self.generator, self.dataset
+        support = [(dataset.record(index).image, score) for index, score in rated]
+        parts, found = generator.layout.parts, []
+        image = dataset.record(queries[0]).image
+        for places in contexts(len(support), self.most, lambda shown: generator.fits(Sample(*in_context(
+                support[:shown], image, parts)))):
+            shown = [support[place] for place in places]
+            questions = [(Sample(*in_context(shown, dataset.record(index).image, parts)), len(shown))
+                         for index in queries]
+            memory = generator.remember(questions[0][0], len(shown), dataset.pixels) if shown else None
+            found.append([score.value for score in generator.scores(questions, dataset.pixels, batch=self.batch,
+                                                                    memory=memory)])
+        return np.mean(found, 0).tolist()
+
+
+class ByRidge:
+    """The ratings in closed form, see `inference.taste`; each picture is looked at once for all raters.
+
+    Args:
+      indices: all records in question or shown.
+      scores: the model learned to score; else nothing is foretold without ratings.
+    """
+
+    def __init__(self, generator: Generator, dataset: Dataset, indices: Sequence[int], *, scores: bool,
+                 batch: int = 16):
+        refs = [dataset.record(int(index)).image for index in indices]
+        self._places = {int(index): place for place, index in enumerate(indices)}
+        self._seen = taste.features(generator.statistics(refs, dataset.pixels), generator.encoder)
+        self._generic: np.ndarray | None = None
+        if scores:
+            question = f" {instructions.for_reader('expectation')}"
+            asked = ((Sample((ref,), (Turn((Mention(0, generator.layout.parts), question), Answer("")),)), 0)
+                     for ref in refs)
+            self._generic = np.asarray([score.value for score in tqdm.tqdm(generator.scores(
+                asked, dataset.pixels, batch=batch), desc="generic scores", total=len(refs), unit="answer")])
+
+    def __call__(self, rated: Sequence[tuple[int, float]], queries: Sequence[int]) -> list[float] | None:
+        places = [self._places[int(index)] for index in queries]
+        generic = None if self._generic is None else self._generic[places]
+        if not rated:
+            return None if generic is None else generic.tolist()
+        known = [self._places[int(index)] for index, _ in rated]
+        own = taste.Taste.of(self._seen[known], [score for _, score in rated],
+                             None if self._generic is None else self._generic[known])
+        return [score.value for score in own.scores(self._seen[places], generic)]
+
+
+def personalised(foretell: Foretell, dataset: Dataset, asked: Sequence[int], shown: Sequence[int], *,
+                 shots: Sequence[int] = SHOTS, raters: int = 0) -> list[Verdict]:
+    """Foretells the scores of held-out raters.
 
     Args:
       asked: records whose scores are foretold.
       shown: records from which the rated pictures are drawn.
       raters: how many people at most; 0 = all who have rated enough.
-      context: rated pictures before a question at most; 0 = as many as fit. More shots are several contexts, each with
-        its share of them, and a score is the mean over them.
 
     Raises:
-      ConfigError: nobody has rated enough, or a context does not fit the model's positions.
+      ConfigError: nobody has rated enough; or as `foretell`.
     """
     own, crowd = _ratings(dataset, asked)
     known, _ = _ratings(dataset, shown)
@@ -81,11 +150,12 @@ def personalised(generator: Generator, dataset: Dataset, asked: Sequence[int], s
         add(0, "crowd", [crowd[index] for index in queries])
         for count in shots:
             rated = [(int(index), known[rater][index]) for index in order[:count]]
-            add(count, "own", _foretold(generator, dataset, rated, queries, batch, context))
+            if (said := foretell(rated, queries)) is not None:
+                add(count, "own", said)
             if count:
                 dealt = [(index, float(score)) for (index, _), score in zip(
                     rated, rng.permutation([score for _, score in rated]), strict=True)]
-                add(count, "permuted", _foretold(generator, dataset, dealt, queries, batch, context))
+                add(count, "permuted", foretell(dealt, queries))
                 add(count, "mean", [np.mean([score for _, score in rated])] * len(queries))
     return found
 
@@ -106,23 +176,10 @@ def _ratings(dataset: Dataset, indices: Sequence[int]) -> tuple[dict[str, dict[i
     return own, crowd
 
 
-def _foretold(generator: Generator, dataset: Dataset, rated: Sequence[tuple[int, float]], queries: Sequence[int],
-              batch: int, most: int) -> list[float]:
-    support = [(dataset.record(index).image, score) for index, score in rated]
-    parts, found = generator.layout.parts, []
-    image = dataset.record(queries[0]).image
-    for places in contexts(len(support), most, lambda shown: generator.fits(Sample(*in_context(
-            support[:shown], image, parts)))):
-        shown = [support[place] for place in places]
-        questions = [(Sample(*in_context(shown, dataset.record(index).image, parts)), len(shown)) for index in queries]
-        memory = generator.remember(questions[0][0], len(shown), dataset.pixels) if shown else None
-        found.append([score.value for score in generator.scores(questions, dataset.pixels, batch=batch, memory=memory)])
-    return np.mean(found, 0).tolist()
-
-
 def personal_table(found: Sequence[Verdict]) -> list[dict]:
     """A row an arm and number of shots: mean over raters of SRCC, PLCC and MAE, with intervals over raters; and the
-    gain in SRCC of true scores over permuted ones. Raters of whom a correlation is not defined do not count in it."""
+    gain in SRCC of true scores over permuted ones, and over no ratings. Raters of whom a correlation is not defined do
+    not count in it."""
     groups: dict[tuple[str, int], dict[str, list[Verdict]]] = {}
     for item in found:
         groups.setdefault((item.arm, item.shots), {}).setdefault(item.rater, []).append(item)
@@ -139,10 +196,10 @@ def personal_table(found: Sequence[Verdict]) -> list[dict]:
             row |= _mean(name, np.asarray(each))
         rows.append(row)
     for row in rows:
-        other = correlations.get(("permuted", row["shots"]))
-        if row["arm"] == "own" and other:
-            mine = correlations["own", row["shots"]]
-            row |= _mean("gain", np.asarray([mine[rater] - other[rater] for rater in mine]))
+        for name, key in (("gain", ("permuted", row["shots"])), ("over_none", ("own", 0))):
+            if row["arm"] == "own" and row["shots"] and (other := correlations.get(key)):
+                mine = correlations["own", row["shots"]]
+                row |= _mean(name, np.asarray([mine[rater] - other[rater] for rater in mine]))
     return rows
 
 

@@ -30,6 +30,7 @@ class Replies:
         self._generator, self._path, self._place = generator, path, 0
         self.layout, self.size, self.longest, self.fits = (generator.layout, generator.size, generator.longest,
                                                            generator.fits)
+        self.encoder, self.statistics = generator.encoder, generator.statistics  # which are kept on disk as it is
         # The last line has no end where a program was killed while it wrote.
         lines = path.read_text().split("\n")[:-1] if path.is_file() else []
         begun = bool(lines) and lines[0] == json.dumps(asked)

@@ -63,6 +63,17 @@ def choose(path: str | os.PathLike, skill: str, *, process: str = "", as_it_is: 
     raise ConfigError(_refusal(given, skill, found))
 
 
+def seeing(path: str | os.PathLike, process: str = "") -> Choice:
+    """The last process of a workdir, or a conversion, which has learned nothing: any has an encoder that sees.
+
+    Raises:
+      CheckpointError, ConfigError: as `processes`.
+    """
+    found = _candidates(pathlib.Path(path), process)
+    name = process or next(reversed(found))
+    return Choice(found[name].path, name, skills.UNTAUGHT, f"{found[name].path} is asked for what its encoder sees")
+
+
 def processes(path: str | os.PathLike, process: str = "") -> dict[str, str]:
     """Skill -> the process that `choose` takes for it, without the skills that nothing there was taught.
 

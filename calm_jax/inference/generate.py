@@ -101,7 +101,7 @@ class Generator:
         self.parameters = unroll(parameters, transposed=transposed)
         self.layout = Layout.of(model, parts)
         self.size, self.longest = model.encoder.image_size, model.decoder.positions
-        self.padding = model.encoder.padding
+        self.padding, self.encoder = model.encoder.padding, model.encoder
         self.geometry = Geometry.of(model, unrolled=True, transposed=transposed)
         places = [leaf.sharding for leaf in self.parameters.values() if isinstance(leaf.sharding, NamedSharding)]
         self.mesh = places[0].mesh if places and places[0].mesh.size > 1 else None

@@ -167,7 +167,10 @@ def _tile(q, k, v, q_segments, kv_segments, start, causal):
 
 def _weighed(q, k, v, mask):
     """The means of v under the softmax of the scores where `mask` `[B or 1, t, S]`, if any, holds."""
-    scores = jnp.einsum("bkgth,bksh->bkgts", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+    scores = jnp.einsum("bkgth,bksh->bkgts", q, k, preferred_element_type=jnp.float32)
+    if layers.platform() == "cpu":
+        scores = layers.kept_apart(scores)
+    scores = scores * q.shape[-1] ** -0.5
     if mask is not None:
         # The barrier keeps the bias [B, t, S] an array: fused, XLA compares again for every head and every pass.
         bias = jax.lax.optimization_barrier(jnp.where(mask, 0.0, -1e30).astype(jnp.float32))

@@ -86,6 +86,40 @@ def times_transposed(x: Float[Array, "... I"], kernel: Float[Array, "O I"]) -> F
     return jnp.moveaxis(jax.lax.dot_general(kernel, x, (((1,), (last,)), ((), ()))), 0, -1)
 
 
+@jax.custom_vjp
+def product(x: Float[Array, "... I"], kernel: Float[Array, "I O"]) -> Float[Array, "... O"]:
+    """`x @ kernel`, whose gradients XLA computes faster on CPU than those of the plain product.
+
+    There it fuses what the gradient of y is computed with into both products that read it, and writes it transposed for
+    the kernel's, element by element. Here that gradient is an array, and the kernel's product reads both as they lie:
+    an MLP of `laptop`, forwards and backwards, took 0.40 of the time on two cores of an AMD EPYC.
+    """
+    return x @ kernel
+
+
+def _product_forward(x, kernel):
+    return x @ kernel, (x, kernel)
+
+
+def _product_backward(kept, dy):
+    x, kernel = kept
+    dy, rows = jax.lax.optimization_barrier(dy), tuple(range(x.ndim - 1))
+    return (jax.lax.dot_general(dy, kernel, (((x.ndim - 1,), (1,)), ((), ()))),
+            jax.lax.dot_general(x, dy, ((rows, rows), ((), ()))))
+
+
+product.defvjp(_product_forward, _product_backward)
+
+
+@jax.custom_vjp
+def kept_apart(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """x, whose gradient is an array that XLA fuses into nothing which reads it, see `product`."""
+    return x
+
+
+kept_apart.defvjp(lambda x: (x, None), lambda _, dx: (jax.lax.optimization_barrier(dx),))
+
+
 class Linear(nnx.Module):
     """`y = x @ kernel + bias`, plus a low-rank update where `models.lora.add` has put one.
 
@@ -106,7 +140,8 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Float[Array, "... I"], key: Key[Array, ""] | None = None) -> Float[Array, "... O"]:
         kernel = _gathered(self.kernel[...].astype(x.dtype))
-        y = times_transposed(x, kernel) if self.transposed else x @ kernel
+        multiply = times_transposed if self.transposed else product if platform() == "cpu" else jnp.matmul
+        y = multiply(x, kernel)
         if self.bias is not None:
             y = y + self.bias[...].astype(x.dtype)
         if self.lora is not None:

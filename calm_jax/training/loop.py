@@ -78,7 +78,11 @@ class Run:
             self.startup.reached(phase)
 
     def checkpoints(self, name: str) -> Checkpoints:
-        return Checkpoints(self.workdir / "checkpoints" / name, self.config.checkpoint)
+        """Those of a process; with the tokenizer, unless it ships: its place means nothing elsewhere."""
+        own = self.chat.tokenizer
+        files = zip((own.FILES[:1] + tuple(file.name for file in own.files[1:])), own.files, strict=True)
+        return Checkpoints(self.workdir / "checkpoints" / name, self.config.checkpoint,
+                           {file: path.read_bytes() for file, path in files} if self.config.tokenizer else {})
 
 
 def run_process(run: Run, name: str, datasets: Mapping[str, Dataset]) -> None:

@@ -26,6 +26,7 @@ from calm_jax.commands.predict.ratings import read_ratings
 from calm_jax.data import pictures
 from calm_jax.data.samples import BadRecord
 from calm_jax.errors import ConfigError
+from calm_jax.inference import taste
 from calm_jax.inference.decoding import Sampling
 
 CHROMIUM = next((path for path in ("/usr/bin/chromium", "/usr/bin/chromium-browser", "/usr/bin/google-chrome")
@@ -138,13 +139,13 @@ def test_a_personal_score_is_the_mean_over_contexts(model, tmp_path):
     asked = [picture(20), picture(21)]
 
     def given(**options):
-        scores = model.personalise(rated, asked, scale=(1, 5), **options)
+        scores = model.personalise(rated, asked, scale=(1, 5), method="context", **options)
         assert all(1 <= score.value <= 5 and score.spread > 0 for score in scores)
         return np.asarray([(score.value, score.spread) for score in scores])
 
     def context(places):
         return np.asarray([(score.value, score.spread) for score in model.personalise(
-            [rated[place] for place in places], asked, scale=(1, 5))])
+            [rated[place] for place in places], asked, scale=(1, 5), method="context")])
 
     parts = [context(places) for places in ((0, 3, 6), (1, 4), (2, 5))]  # at most three at a time
     mean = np.mean([part[:, 0] for part in parts], 0)
@@ -155,15 +156,53 @@ def test_a_personal_score_is_the_mean_over_contexts(model, tmp_path):
     np.testing.assert_allclose(given(), whole, atol=1e-4)
     assert abs(whole[:, 0] - mean).max() > 1e-4  # one context is not three
     turned = [(shown, 6 - score) for shown, score in rated]
-    assert model.personalise(turned, asked[0], scale=(1, 5)).value != pytest.approx(whole[0, 0], abs=1e-5)
+    shown = {"scale": (1, 5), "method": "context"}
+    assert model.personalise(turned, asked[0], **shown).value != pytest.approx(whole[0, 0], abs=1e-5)
     many = rated * 4  # more than fit into one context
-    assert model.personalise(many, asked[0], scale=(1, 5)).value > 1
-    for call, sentence in ((lambda: model.personalise(many, asked[0], scale=(1, 5), shots=28),
+    assert model.personalise(many, asked[0], **shown).value > 1
+    for call, sentence in ((lambda: model.personalise(many, asked[0], **shown, shots=28),
                             r"28 rated pictures do not fit into one context of this model; at most \d+ do"),
+                           (lambda: model.personalise(rated, asked[0], shots=2), "shots=2 are pictures in a context"),
+                           (lambda: model.personalise(rated, asked[0], method="rigde"), "the nearest is 'ridge'"),
                            (lambda: model.personalise([], asked[0]), "no picture is rated"),
                            (lambda: model.personalise([(asked[0], 11)], asked[0]), "score 11, which is not from 1")):
         with pytest.raises(ConfigError, match=sentence):
             call()
+
+
+def test_a_personal_score_in_closed_form(model):
+    """From the generic scores and what the encoder sees, as `inference.taste` has it; no answer depends on others."""
+    rated = [(picture(number), 1 + number % 5) for number in range(7)]
+    asked = [picture(number) for number in range(20, 40)]  # more than a batch
+    found = model.personalise(rated, asked, scale=(1, 5))
+
+    def seen(pixels):
+        return taste.features(np.stack(model.statistics(pixels)), model.seeing().generator.encoder)
+
+    shown = [pixels for pixels, _ in rated]
+    own = taste.Taste.of(seen(shown), [1 + 9 * (score - 1) / 4 for _, score in rated],
+                         [score.value for score in model.score(shown)])
+    expected = own.scores(seen(asked), [score.value for score in model.score(asked)])
+    for score, other in zip(found, expected, strict=True):
+        assert score.value == pytest.approx(1 + 4 * (other.value - 1) / 9, abs=1e-5) and 1 <= score.value <= 5
+        assert score.spread == pytest.approx(own.error * 4 / 9)
+    assert model.personalise(rated, asked[3], scale=(1, 5)).value == pytest.approx(found[3].value, abs=1e-5)
+    turned = [(pixels, 6 - score) for pixels, score in rated]
+    assert model.personalise(turned, asked[0], scale=(1, 5)).value != pytest.approx(found[0].value, abs=1e-5)
+
+
+def test_ratings_alone_count_where_nothing_scores(tmp_path):
+    """A checkpoint that learned no scores, or was converted, still has an encoder."""
+    folder = pathlib.Path(miniature.saved(tmp_path / "mute", tasks=("attributes",)))
+    mute = calm_jax.load(folder)
+    rated, asked = [(picture(number), 1.0 + number) for number in range(8)], [picture(20), picture(21)]
+    found = mute.personalise(rated, asked)
+    seen = [taste.features(np.stack(mute.statistics(pixels)), mute.seeing().generator.encoder)
+            for pixels in ([pixels for pixels, _ in rated], asked)]
+    own = taste.Taste.of(seen[0], [score for _, score in rated], None)
+    assert [score.value for score in found] == pytest.approx([score.value for score in own.scores(seen[1], None)])
+    with pytest.raises(ConfigError, match="never learned personal scores"):
+        mute.personalise(rated, asked, method="context")
 
 
 SCORES = """
@@ -173,7 +212,9 @@ model = calm_jax.load(sys.argv[1])
 assert (model.loaded("score").generator.mesh is None) == (len(jax.devices()) == 1)
 found = {reader: [score.value for score in model.score(sys.argv[2:], reader=reader)]
          for reader in ("expectation", "levels")}
-found["personal"] = [score.value for score in model.personalise([(sys.argv[2], 3.0), (sys.argv[3], 8.0)], sys.argv[4:])]
+found["personal"] = [score.value for score in model.personalise([(sys.argv[2], 3.0), (sys.argv[3], 8.0)], sys.argv[4:],
+                                                                    method="context")]
+found["ridge"] = [score.value for score in model.personalise([(sys.argv[2], 3.0), (sys.argv[3], 8.0)], sys.argv[4:])]
 found["texts"] = [model.comment(sys.argv[2:], limit=6, sampling=sampling)
                   for sampling in (Sampling(), Sampling(1.0, seed=4), Sampling(beams=2))]
 print(json.dumps(found))
@@ -193,7 +234,7 @@ def test_scores_are_the_same_on_any_number_of_devices(checkpoint, album):
     one = on(1)
     for devices in (2, 8) if miniature.THOROUGH else (8,):
         found = on(devices)
-        for reader in ("expectation", "levels", "personal"):
+        for reader in ("expectation", "levels", "personal", "ridge"):
             np.testing.assert_allclose(found[reader], one[reader], atol=1e-4)
         assert found["texts"] == one["texts"]
 

@@ -188,7 +188,8 @@ class Learner:
 def test_personal_scores_are_judged_by_rater():
     data, asked, shown = Rated(), range(12), range(12, 36)
     strangers = [f"rater{rater}" for rater in range(40) if held_out(f"rater{rater}")]
-    found = personalised.personalised(Learner(), data, asked, shown, shots=(0, 2, 20))
+    learner = personalised.InContext(Learner(), data)
+    found = personalised.personalised(learner, data, asked, shown, shots=(0, 2, 20))
     assert {item.rater for item in found} == set(strangers) and len(strangers) > 4
     assert all(item.key in map(str, asked) for item in found)
     table = {(row["arm"], row["shots"]): row for row in personalised.personal_table(found)}
@@ -200,17 +201,18 @@ def test_personal_scores_are_judged_by_rater():
     item = next(item for item in found if item.arm == "crowd")
     assert item.said == pytest.approx(1 + 9 * (crowd[int(item.key)] - 1) / 6)
     assert np.isnan(table["mean", 20]["srcc"]) and table["mean", 20]["mae"] > table["own", 20]["mae"]
-    few = personalised.personalised(Learner(), data, asked, shown, shots=(2,), raters=3)
+    assert table["own", 20]["over_none_interval"][0] > 0 and "over_none" not in table["own", 0]
+    few = personalised.personalised(learner, data, asked, shown, shots=(2,), raters=3)
     assert len({item.rater for item in few}) == 3
-    split = personalised.personalised(Learner(), data, asked, shown, shots=(24,))  # two contexts of twelve
-    ten = personalised.personalised(Learner(), data, asked, shown, shots=(24,), context=10)  # three of eight
+    split = personalised.personalised(learner, data, asked, shown, shots=(24,))  # two contexts of twelve
+    ten = personalised.personalised(personalised.InContext(Learner(), data, 10), data, asked, shown, shots=(24,))
     for item, other in zip(split, ten, strict=True):
         assert (item.said == other.said) == (item.arm in ("crowd", "mean")) and abs(item.said - other.said) < 5
-    for wrong, sentence in (
-            ({"shots": (22,), "context": 22}, "22 rated pictures do not fit into one context of this model; at most"),
-            ({"shots": (30,)}, "no held-out rater of rated has rated 5 of the pictures in question and 30")):
+    for most, shots, sentence in (
+            (22, (22,), "22 rated pictures do not fit into one context of this model; at most"),
+            (0, (30,), "no held-out rater of rated has rated 5 of the pictures in question and 30")):
         with pytest.raises(ConfigError, match=sentence):
-            personalised.personalised(Learner(), data, asked, shown, **wrong)
+            personalised.personalised(personalised.InContext(Learner(), data, most), data, asked, shown, shots=shots)
 
 
 def test_no_question_is_asked_twice_after_an_interruption(tmp_path):

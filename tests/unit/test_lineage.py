@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+from pathlib import Path
 
 import jax
 import miniature
@@ -22,6 +23,7 @@ from calm_jax.commands import train as program
 from calm_jax.errors import CheckpointError
 from calm_jax.models.parameters import Geometry
 from calm_jax.text import chat as chat_lib
+from calm_jax.text import tokenizers
 
 OLD = config_lib.Lora(rank=2, alpha=3.0, targets=r"decoder/blocks/(q|down)|mfam/qformers/groups/blocks/0/cross/v")
 NEW = config_lib.Lora(rank=3, alpha=6.0, targets=r"decoder/blocks/(q|v)", dropout=0.0)
@@ -366,3 +368,15 @@ def test_a_base_named_by_its_path_alone_is_read_while_only_one_can_be_meant(tmp_
     shutil.rmtree(tmp_path / "base")
     with pytest.raises(CheckpointError, match=f"{re.escape(base)}.*bring it back"):
         restore.model(mine)
+
+
+def test_a_checkpoint_carries_the_tokenizer_that_it_was_trained_with(tmp_path, monkeypatch):
+    """Named by a relative path, and gone later: whoever asks the model from elsewhere needs neither."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copyfile(tokenizers.SHIPPED, "own.model")
+    process = dataclasses.replace(miniature.process(), steps=1, eval_every=0)
+    program.train(miniature.config(tokenizer="own.model", processes={"only": process}), tmp_path / "run")
+    Path("own.model").unlink()
+    saved = locate.find(tmp_path / "run")
+    assert (saved.path / "tokenizer.model").read_bytes() == tokenizers.SHIPPED.read_bytes()
+    assert restore.chat(saved).tokenizer.name == str(saved.path / "tokenizer.model")

@@ -160,6 +160,7 @@ def test_a_conversion_has_learned_nothing(tmp_path):
     for skill in skills.SKILLS:
         with pytest.raises(ConfigError, match="was converted and never trained"):
             choice.choose(place, skill)
+    assert choice.seeing(place).path == place  # its encoder sees all the same
 
 
 # ---- the programs ------------------------------------------------------------------------------------------------
@@ -174,7 +175,7 @@ def test_the_interface_answers_with_who_learned_it(paper, photo):
     assert model.loaded("score").process == "scores" and model.loaded("comment").process == "comments"
     with pytest.warns(UserWarning, match="zero-shot"):
         model.suggest(photo, limit=2)
-    for refused in (lambda: model.attributes(photo), lambda: model.personalise([(photo, 5)], photo),
+    for refused in (lambda: model.attributes(photo), lambda: model.personalise([(photo, 5)], photo, method="context"),
                     lambda: model.score(photo, reader="levels")):
         with pytest.raises(ConfigError, match="never learned"):
             refused()

@@ -4,8 +4,7 @@ Every contender is a process of its own, so that its peak memory is its own. On 
 turns question by question, so that whatever else the machine does meets all alike. On an accelerator one ends before
 the next begins: its memory need not hold two models.
 
-On a CPU all have the memory settings that our own commands make (calm_jax/host_memory.py): torch is a little faster
-with them, too.
+On a CPU all have their memory in large pages, as our own commands do (calm_jax/host_memory.py).
 
 A contender says lines of JSON: what it runs on, what it has built, and a reply to each question that it is sent. One
 that runs out of memory says so, which is a result like any other.
@@ -48,12 +47,14 @@ class Played:
 
 
 def compete(commands: Mapping[str, Sequence[str]], questions: Sequence[Any], rounds: int,
-            say: Callable[[str], None] = print) -> dict[str, Played]:
+            say: Callable[[str], None] = print, *, twice: bool = False) -> dict[str, Played]:
     """Asks every contender all questions, round by round.
 
     Args:
       commands: name -> command line of its process, which runs `serve`.
       questions: JSON values, the arguments of what `serve` has built.
+      twice: each is asked twice in a row, and the second reply counts, as in work without pauses: a virtual machine
+        may have given the memory of who waited for seconds to its host, and clears it anew.
 
     Raises:
       ConfigError: a contender died of something else than memory, or two run on different devices.
@@ -77,7 +78,9 @@ def compete(commands: Mapping[str, Sequence[str]], questions: Sequence[Any], rou
                     for name, worker in workers.items():
                         if not found[name].error:
                             reply: dict = {}
-                            _note(found[name], reply, worker.ask(question))
+                            for _ in range(1 + twice):
+                                if not found[name].error:
+                                    _note(found[name], reply, worker.ask(question))
                             found[name].rounds[-1].append(reply)
                 for name in workers:
                     took = sum(reply.get("seconds", 0.0) for reply in found[name].rounds[-1])

@@ -71,7 +71,7 @@ def measure(config: config_lib.Config, *, against: bool, rounds: int, depth: int
     def compete(of: config_lib.Config, sides: Mapping[str, str]) -> dict[str, contenders.Played]:
         return contenders.compete({name: [sys.executable, "-m", "tools.bench.train", side,
                                           json.dumps(dataclasses.asdict(of)), taught]
-                                   for name, side in sides.items()}, [[]], rounds + 1)
+                                   for name, side in sides.items()}, [[]], rounds + 1, twice=True)
 
     played = compete(config, {"calm_jax": "jax", **({"torch": "torch"} if against else {})})
     checkpointed = against and bool(played["torch"].error) and config.model.remat != "full"

@@ -50,7 +50,8 @@ def _score(model, count, pixels, given) -> Iterator[Row]:
 
 
 def _personalise(model, count, pixels, given) -> Iterator[Row]:
-    for score in model.personal(given["rated"], count, pixels, scale=given["scale"], shots=given["shots"]):
+    for score in model.personal(given["rated"], count, pixels, scale=given["scale"], method=given["method"],
+                                shots=given["shots"]):
         yield _scored(score)
 
 
@@ -86,12 +87,12 @@ VERBS = {
     "comment": Verb(("comment",), ("aspect", *TEXTS), _comment),
     "suggest": Verb(("suggestion",), TEXTS, _suggest),
     "attributes": Verb(None, (), _attributes),
-    "personalise": Verb(("score", "spread"), ("scale", "shots", "rated"), _personalise),
+    "personalise": Verb(("score", "spread"), ("scale", "method", "shots", "rated"), _personalise),
 }
 
 
 # Of the options that a verb does not have.
-ABSENT = {"reader": READERS[0], "scale": ["1", "10"], "ratings": "", "user": "", "shots": 0, "aspect": "",
+ABSENT = {"reader": READERS[0], "scale": ["1", "10"], "ratings": "", "user": "", "method": "", "shots": 0, "aspect": "",
           "tokens": 128, "temperature": 0.0, "top_p": 1.0, "beams": 1, "seed": 0, "top_k": 0, "min_score": None,
           "sort": None, "copy_to": ""}
 
@@ -127,7 +128,8 @@ def run(name: str, places: Sequence[str], **options: Any) -> int:
     model = Model(values["checkpoint"], batch=values["batch"], process=values["process"],
                   say=lambda line: print(line, file=sys.stderr, flush=True))
     skill = skills.for_reader(given["reader"]) if name == "score" else name
-    asked = {"verb": name, **model.loaded(skill).identity}
+    one = model.seeing() if given["method"] == "ridge" else model.loaded(skill)
+    asked = {"verb": name, **one.identity}
     for option in verb.options:
         value = given[option]
         if option == "rated":  # a picture counts as the same while its size and time of change are
