@@ -181,7 +181,7 @@ DataDir = Annotated[str, typer.Option(metavar="DIR", help="Folder of data sets t
          "calm score holiday/ --checkpoint runs/finetune --format html --out holiday.html")
 def score(
         checkpoint: Model, paths: Paths = None, process: ProcessOf = "",
-        reader: Annotated[Literal["expectation", "text", "levels", "head"], typer.Option(
+        reader: Annotated[Literal["expectation", "text", "levels", "head", "light"], typer.Option(
             help="How the score is read from the model; text is the paper's way.")] = "expectation",
         scale: Annotated[str, typer.Option(metavar="LOW,HIGH", help="Lowest and highest of the results.")] = "1,10",
         top_k: TopK = 0, min_score: MinScore = None, sort: Sort = None, copy_to: CopyTo = "",
@@ -329,7 +329,7 @@ def evaluate(
         dataset: Annotated[str, typer.Option(help="Name of the data set.")] = "demo",
         data_dir: DataDir = "",
         split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
-        reader: Annotated[Literal["expectation", "text", "levels", "head"], typer.Option(
+        reader: Annotated[Literal["expectation", "text", "levels", "head", "light"], typer.Option(
             help="scoring: how a score is read from the model.")] = "text",
         records: Annotated[int, typer.Option(min=0, help="Photos of the split that are asked about, spread evenly; 0 = "
                                              "all.")] = 0,

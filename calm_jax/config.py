@@ -261,8 +261,8 @@ class Model(Checked):
     decoder: Decoder = field(lambda: decoder("llama"), "language model", "paper: models like Vicuna-7B")
     lora: Lora = field(Lora(), "low-rank updates", "ours")
     score_head: ScoreHead = field(ScoreHead(), "regression head where an answer begins, for the reader `head`", "ours")
-    light_head: LightHead = field(LightHead(), "head on the visual tokens, which a warm-up of the MFAM learns with",
-                                  "ours")
+    light_head: LightHead = field(LightHead(), "head on the visual tokens, with which the MFAM warms up, and of "
+                                  "the reader light", "ours")
     dtype: str = field("auto", "computation; auto: bfloat16 on accelerators, float32 on CPU", "ours",
                        choices=("auto", "float32", "bfloat16"), runtime=True)
     frozen_dtype: str = field("auto", "storage of frozen parameters; auto as above", "ours",

@@ -17,7 +17,7 @@ from calm_jax.errors import ConfigError
 LOWEST, HIGHEST = 1.0, 10.0  # of the conversation's scale
 TENTHS = np.arange(10, 101)  # every score that can be said, in tenths
 DECIMALS = tuple(f"{tenth / 10:.1f}" for tenth in TENTHS)  # as it is said, before the full stop
-READERS = ("expectation", "text", "levels", "head")  # ways to read a score from a model, see `inference.scorer`
+READERS = ("expectation", "text", "levels", "head", "light")  # ways to read a score, see `inference.scorer`
 # The five words of opinion studies (ITU-T P.800), at even distances on the scale.
 LEVELS: Mapping[str, float] = types.MappingProxyType({"Bad": 1.0, "Poor": 3.25, "Fair": 5.5, "Good": 7.75,
                                                       "Excellent": 10.0})

@@ -458,7 +458,7 @@ def _draw_rate(run, process, axes) -> None:
 READ = {"text": "read from the words of the answer",
         "expectation": "the mean of all decimals by the model's own probabilities of saying them",
         "levels": "the mean of five words from bad to excellent by the model's own probabilities of saying them",
-        "head": "the regression head's"}
+        "head": "the regression head's", "light": "the light head's, which reads the visual tokens alone"}
 
 
 def scores(result: Mapping[str, Any] | None, truth: str) -> dict[str, Any] | None:

@@ -70,6 +70,11 @@ def content_of(pixels: Pixels) -> Callable[[int], bytes | None]:
     return getattr(pixels, "content", lambda index: None)
 
 
+# Readers that ask a head -> its name, what teaches it, and the program.
+HEADS = {"head": ("score_head", "finetune:SIZE+head", scorer.regression),
+         "light": ("light_head", "laptop", scorer.light)}
+
+
 @dataclasses.dataclass(frozen=True)
 class Memory:
     """The beginning that conversations have in common, computed once: its cache, and what of a conversation it is."""
@@ -148,14 +153,15 @@ class Generator:
 
     def _reader(self, name: str) -> Callable:
         """The program of a reader that lets the model say nothing."""
-        if name != "head":
+        if name not in HEADS:
             return self._program(scorer.expectation, tree=self._trees[name], vocab=self.tokenizer.vocab)
-        if not any(path.startswith("score_head/") for path in self.parameters):
+        head, recipe, function = HEADS[name]
+        if not any(path.startswith(f"{head}/") for path in self.parameters):
             raise ConfigError(
-                "the reader head needs a regression head, which this model does not have; train one "
-                "(finetune:SIZE+head), or take another reader: "
-                f"{', '.join(reader for reader in scale.READERS if reader != name)}")
-        return self._program(scorer.regression)
+                f"the reader {name} needs a {head.replace('_', ' ')}, which this model does not have; train one "
+                f"({recipe}), or take another reader: "
+                f"{', '.join(reader for reader in scale.READERS if reader not in HEADS)}")
+        return self._program(function)
 
     def remember(self, sample: Sample, turns: int, pixels: Pixels) -> Memory:
         """The first turns of a conversation, with the images that they show, computed once and for all."""

@@ -1,9 +1,10 @@
 """How likely a model would say each possible score in; a score on the conversation's scale from 1 to 10 out.
 
-Readers of a score: `text` (the decimal that the model says, as in the paper) needs nothing but generation. The three
+Readers of a score: `text` (the decimal that the model says, as in the paper) needs nothing but generation. The four
 here are ours: `expectation` is the mean of all decimals from 1.0 to 10.0 under the model's own probabilities of writing
 them, `levels` that of the five words from bad to excellent. Both are exact, take one pass behind the prompt, and are
-finer than what a model can say. `head` asks the regression head of a model that has one.
+finer than what a model can say. `head` asks the regression head of a model that has one, and `light` the light head,
+which reads the visual tokens alone: the language model is not computed.
 """
 
 from __future__ import annotations
@@ -125,3 +126,12 @@ def regression(geometry: Geometry, parameters: Parameters, batch: dict[str, Arra
     model, last, _ = decoding.prompted(geometry, parameters, batch, parts=parts, room=0, dtype=dtype)
     score, spread = model.score_head(last[:, 0])
     return jnp.clip(score, scale.LOWEST, scale.HIGHEST), spread
+
+
+def light(geometry: Geometry, parameters: Parameters, batch: dict[str, Array], *, parts: tuple[str, ...],
+          dtype: Any) -> tuple[Float[Array, "B"], Float[Array, "B"]]:
+    """Score of the first image of each row by the model's light head, which knows no spread (nan)."""
+    model = geometry.bind(parameters)
+    seen = sum(model.cfg.visual_tokens(part) for part in parts)
+    score = model.light_head.score(model.look(batch, parts, dtype=dtype)[:, :seen])
+    return jnp.clip(score, scale.LOWEST, scale.HIGHEST), jnp.full_like(score, jnp.nan)

@@ -2,7 +2,7 @@
 
 The MFAM learns here what there is to see at a hundredth of the cost, and to say it in what the language model reads:
 each attribute has a visual token of its own, which is drawn towards the word embeddings of its name and its grade, such
-as those of "sharpness" and "soft". Nothing is read from the head afterwards.
+as those of "sharpness" and "soft". The reader `light` asks it for scores, and for nothing else.
 """
 
 from __future__ import annotations

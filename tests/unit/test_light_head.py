@@ -12,12 +12,14 @@ import numpy as np
 import pytest
 import safetensors.numpy as safetensors_numpy
 
+import calm_jax
 from calm_jax import config as config_lib
 from calm_jax import recipes, sharding
 from calm_jax.checkpoints import array_io, locate, restore
 from calm_jax.commands import train as program
 from calm_jax.convert import hf_export
-from calm_jax.data import attributes, builders, pipeline
+from calm_jax.data import attributes, builders, images, pipeline
+from calm_jax.data.samples import ImageRef
 from calm_jax.data.tasks import skills
 from calm_jax.errors import ConfigError
 from calm_jax.models import flops
@@ -161,8 +163,8 @@ def test_versions_take_turns():
               for n in range(4)]
     assert epochs[0] == epochs[2] != epochs[1] == epochs[3]
     assert [e.index for e in examples[:count]] != [e.index for e in examples[2 * count:3 * count]]  # in another order
-    images = {rows.sample(example).images for example in examples}
-    assert len(images) <= 2 * count
+    shown = {rows.sample(example).images for example in examples}
+    assert len(shown) <= 2 * count
 
 
 def test_it_is_trained_dropped_afterwards_and_said(tmp_path, capsys):
@@ -180,6 +182,28 @@ def test_it_is_trained_dropped_afterwards_and_said(tmp_path, capsys):
     assert restore.origins(saved, after).keys() == Geometry.of(without).shapes.keys()
     again = miniature.config(model=MODEL, init=str(tmp_path / "after"))
     assert isinstance(restore.origins(locate.find(tmp_path / "after"), again)["light_head/out/kernel"], restore.Drawn)
+
+
+def test_the_reader_light_asks_it_for_scores(tmp_path):
+    """What it says of the visual tokens, without the language model; of a checkpoint that taught it scores."""
+    warm = dataclasses.replace(WARM_UP, tasks={"score": 1.0}, steps=2)
+    program.train(miniature.config(model=MODEL, processes={"only": warm}), tmp_path / "warm")
+    model = calm_jax.load(tmp_path / "warm")
+    with pytest.raises(ConfigError, match="never learned scores"):
+        model.score(str(miniature.ROOT / "docs/demo.jpg"))
+    photos = [np.full((40, 60, 3), value, np.uint8) for value in (20, 130, 240)]
+    said = [score.value for score in model.score(photos, reader="light")]
+    saved = locate.find(tmp_path / "warm")
+    bound = Geometry.of(MODEL).bind(restore.model(saved.path).parameters)
+    squares = np.stack([images.render(photo, ImageRef(0), MODEL.encoder.image_size, MODEL.encoder.padding)
+                        for photo in photos])
+    tokens = bound.encode(squares[:, None], warm.parts, dtype=np.float32)
+    np.testing.assert_allclose(said, np.clip(bound.light_head.score(tokens), 1, 10), atol=1e-4)
+    plain = calm_jax.load(miniature.saved(tmp_path / "plain"))
+    with pytest.raises(ConfigError, match="never learned scores by the light head"):
+        plain.score(photos, reader="light")
+    with pytest.raises(ConfigError, match="the reader light needs a light head, which this model does not have"):
+        next(plain.loaded("score").generator.scores([], lambda index: photos[index], reader="light"))
 
 
 def test_an_export_does_without_it(tmp_path):

@@ -26,21 +26,22 @@ class Skill:
       tasks: each of these in a process's mixture teaches it.
       recipe: what teaches it, as arguments of `calm train`.
       zero_shot: a process that learned one of these may be asked for it unlearned, as long as that is said.
-      head: the regression head must have learned, too.
+      head: one of the heads `score_head` and `light_head` must have learned, too.
     """
 
     what: str
     tasks: tuple[str, ...]
     recipe: str
     zero_shot: tuple[str, ...] = ()
-    head: bool = False
+    head: str = ""
 
 
 SKILLS: Mapping[str, Skill] = types.MappingProxyType({
     "score": Skill("scores", ("score",), "--config finetune"),
     "levels": Skill("rating words", ("level",), "--config finetune "
                     "--config.processes.scores.tasks='{\"score\": 0.5, \"level\": 0.5}'"),
-    "head": Skill("scores by a regression head", ("score",), "--config finetune:tiny+head", head=True),
+    "head": Skill("scores by a regression head", ("score",), "--config finetune:tiny+head", head="score_head"),
+    "light": Skill("scores by the light head", ("score",), "--config laptop", head="light_head"),
     "comment": Skill("comments", ("comment",), "--config finetune"),
     "suggest": Skill("suggestions", ("suggestion",), "--config finetune", zero_shot=WORDS),
     "attributes": Skill("attributes", ("attributes",), "--config pretrain"),
@@ -52,7 +53,7 @@ SKILLS: Mapping[str, Skill] = types.MappingProxyType({
 
 def for_reader(reader: str) -> str:
     """The skill that a reader of scores, one of `scale.READERS`, needs."""
-    return reader if reader in ("levels", "head") else "score"
+    return reader if reader in ("levels", "head", "light") else "score"
 
 
 def for_question(question: str) -> str:
@@ -62,17 +63,21 @@ def for_question(question: str) -> str:
     return next((skill for skill, questions in known.items() if question in questions), "ask")
 
 
-def learned(process: config_lib.Process) -> tuple[str, ...]:
-    """The tasks that a process taught, each once; none where labels were shuffled, for that teaches nothing true, or
-    where the language model was left out, for that teaches nothing to say."""
-    if process.shuffle_labels or not process.words:
+def learned(process: config_lib.Process, *, words: bool = True) -> tuple[str, ...]:
+    """The tasks that a process taught, each once; none where labels were shuffled, for that teaches nothing true.
+
+    Args:
+      words: to the language model, which may have been left out; else to the heads, too.
+    """
+    if process.shuffle_labels or (words and not process.words):
         return ()
     return tuple(dict.fromkeys(task for _, task in process.mixture))
 
 
 def state(process: config_lib.Process, skill: str) -> str:
     """Whether a model that a process has just trained can be asked for a skill: TAUGHT, ZERO_SHOT or UNTAUGHT."""
-    wanted, tasks = SKILLS[skill], set(learned(process))
-    if tasks & set(wanted.tasks) and (process.score_head > 0 or not wanted.head):
+    wanted = SKILLS[skill]
+    tasks = set(learned(process, words=wanted.head != "light_head"))
+    if tasks & set(wanted.tasks) and (not wanted.head or getattr(process, wanted.head) > 0):
         return TAUGHT
     return ZERO_SHOT if tasks & set(wanted.zero_shot) else UNTAUGHT
