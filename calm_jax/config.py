@@ -389,6 +389,8 @@ class Process(Checked):
                           "0 = new ones in every epoch", "ours", least=0)
     cached: bool = field(False, "the frozen encoder's features are kept on disk and used again, in half precision; "
                          "False = each step encodes its images", "ours")
+    patches: int = field(0, "of a cached image so many patches a level, drawn anew at each step, are what training "
+                         "sees; validation sees all; 0 = all", "ours", least=0)
     shuffle_labels: bool = field(False, "control: every conversation is about the pictures of another record", "ours")
 
     def __post_init__(self):
@@ -400,6 +402,9 @@ class Process(Checked):
             raise ConfigError("words=0 and light_head=0: there is nothing to learn from; set one of them")
         if self.score_head and not self.words:
             raise ConfigError(f"score_head={self.score_head} reads the language model, which words=0 leaves out")
+        if self.patches and not self.cached:
+            raise ConfigError(f"patches={self.patches} are drawn from features that are kept; set cached=True, or "
+                              "leave patches out")
         if not self.tasks:
             raise ConfigError("a process needs at least one task, such as tasks.attributes=1.0")
         for name, weight in self.tasks.items():

@@ -124,7 +124,8 @@ def blank(process: config_lib.Process, model: config_lib.Model, *, cached: bool,
               "phrases": np.full((len(head), 1 + max(head), PHRASE), -1, np.int32)} if head else {}
     seen = {part: encoder.part(part) for part in process.parts} if cached else {}
     return {
-        **({f"features/{part}": np.zeros((row.images, one.tokens, one.width), np.float16) for part, one in seen.items()}
+        **({f"features/{part}": np.zeros((row.images, shown(process, model, part), one.width), np.float16)
+            for part, one in seen.items()}
            or {"images": np.zeros((row.images, size, size, 3), np.uint8)}),
         "tokens": np.full(row.tokens, pad, np.int32),
         "visual": np.full(row.tokens, -1, np.int32),
@@ -138,6 +139,18 @@ def blank(process: config_lib.Process, model: config_lib.Model, *, cached: bool,
         **grades,
         "bad": np.zeros((), np.int32),
     }
+
+
+def shown(process: config_lib.Process, model: config_lib.Model, part: str) -> int:
+    """Tokens of a part's features that a batch brings: all, or, of a level, those for no place and the patches drawn.
+
+    Raises:
+      ConfigError: more are asked for than there are.
+    """
+    one = model.encoder.part(part)
+    if process.patches > one.tokens - one.prefix:
+        raise ConfigError(f"patches={process.patches}: an image has {one.tokens - one.prefix} at the {part} level")
+    return one.prefix + process.patches if process.patches and part in config_lib.LEVELS else one.tokens
 
 
 def check_grades(head: config_lib.LightHead) -> None:
@@ -340,20 +353,21 @@ class Rows:
     def row(self, number: int) -> dict[str, np.ndarray]:
         """The arrays of one row, without the leading axis."""
         planned = self.plan(number)
-        row = self.pack(planned)
+        row = self.pack(planned, number)
         row["bad"] += planned.refused
         block = number // BLOCK
         row["cursor"] = np.asarray((block, *self._cursors[block]), np.int64)
         return row
 
-    def pack(self, planned: Planned) -> dict[str, np.ndarray]:
-        """Reads and edits the pictures of a planned row and lays its conversations out one after the other."""
+    def pack(self, planned: Planned, number: int = 0) -> dict[str, np.ndarray]:
+        """Reads and edits the pictures of a planned row, the number of which decides what is drawn of them, and lays
+        its conversations out one after the other."""
         process = self.process
         out = blank(process, self.model, cached=self.features is not None, pad=self.chat.pad)
         token, image, place = 0, 0, 0
         if process.light_head:
             out["phrases"][:] = self._phrases
-        looks = self._looks(planned)
+        looks, draws = self._looks(planned), np.random.default_rng([self.seed, number, 8])
         for number, (example, (sample, encoded)) in enumerate(zip(planned.examples, planned.texts, strict=True), 1):
             length, supervised = len(encoded.tokens), len(encoded.places)
             span, answers = slice(token, token + length), slice(place, place + supervised)
@@ -368,7 +382,7 @@ class Rows:
                 for slot, look in enumerate(looks[number - 1], image):
                     arrays, names = look()
                     for name, value in arrays.items():
-                        out[name][slot] = value
+                        out[name][slot] = self._drawn(name, value, out[name].shape[1], draws)
                     doubtful |= names
                 # An edit that changed nothing visible would make its label false: those turns are not learned from.
                 asked = np.asarray([turn.subject not in doubtful for turn in sample.turns])
@@ -385,6 +399,14 @@ class Rows:
                 out["bad"] += 1
             token, image, place = token + length, image + len(encoded.images), place + supervised
         return out
+
+    def _drawn(self, name: str, value: np.ndarray, count: int, draws: np.random.Generator) -> np.ndarray:
+        """So many tokens of a picture's features as a batch brings: those for no place, and patches drawn."""
+        if name == "images" or count == len(value):
+            return value
+        prefix = self.model.encoder.part(name.removeprefix("features/")).prefix
+        places = prefix + draws.permutation(len(value) - prefix)[:count - prefix]
+        return value[np.concatenate([np.arange(prefix), np.sort(places)])]
 
     def _looks(self, planned: Planned) -> list[list[Look]]:
         """Of each picture of each conversation of a row, a function that gives its arrays and what must not be asked

@@ -49,8 +49,12 @@ def encoder(model: config_lib.Model, parts: tuple[str, ...] = config_lib.PARTS) 
     return Work(traced(program.jaxpr))
 
 
-def qformers(model: config_lib.Model, parts: tuple[str, ...] = config_lib.PARTS) -> Work:
-    """The three Q-Formers on one image; all are computed where any level is and they are stacked."""
+def qformers(model: config_lib.Model, parts: tuple[str, ...] = config_lib.PARTS, patches: int = 0) -> Work:
+    """The three Q-Formers on one image; all are computed where any level is and they are stacked.
+
+    Args:
+      patches: that they see; 0 = all.
+    """
     if not set(parts) & set(config_lib.LEVELS):
         return Work()
     cfg, levels = model.qformer, {level: model.encoder.part(level) for level in config_lib.LEVELS}
@@ -61,9 +65,10 @@ def qformers(model: config_lib.Model, parts: tuple[str, ...] = config_lib.PARTS)
             crossed = -(-cfg.depth // cfg.cross_every)
             weights = cfg.queries * (cfg.depth * (4 * cfg.width ** 2 + 2 * cfg.width * cfg.mlp_width)
                                      + crossed * 2 * cfg.width ** 2 + cfg.width * model.decoder.width)
-            weights += crossed * 2 * seen.tokens * seen.width * cfg.width
+            tokens = seen.prefix + patches if patches else seen.tokens
+            weights += crossed * 2 * tokens * seen.width * cfg.width
             total += Work(2.0 * weights, 4.0 * cfg.width * cfg.queries * (
-                cfg.depth * cfg.queries + crossed * seen.tokens))
+                cfg.depth * cfg.queries + crossed * tokens))
     return total
 
 
@@ -103,7 +108,7 @@ def a_row(model: config_lib.Model, process: config_lib.Process, learns: Mapping[
 
     row, parts = process.row, process.parts
     works = (("encoder/", Work() if process.cached else encoder(model, parts), row.images),
-             ("mfam/qformers/", qformers(model, parts), row.images),
+             ("mfam/qformers/", qformers(model, parts, process.patches), row.images),
              ("mfam/thematic/", thematic(model, parts), row.images),
              ("decoder/", language(model, row.tokens, row.answers) if process.words else Work(), 1))
     found = {"forward": 0.0, "inputs": 0.0, "weights": 0.0}

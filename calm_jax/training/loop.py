@@ -148,8 +148,8 @@ def run_process(run: Run, name: str, datasets: Mapping[str, Dataset]) -> None:
                                   ) if process.cached else None
     rows = pipeline.Rows(process, datasets, run.chat, config.model, seed=config.seed, split="train",
                          cache_mb=config.data.cache_mb, features=encoding)
-    held_out = pipeline.Rows(process, datasets, run.chat, config.model, seed=config.seed, split="validation",
-                             features=encoding)
+    held_out = pipeline.Rows(dataclasses.replace(process, patches=0), datasets, run.chat, config.model,
+                             seed=config.seed, split="validation", features=encoding)
     if saved is not None:
         rows.resume(saved.meta.get("cursor", ()))
     batches = pipeline.batches(rows, config.data, batch=process.batch, start=start, stop=process.steps, own=own)

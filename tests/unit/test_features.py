@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import sqlite3
 import sys
@@ -21,6 +22,7 @@ from PIL import Image
 
 import calm_jax
 from calm_jax import config as config_lib
+from calm_jax.checkpoints import array_io, locate
 from calm_jax.commands import train as program
 from calm_jax.commands.predict import verbs
 from calm_jax.data import builders, images, pipeline
@@ -331,6 +333,46 @@ def test_a_row_of_features_has_the_conversations_of_a_row_of_pictures(parameters
         used = shown["images"].any((1, 2, 3)).repeat(size)
         np.testing.assert_allclose(pool[0][used], pool[1][used], atol=3e-3)
     encoding.close()
+
+
+def test_patches_are_drawn_of_levels_alone_anew_in_each_row_and_of_none_in_validation(parameters, demo):
+    """Of miniature's features, 1 class token and 16 patches: the class token stays, and so does their order."""
+    encoding = seen_by(parameters)
+    whole, few, again = (pipeline.Rows(dataclasses.replace(FROZEN, patches=count), {"demo": demo}, chat_lib.load(),
+                                       miniature.MODEL, seed=0, split="train", features=encoding)
+                         for count in (0, 5, 5))
+    seen, places = miniature.MODEL.encoder.part("low"), []
+    for number in range(4):
+        full, drawn, same = whole.row(number), few.row(number), again.row(number)
+        assert drawn["features/low"].shape[1] == seen.prefix + 5 < seen.tokens
+        for name in full:
+            np.testing.assert_array_equal(drawn[name], same[name], err_msg=name)
+            if name != "features/low":  # what is averaged in squares stays whole
+                np.testing.assert_array_equal(drawn[name], full[name], err_msg=name)
+        for picture, some in zip(full["features/low"], drawn["features/low"], strict=True):
+            if picture.any():
+                found = [int(np.flatnonzero((picture == token).all(-1))[0]) for token in some]
+                assert found[:seen.prefix] == list(range(seen.prefix)) and found == sorted(set(found))
+                places.append(tuple(found))
+    assert len(set(places)) > len(places) // 2
+    with pytest.raises(ConfigError, match="patches=99: an image has"):
+        pipeline.blank(dataclasses.replace(FROZEN, patches=99), miniature.MODEL, cached=True)
+    with pytest.raises(ConfigError, match="patches=5 are drawn from features that are kept; set cached=True"):
+        dataclasses.replace(FROZEN, patches=5, cached=False)
+    encoding.close()
+
+
+def test_a_run_that_draws_patches_resumes_bit_for_bit(tmp_path):
+    """Validation sees all of them, in programs of other shapes."""
+    drawn = dataclasses.replace(FROZEN, patches=5, steps=4, eval_every=2)
+    keep = config_lib.Checkpoint(every_steps=2, keep=3)
+    program.train(miniature.config(processes={"only": drawn}, checkpoint=keep), tmp_path / "whole")
+    shutil.copytree(tmp_path / "whole", tmp_path / "part")
+    shutil.rmtree(tmp_path / "part/checkpoints/only/00000004")
+    program.train(miniature.config(processes={"only": drawn}, checkpoint=keep), tmp_path / "part")
+    first, second = (array_io.stored(locate.find(tmp_path / name)) for name in ("whole", "part"))
+    for path, leaf in first.items():
+        np.testing.assert_array_equal(leaf.read().result(), second[path].read().result(), err_msg=path)
 
 
 def test_a_picture_that_cannot_be_read_masks_its_conversation_alone(parameters, demo):
