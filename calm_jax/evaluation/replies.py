@@ -9,11 +9,15 @@ import dataclasses
 import itertools
 import json
 import pathlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+from jaxtyping import Float
+
 from calm_jax import files
-from calm_jax.data.samples import Sample
+from calm_jax.config import Encoder
+from calm_jax.data.samples import ImageRef, Sample
 from calm_jax.inference.generate import Generator, Memory, Pixels, Question
 from calm_jax.inference.scorer import Score
 
@@ -30,7 +34,6 @@ class Replies:
         self._generator, self._path, self._place = generator, path, 0
         self.layout, self.size, self.longest, self.fits = (generator.layout, generator.size, generator.longest,
                                                            generator.fits)
-        self.encoder, self.statistics = generator.encoder, generator.statistics  # which are kept on disk as it is
         # The last line has no end where a program was killed while it wrote.
         lines = path.read_text().split("\n")[:-1] if path.is_file() else []
         begun = bool(lines) and lines[0] == json.dumps(asked)
@@ -55,6 +58,15 @@ class Replies:
     def remember(self, sample: Sample, turns: int, pixels: Pixels) -> Callable[[], Memory]:
         """As `Generator.remember`, once somebody asks behind it."""
         return lambda: self._generator.remember(sample, turns, pixels)
+
+    @property
+    def encoder(self) -> Encoder:
+        """As the generator's."""
+        return self._generator.encoder
+
+    def statistics(self, refs: Sequence[ImageRef], pixels: Pixels) -> Float[np.ndarray, "n F"]:
+        """As `Generator.statistics`, which are kept on disk as it is."""
+        return self._generator.statistics(refs, pixels)
 
     def _each(self, questions: Iterable[Question], ask: Callable[[Iterator[Question]], Iterable[Any]]) -> Iterator[Any]:
         rest = iter(questions)
