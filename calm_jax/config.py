@@ -391,6 +391,9 @@ class Process(Checked):
                          "False = each step encodes its images", "ours")
     patches: int = field(0, "of a cached image so many patches a level, drawn anew at each step, are what training "
                          "sees; validation sees all; 0 = all", "ours", least=0)
+    mixup: float = field(0.0, "both parameters of the Beta distribution from which the share is drawn that an image with "
+                         "a score keeps of itself: the rest of features and score is of the one before it in the "
+                         "batch; 0 = none", "ours", least=0)
     shuffle_labels: bool = field(False, "control: every conversation is about the pictures of another record", "ours")
 
     def __post_init__(self):
@@ -405,6 +408,9 @@ class Process(Checked):
         if self.patches and not self.cached:
             raise ConfigError(f"patches={self.patches} are drawn from features that are kept; set cached=True, or "
                               "leave patches out")
+        if self.mixup and (self.words or not self.cached):
+            raise ConfigError(f"mixup={self.mixup} mixes features that are kept, for the light head, which alone can "
+                              "say what a mixture is worth; set cached=True and words=0, or leave mixup out")
         if not self.tasks:
             raise ConfigError("a process needs at least one task, such as tasks.attributes=1.0")
         for name, weight in self.tasks.items():

@@ -64,6 +64,8 @@ class Step:
         process = self.process
         model = self.geometry.bind({**trained, **frozen})
         loss, sums = jnp.zeros(()), {}
+        if process.mixup and key is not None:
+            batch = mixed(batch, process.mixup, key)
         with contextlib.nullcontext() if self.mesh is None else jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
             pool = model.look(batch, process.parts, dtype=self.dtype, freeze_encoder=self.freeze_encoder)
             if process.light_head:
@@ -74,7 +76,7 @@ class Step:
                 loss += process.light_head * (light["grades"] / totals["grades"] + light["scores"] / totals["scores"])
                 sums |= {"right": light["grades_right"], "score_error": light["score_error"]}
             if process.words:
-                hidden = model.read(batch, pool, key=key)
+                hidden = model.read(batch, pool, key=key if self.dropout else None)
                 logits = model.answer_logits(hidden, batch["places"])
             if process.score_head:
                 head, sums["score_error"] = model.score_head.loss(hidden, batch["asked"], batch["targets"])
@@ -123,7 +125,7 @@ class Step:
     def train(self, state: State, frozen: Parameters, batch: Mapping[str, Array],
               key: Key[Array, ""]) -> tuple[State, dict[str, Array]]:
         """One optimizer step. `key` is the run's; each step folds its own number in."""
-        key = jax.random.fold_in(key, state.step) if self.dropout else None
+        key = jax.random.fold_in(key, state.step) if self.dropout or self.process.mixup else None
         grads, metrics = self.gradients(state.trained, frozen, batch, key)
         updates, optimizer = self.tx.update(grads, state.optimizer, state.trained)
         trained = optax.apply_updates(state.trained, updates)
@@ -143,6 +145,24 @@ class Step:
         if self.process.words:
             return (batch["weights"].sum(-1) > 0).sum()
         return (batch["grades"] >= 0).sum()
+
+
+def mixed(batch: Mapping[str, Array], concentration: float, key: Key[Array, ""]) -> dict[str, Array]:
+    """The batch with the features and the score of each image mixed with those of the image before it, wherever both
+    have a score; each keeps the larger share, which is drawn from Beta(concentration, concentration)."""
+    rows, images = batch["targets"].shape
+    own = rearrange(batch["targets"], "b i -> (b i)")
+    before = jnp.roll(own, 1)
+    share = jax.random.beta(key, concentration, concentration, own.shape)
+    share = jnp.where((own > 0) & (before > 0), jnp.maximum(share, 1 - share), 1.0)
+    found = {"targets": rearrange(share * own + (1 - share) * before, "(b i) -> b i", b=rows)}
+    for name, value in batch.items():
+        if name.startswith("features/"):
+            flat = rearrange(value.astype(jnp.float32), "b i s e -> (b i) s e")
+            kept = rearrange(share, "n -> n 1 1")
+            flat = kept * flat + (1 - kept) * jnp.roll(flat, 1, 0)
+            found[name] = rearrange(flat, "(b i) s e -> b i s e", i=images).astype(value.dtype)
+    return {**batch, **found}
 
 
 def _totals(batch: Mapping[str, Array]) -> dict[str, Float[Array, ""]]:

@@ -27,7 +27,7 @@ from calm_jax.models.parameters import Geometry, initial
 from calm_jax.text import chat as chat_lib
 from calm_jax.training import filters, optimizer
 from calm_jax.training.setup import Setup
-from calm_jax.training.step import Step
+from calm_jax.training.step import Step, mixed
 
 GRADES = tuple(len(attribute.grades) for attribute in attributes.ATTRIBUTES.values())
 LEVELS = tuple(attribute.level for attribute in attributes.ATTRIBUTES.values())
@@ -97,6 +97,51 @@ def test_the_loss_is_that_of_known_grades_and_scores():
             error += abs(score - target)
     assert float(loss) == pytest.approx(float(expected), rel=1e-4)
     assert float(sums["right"]) == right and float(sums["score_error"]) == pytest.approx(float(error), rel=1e-4)
+
+
+def test_images_with_scores_are_mixed_in_pairs_and_no_others():
+    """Features and scores by one share; what has no score, or stands behind such a one, stays as it is."""
+    targets = np.asarray([[4.0, 8.0, 0.0], [6.0, 2.0, 10.0]], np.float32)
+    features = np.random.default_rng(0).normal(size=(2, 3, 5, 7)).astype(np.float16)
+    given = {"targets": jnp.asarray(targets), "features/low": jnp.asarray(features), "grades": jnp.ones((2, 3, 1))}
+    found = [mixed(given, 0.4, jax.random.key(seed)) for seed in range(200)]
+    shares = []
+    for one in found:
+        assert one["grades"] is given["grades"] and one["features/low"].dtype == jnp.float16
+        for (row, slot), before in (((0, 1), (0, 0)), ((1, 1), (1, 0)), ((1, 2), (1, 1)), ((0, 0), (1, 2))):
+            own, other = targets[row, slot], targets[before]
+            share = float((one["targets"][row, slot] - other) / (own - other))
+            assert 0.5 - 1e-6 <= share <= 1 + 1e-6
+            np.testing.assert_allclose(one["features/low"][row, slot], share * features[row, slot].astype(np.float32)
+                                       + (1 - share) * features[before].astype(np.float32), atol=4e-3)
+            shares.append(share)
+        for row, slot in ((0, 2), (1, 0)):  # without a score; behind it
+            assert one["targets"][row, slot] == targets[row, slot]
+            np.testing.assert_array_equal(one["features/low"][row, slot], features[row, slot])
+    draws = np.random.default_rng(1).beta(0.4, 0.4, 20_000)
+    assert np.mean(shares) == pytest.approx(np.maximum(draws, 1 - draws).mean(), abs=0.02)
+
+
+def test_training_mixes_and_validation_does_not():
+    kept = dataclasses.replace(WARM_UP, cached=True, mixup=0.4, row=miniature.ROW)
+    seen = MODEL.encoder.part("low")
+    rng = np.random.default_rng(2)
+    given = {name: value for name, value in batch().items() if name != "images"}
+    shape = given["targets"].shape
+    given |= {"targets": rng.uniform(2, 9, shape).astype(np.float32), "grades": np.full_like(given["grades"], -1)}
+    given |= {f"features/{part}": rng.normal(size=(*shape, seen.tokens, seen.width)).astype(np.float16)
+              for part in config_lib.PARTS}
+    made, trained, frozen = step(kept)
+    plain = dataclasses.replace(made, process=dataclasses.replace(kept, mixup=0.0))
+    key, totals = jax.random.key(3), {name: jnp.float32(4) for name in ("words", "scores", "grades")}
+    loss = [float(one.loss(trained, frozen, values, totals, key)[0]) for one, values in (
+        (made, given), (plain, mixed(given, 0.4, key)), (plain, given))]
+    assert loss[0] == pytest.approx(loss[1], rel=1e-6) != pytest.approx(loss[2], rel=1e-3)
+    judged = [float(one.evaluate(trained, frozen, given)["loss"]) for one in (made, plain)]
+    assert judged[0] == judged[1]
+    for changes in ({"words": 1.0}, {"cached": False}):
+        with pytest.raises(ConfigError, match=r"mixup=0\.4 mixes features that are kept, for the light head"):
+            dataclasses.replace(kept, **changes)
 
 
 def test_the_language_model_is_not_computed_and_micro_batches_change_nothing():
