@@ -391,8 +391,8 @@ class Process(Checked):
                          "False = each step encodes its images", "ours")
     patches: int = field(0, "of a cached image so many patches a level, drawn anew at each step, are what training "
                          "sees; validation sees all; 0 = all", "ours", least=0)
-    mixup: float = field(0.0, "both parameters of the Beta distribution from which the share is drawn that an image with "
-                         "a score keeps of itself: the rest of features and score is of the one before it in the "
+    mixup: float = field(0.0, "both parameters of the Beta distribution from which the share is drawn that an image "
+                         "with a score keeps of itself: the rest of features and score is of the one before it in the "
                          "batch; 0 = none", "ours", least=0)
     shuffle_labels: bool = field(False, "control: every conversation is about the pictures of another record", "ours")
 

@@ -39,7 +39,8 @@ def get_config(variant: str = "csv"):
     shared = dict(dataset=dataset, cached=True, patches=PATCHES)
     processes = {"looking": c.Process(
         tasks={"score": 1.0}, words=0.0, light_head=1.0, mixup=0.4,
-        row=c.Row(tokens=1024, images=8, answers=256), batch=8, steps=LOOKING, optimizer=c.Optimizer(peak_lr=1e-3, weight_decay=0.3), eval_every=-(-LOOKING // 3),
+        row=c.Row(tokens=1024, images=8, answers=256), batch=8, steps=LOOKING,
+        optimizer=c.Optimizer(peak_lr=1e-3, weight_decay=0.3), eval_every=-(-LOOKING // 3),
         train=(r"mfam/.*", r"light_head/.*"), freeze=(r"encoder/.*", r"decoder/.*"), **shared)}
     if not light:
         processes["speaking"] = c.Process(
