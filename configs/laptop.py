@@ -46,7 +46,7 @@ def get_config(variant: str = "csv"):
         processes["speaking"] = c.Process(
             tasks={"score": 0.6, "comment": 0.2, "attributes": 0.2}, compose=True, light_head=0.3, score_spread=0.5,
             terse=0.5, phrasings=5, versions=1,
-            row=c.Row(tokens=512, images=8, answers=160, candidates=8), batch=16, accumulate=4, steps=SPEAKING,
+            row=c.Row(tokens=512, images=8, answers=160, candidates=8), batch=8, accumulate=2, steps=SPEAKING,
             optimizer=c.Optimizer(peak_lr=2e-3, b2=0.95, scale=("(mfam|light_head)/.*=0.1",)),
             eval_every=SPEAKING // 2, eval_batches=4,
             train=(r"mfam/.*", r"light_head/.*", r"decoder/.*/lora/(a|b)"),

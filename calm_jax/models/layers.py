@@ -98,17 +98,21 @@ def product(x: Float[Array, "... I"], kernel: Float[Array, "I O"]) -> Float[Arra
 
 
 def _product_forward(x, kernel):
-    return x @ kernel, (x, kernel)
+    """Keeps what a gradient that is asked for needs: what is frozen costs none."""
+    return x.value @ kernel.value, (x.value if kernel.perturbed else None, kernel.value if x.perturbed else None)
 
 
 def _product_backward(kept, dy):
     x, kernel = kept
-    dy, rows = jax.lax.optimization_barrier(dy), tuple(range(x.ndim - 1))
-    return (jax.lax.dot_general(dy, kernel, (((x.ndim - 1,), (1,)), ((), ()))),
-            jax.lax.dot_general(x, dy, ((rows, rows), ((), ()))))
+    if isinstance(dy, jax.custom_derivatives.SymbolicZero):
+        dy = jnp.zeros(dy.shape, dy.dtype)
+    dy, last = jax.lax.optimization_barrier(dy), dy.ndim - 1
+    rows = tuple(range(last))
+    return (None if kernel is None else jax.lax.dot_general(dy, kernel, (((last,), (1,)), ((), ()))),
+            None if x is None else jax.lax.dot_general(x, dy, ((rows, rows), ((), ()))))
 
 
-product.defvjp(_product_forward, _product_backward)
+product.defvjp(_product_forward, _product_backward, symbolic_zeros=True)
 
 
 @jax.custom_vjp

@@ -372,7 +372,8 @@ def test_what_a_device_holds_is_not_computed_again():
 def test_torch_computes_again_what_it_cannot_hold(monkeypatch):
     asked = []
 
-    def compete(commands, questions, rounds):
+    def compete(commands, questions, rounds, *, twice):
+        assert twice  # of two answers in a row the second counts
         of = [json.loads(command[4])["model"]["remat"] for command in commands.values()]
         asked.append(dict(zip(commands, of, strict=True)))
         built, reply = {"seconds": 1.0, "trained": 1}, [{"seconds": 1.0, "peak": 1, "value": 1.0}]

@@ -1,7 +1,9 @@
-"""Products with transposed kernels; dropout of low-rank updates on each platform: how much, which, and that nothing is
-lost on average."""
+"""Products with transposed kernels, and gradients of products; dropout of low-rank updates on each platform: how much,
+which, and that nothing is lost on average."""
 
 from __future__ import annotations
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +11,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from calm_jax.models import layers
+from calm_jax.models import flops, layers
 from calm_jax.models.layers import dropout
 
 
@@ -54,3 +56,48 @@ def test_dropout_is_drawn_from_its_key_alone():
     # A gradient goes where the value went.
     grads = jax.grad(lambda x: dropout(x, 0.3, jax.random.key(0)).astype(jnp.float32).sum())(x)
     np.testing.assert_array_equal(np.asarray(grads == 0), np.asarray(one == 0))
+
+
+# ---- products on CPU ----------------------------------------------------------------------------------------------
+
+
+def loss(multiply, x, kernels):
+    """Two layers over a scan, checkpointed, as blocks are."""
+    @jax.checkpoint
+    def block(hidden, kernel):
+        return hidden + jnp.tanh(multiply(hidden, kernel)), None
+
+    return jnp.square(jax.lax.scan(block, x, kernels)[0]).sum()
+
+
+@pytest.mark.parametrize("stacked", [False, True], ids=["alone", "mapped"])
+@pytest.mark.parametrize("taught", [0, 1, (0, 1)], ids=["inputs", "kernels", "both"])
+def test_a_product_has_the_gradients_of_the_plain_one(taught, stacked):
+    rng = np.random.default_rng(0)
+    x, kernels = rng.normal(size=(2, 3, 4, 5)).astype(np.float32), rng.normal(size=(2, 2, 5, 5)).astype(np.float32)
+
+    def whole(multiply, x, kernels):
+        one = functools.partial(loss, multiply)
+        return jax.vmap(one)(x, kernels).sum() if stacked else one(x[0], kernels[0])
+
+    found, expected = (jax.tree.leaves(jax.jit(jax.grad(functools.partial(whole, multiply), taught))(x, kernels))
+                       for multiply in (layers.product, jnp.matmul))
+    for ours, theirs in zip(found, expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_what_is_frozen_costs_no_product():
+    x, kernels = jnp.ones((3, 4, 5)), jnp.ones((2, 5, 5))
+
+    def products(taught):
+        return flops.traced(jax.make_jaxpr(jax.grad(functools.partial(loss, layers.product), taught))(
+            x, kernels).jaxpr) / (2 * 12 * 25 * 2)
+
+    assert products((0, 1)) == products(0) + 1 and products(0) <= 3  # forwards, again, and backwards
+
+
+def test_scores_that_are_kept_apart_are_the_same_with_the_same_gradients():
+    x = jnp.linspace(-1, 1, 7)
+    value, slope = jax.value_and_grad(lambda x: jnp.square(layers.kept_apart(x)).sum())(x)
+    assert float(value) == pytest.approx(float(jnp.square(x).sum()))
+    np.testing.assert_allclose(slope, 2 * x)
