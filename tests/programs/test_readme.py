@@ -20,8 +20,8 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", ROOT / "launch/README.md", *sorted((ROOT / "docs").glob("*.md"))]
 MODULES = ("calm_jax.train", "calm_jax.evaluate", "calm_jax.config", "tools.demo", "tools.bench", "tools.prepare_data",
            "tools.convert_from_hf", "tools.export_to_hf", "tools.check_parity", "tools.show_samples",
-           "tools.tokenizer", "tools.make_cues", "tools.studies.first_look", "tools.study", "tools.plan", "tools.bench.gpu",
-           "tools.bench.pack", "calm_jax.supervise")
+           "tools.tokenizer", "tools.make_cues", "tools.studies.first_look", "tools.study", "tools.plan",
+           "tools.bench.gpu", "tools.bench.pack", "calm_jax.supervise")
 
 
 def commands() -> list[tuple[str, str]]:
