@@ -188,8 +188,8 @@ class Model:
     def seeing(self) -> Loaded:
         """The model whose encoder is asked: that which scores, if one does; a conversion will do; raises as
         `loaded`."""
-        if "score" in self.processes:
-            return self.loaded("score")
+        if skill := self._generic():
+            return self.loaded(skill)
         chosen = choice.seeing(self.path, self._process)
         if chosen.process not in self._loaded:
             if self._say:
@@ -250,11 +250,16 @@ class Model:
         """What `taste` reads of pictures, and their generic scores, or None where the model has none; by batches."""
         generator = self.seeing().generator
         look = Pictures.fitted(pixels, generator.size, 4 * self.batch)
-        generic = self.scores(count, look) if "score" in self.processes else None
+        skill = self._generic()
+        generic = self.scores(count, look, reader=skills.GENERIC[skill]) if skill else None
         for start in range(0, count, self.batch):
             refs = [ImageRef(index) for index in range(start, min(start + self.batch, count))]
             scores = None if generic is None else [next(generic).value for _ in refs]
             yield taste.features(generator.statistics(refs, look), generator.encoder), scores
+
+    def _generic(self) -> str:
+        """The skill that gives generic scores, one of `skills.GENERIC`; empty where none was learned."""
+        return next((skill for skill in skills.GENERIC if skill in self.processes), "")
 
     def _in_context(self, rated: Sequence[tuple[Picture, float]], count: int, pixels: Pixels,
                     scale: tuple[float, float], shots: int) -> Iterator[Score]:

@@ -120,8 +120,9 @@ def _kept(file: pathlib.Path) -> tuple[pathlib.Path, pathlib.Path]:
 def _chosen(path: str, options: Options) -> list[choice.Choice]:
     """What is measured: the model, and its control if there is one, which may be one that never learned the task."""
     if options.task == "personalised" and options.method == "ridge":
-        scores = "score" in choice.processes(path, options.process)
-        return [choice.choose(path, "score", process=options.process) if scores else
+        learned = choice.processes(path, options.process)
+        skill = next((skill for skill in skills.GENERIC if skill in learned), "")
+        return [choice.choose(path, skill, process=options.process) if skill else
                 choice.seeing(path, options.process)]
     return [choice.choose(path, options.skill, process=options.process,
                           as_it_is=not locate.is_workdir(pathlib.Path(path))),
@@ -163,8 +164,9 @@ def _answers(saved: Saved, options: Options, dataset: Dataset, indices: Sequence
     if options.task == "personalised":
         shown = dataset.indices(options.shown)
         foretell = (personalised.InContext(generator, dataset, options.context) if options.method == "context" else
-                    personalised.ByRidge(generator, dataset, [*indices, *shown],
-                                         scores=skills.state(trained, "score") == skills.TAUGHT))
+                    personalised.ByRidge(generator, dataset, [*indices, *shown], reader=next(
+                        (reader for skill, reader in skills.GENERIC.items()
+                         if skills.state(trained, skill) == skills.TAUGHT), "")))
         return personalised.personalised(foretell, dataset, indices, shown, shots=options.shots, raters=options.raters)
     return protocols.opinions(generator, dataset, indices, {"scoring": "score", "commenting": "comment"}[options.task],
                               options.reader)

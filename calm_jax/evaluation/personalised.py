@@ -90,21 +90,22 @@ class ByRidge:
 
     Args:
       indices: all records in question or shown.
-      scores: the model learned to score; else nothing is foretold without ratings.
+      reader: of the generic scores; empty: the model has none, and nothing is foretold without ratings.
     """
 
-    def __init__(self, generator: Generator, dataset: Dataset, indices: Sequence[int], *, scores: bool,
-                 batch: int = 16):
+    def __init__(self, generator: Generator, dataset: Dataset, indices: Sequence[int], *, reader: str, batch: int = 16
+                 ):
         refs = [dataset.record(int(index)).image for index in indices]
         self._places = {int(index): place for place, index in enumerate(indices)}
         self._seen = taste.features(generator.statistics(refs, dataset.pixels), generator.encoder)
         self._generic: np.ndarray | None = None
-        if scores:
-            question = f" {instructions.for_reader('expectation')}"
+        if reader:
+            question = f" {instructions.for_reader(reader)}"
             asked = ((Sample((ref,), (Turn((Mention(0, generator.layout.parts), question), Answer("")),)), 0)
                      for ref in refs)
-            self._generic = np.asarray([score.value for score in tqdm.tqdm(generator.scores(
-                asked, dataset.pixels, batch=batch), desc="generic scores", total=len(refs), unit="answer")])
+            scores = generator.scores(asked, dataset.pixels, reader=reader, batch=batch)
+            self._generic = np.asarray([score.value for score in tqdm.tqdm(
+                scores, desc="generic scores", total=len(refs), unit="answer")])
 
     def __call__(self, rated: Sequence[tuple[int, float]], queries: Sequence[int]) -> list[float] | None:
         places = [self._places[int(index)] for index in queries]

@@ -215,6 +215,35 @@ def test_personal_scores_are_judged_by_rater():
             personalised.personalised(personalised.InContext(Learner(), data, most), data, asked, shown, shots=shots)
 
 
+def test_personal_scores_in_closed_form_are_judged_in_the_same_way():
+    """Features that tell the light, and generic scores that like it: friends of the dark are told by their ratings."""
+    data, asked, shown = Rated(), range(12), range(12, 36)
+    cfg = config_lib.encoder("siglip", image_size=32, patch=8, width=4, depth=4, heads=2, mlp_width=8)
+
+    class Seer(Learner):
+        encoder = cfg
+
+        def statistics(self, refs, pixels):
+            turn = np.pi * np.asarray([pixels(ref.index).mean() for ref in refs]) / 255
+            one = np.stack([np.cos(turn), np.sin(turn), -np.cos(turn), -np.sin(turn)], 1)
+            return np.tile(one, (1, 8)).astype(np.float32)
+
+        def scores(self, questions, pixels, *, reader, batch):
+            assert reader == "light"
+            return (Score(1 + 9 * pixels(sample.images[0].index).mean() / 255) for sample, _ in questions)
+
+    with_scores = personalised.ByRidge(Seer(), data, [*asked, *shown], reader="light")
+    table = {(row["arm"], row["shots"]): row for row in personalised.personal_table(
+        personalised.personalised(with_scores, data, asked, shown, shots=(0, 20)))}
+    assert table["own", 20]["over_none"] > 0.15 and table["own", 20]["gain"] > 0.15
+    assert table["own", 20]["over_none_interval"][0] > 0
+    alone = personalised.ByRidge(Seer(), data, [*asked, *shown], reader="")
+    found = personalised.personalised(alone, data, asked, shown, shots=(0, 20))
+    assert not any(item.arm == "own" and item.shots == 0 for item in found)  # without ratings nothing is known
+    table = {(row["arm"], row["shots"]): row for row in personalised.personal_table(found)}
+    assert table["own", 20]["srcc"] > 0.7 and "over_none" not in table["own", 20]
+
+
 def test_no_question_is_asked_twice_after_an_interruption(tmp_path):
     """Of scores and texts, wherever it stopped: between two calls, in one, or in the middle of a line."""
     class Counting:

@@ -244,6 +244,9 @@ def test_the_reader_light_asks_it_for_scores(tmp_path):
                         for photo in photos])
     tokens = bound.encode(squares[:, None], warm.parts, dtype=np.float32)
     np.testing.assert_allclose(said, np.clip(bound.light_head.score(tokens), 1, 10), atol=1e-4)
+    # Its scores are the generic ones beside a person's ratings, too: every rating two points above moves them by two.
+    moved = model.personalise([(photo, value + 2) for photo, value in zip(photos, said, strict=True)], photos)
+    assert [score.value for score in moved] == pytest.approx([value + 2 for value in said], abs=1e-3)
     plain = calm_jax.load(miniature.saved(tmp_path / "plain"))
     with pytest.raises(ConfigError, match="never learned scores by the light head"):
         plain.score(photos, reader="light")

@@ -56,6 +56,10 @@ def for_reader(reader: str) -> str:
     return reader if reader in ("levels", "head", "light") else "score"
 
 
+# What gives generic scores beside a person's ratings: skill -> the reader that asks for it; the first that was learned.
+GENERIC: Mapping[str, str] = types.MappingProxyType({"score": "expectation", "light": "light"})
+
+
 def for_question(question: str) -> str:
     """The skill that a question in words needs: that of the task which asks so, or else `ask`."""
     known = {"score": instructions.SCORE, "levels": instructions.LEVEL, "suggest": instructions.SUGGEST,
