@@ -75,7 +75,7 @@ def _suggestions(figure, result) -> None:
 
 def _shots(figure, result) -> None:
     axes, rows = figure.subplots(), result["table"]
-    for arm, colour, label in (("own", plots.BLUE, "true ratings shown"), ("permuted", plots.ORANGE, "permuted")):
+    for arm, colour, label in (("own", plots.BLUE, "true ratings"), ("permuted", plots.ORANGE, "permuted")):
         mine = [row for row in rows if row["arm"] == arm and row["srcc"] is not None]
         if mine:
             low, high = np.asarray([row["srcc_interval"] for row in mine]).T
@@ -85,5 +85,5 @@ def _shots(figure, result) -> None:
     for row in rows:
         if row["arm"] == "crowd" and row["srcc"] is not None:
             axes.axhline(row["srcc"], color=plots.GREY, linestyle="--", label="the crowd's mean score")
-    axes.set(xlabel="rated pictures shown", ylabel="SRCC, mean over raters", xticks=sorted({r["shots"] for r in rows}))
-    axes.legend(frameon=False)
+    axes.set(xlabel="rated pictures", ylabel="SRCC, mean over raters", xticks=sorted({r["shots"] for r in rows}))
+    axes.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3)  # above: lines cross the plot

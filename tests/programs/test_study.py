@@ -72,7 +72,8 @@ def test_the_budget_is_five_hours_and_eight_arms_of_words():
 def test_what_others_begin_from_comes_first_and_nothing_is_trained_twice(study):
     names = ["edits-750", "scores-750", "edits"]
     jobs = study.jobs(names)
-    assert jobs == [runner.Job("edits", 0), *(runner.Job(name, seed) for name in names[:2] for seed in arms.SEEDS)]
+    assert jobs == [runner.Job("edits", 0), *(runner.Job(name, seed) for seed in arms.SEEDS for name in names[:2])]
+    assert study.jobs(names, 1) == jobs[:3]
     lines = {job: study.training(job).arguments for job in jobs}
     assert f"--config.init={study.workdir / 'edits-0'}" in lines[runner.Job("edits-750", 1)]
     assert "--config.init=start" in lines[runner.Job("scores-750", 1)] and "--config.seed=1" in lines[

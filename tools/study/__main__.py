@@ -2,7 +2,7 @@
 
     calm prepare --dataset para --source PARA --data-dir DATA
     calm parts laptop --out parts; calm convert --parts parts --out start
-    python -m tools.study --data_dir DATA --start start [--only NAME,...] [--plan]
+    python -m tools.study --data_dir DATA --start start [--only NAME,...] [--seeds N] [--plan]
 
 The plan is printed first, with what each arm is expected to take; those whose results lie in tools/study/results, of
 just this config and these data, are not trained again. The page is WORKDIR/study.md. Features take up to 16 GB in
@@ -31,6 +31,7 @@ def main(
         workdir: Annotated[str, typer.Option(help="Folder of the trainings.")] = "runs/study",
         only: Annotated[str, typer.Option(metavar="NAME[,NAME...]", help="Arms; default: all.",
                                           show_default=False)] = "",
+        seeds: Annotated[int, typer.Option(min=0, help="Of each arm at most; 0 = all.")] = 0,
         plan: Annotated[bool, typer.Option("--plan", help="Print the plan and stop.")] = False,
         split: Annotated[str, typer.Option(help="That judges: validation, or test, once.")] = "validation") -> int:
     from calm_jax.data import builders
@@ -41,7 +42,7 @@ def main(
     runner.converted(start)
     names = [name.strip() for name in only.split(",")] if only else list(arms.ARMS)
     study = runner.Study(place, start, builders.load("para", data_dir), data_dir, split)
-    jobs = study.jobs(names)
+    jobs = study.jobs(names, seeds)
     for job in jobs:
         print(f"  {job.name:<18} seed {job.seed}  {job.arm.minutes:>5.1f} min  {job.arm.question}: {job.arm.title}")
     print(f"{len(jobs)} trainings, about {sum(job.arm.minutes for job in jobs):.0f} minutes on two cores")

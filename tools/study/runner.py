@@ -84,10 +84,16 @@ class Study:
             return None
         return found if found.get("digest") == self.digest(job) else None
 
-    def jobs(self, names: Sequence[str]) -> list[Job]:
-        """What is still to be trained for these arms, in an order in which it can be."""
-        wanted = [Job(name, seed) for name in names for seed in arms.get(name).seeds if arms.get(name).scores]
-        wanted = [job for job in wanted if self.known(job) is None]
+    def jobs(self, names: Sequence[str], seeds: int = 0) -> list[Job]:
+        """What is still to be trained for these arms, in an order in which it can be; all arms with one seed before any
+        with the next.
+
+        Args:
+          seeds: of each arm at most; 0 = all.
+        """
+        wanted = [Job(name, seed) for name in names for seed in arms.get(name).seeds[:seeds or None]
+                  if arms.get(name).scores]
+        wanted = [job for job in sorted(wanted, key=lambda job: job.seed) if self.known(job) is None]
         first = dict.fromkeys(Job(job.arm.start, 0) for job in wanted if job.arm.start)
         return [*first, *(job for job in wanted if job not in first)]
 
