@@ -184,8 +184,9 @@ def run_process(run: Run, name: str, datasets: Mapping[str, Dataset]) -> None:
             reasons = "; ".join(f"{key}: {reason}" for key, reason in list(held_out.bad.items())[:1])
             raise TrainingError(f"no answer of the {process.eval_batches} validation batches of {name} can be judged"
                                 f"{f' ({reasons})' if reasons else ''}; mend the pictures, or raise eval_batches")
-        values = {"loss": float(totals["loss"] / totals["weight"]),
-                  "accuracy": float(totals["right"] / max(totals["answers"], 1))}
+        values = {"loss": float(totals["loss"] / totals["weight"])}
+        if totals["answers"]:
+            values["accuracy"] = float(totals["right"] / totals["answers"])
         if "score_error" in totals and totals["scores"]:
             values["score_error"] = float(totals["score_error"] / totals["scores"])
         return values
@@ -227,8 +228,10 @@ def run_process(run: Run, name: str, datasets: Mapping[str, Dataset]) -> None:
                     raise meter.diverged(number, f"the loss of the weights after step {number} is {values['loss']}")
                 if validates:
                     log.write(number, "validation", values)
-                    log.say(f"{name} step {number}: validation loss {values['loss']:.4f}, "
-                            f"{'token' if process.words else 'grade'} accuracy {values['accuracy']:.3f}")
+                    log.say(f"{name} step {number}: validation loss {values['loss']:.4f}" + "".join(
+                        f", {words} {values[figure]:.3f}" for figure, words in (
+                            ("accuracy", f"{'token' if process.words else 'grade'} accuracy"),
+                            ("score_error", "scores off by")) if figure in values))
                     is_best = best is None or values["loss"] < best
                     best = values["loss"] if is_best else best
                 if last or is_best or stopping or due:

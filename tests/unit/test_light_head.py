@@ -229,10 +229,12 @@ def test_it_is_trained_dropped_afterwards_and_said(tmp_path, capsys):
     assert isinstance(restore.origins(locate.find(tmp_path / "after"), again)["light_head/out/kernel"], restore.Drawn)
 
 
-def test_the_reader_light_asks_it_for_scores(tmp_path):
+def test_the_reader_light_asks_it_for_scores(tmp_path, capsys):
     """What it says of the visual tokens, without the language model; of a checkpoint that taught it scores."""
     warm = dataclasses.replace(WARM_UP, tasks={"score": 1.0}, steps=2)
     program.train(miniature.config(model=MODEL, processes={"only": warm}), tmp_path / "warm")
+    said = "".join(capsys.readouterr())
+    assert "scores off by" in said and "accuracy" not in said  # no grade was asked for
     model = calm_jax.load(tmp_path / "warm")
     with pytest.raises(ConfigError, match="never learned scores"):
         model.score(str(miniature.ROOT / "docs/demo.jpg"))
