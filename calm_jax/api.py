@@ -180,10 +180,14 @@ class Model:
 
     def statistics(self, images: Picture | Sequence[Picture]) -> Float[np.ndarray, "F"] | list[Float[np.ndarray, "F"]]:
         """What the visual encoder sees of each whole picture, in a few numbers: for ridge regression, groups and
-        likenesses. They are those of `Generator.statistics`, kept on disk; raises as `score`."""
+        likenesses. They are those of `Generator.statistics` in the order of PARTS, kept on disk; raises as `score`."""
         generator = self.seeing().generator
-        return self._each(images, lambda count, pixels: generator.statistics(
-            [ImageRef(index) for index in range(count)], pixels))
+
+        def flat(count: int, pixels: Pixels) -> Float[np.ndarray, "n F"]:
+            found = generator.statistics([ImageRef(index) for index in range(count)], pixels)
+            return np.concatenate([found[part].reshape(count, -1) for part in config_lib.PARTS], 1)
+
+        return self._each(images, flat)
 
     def seeing(self) -> Loaded:
         """The model whose encoder is asked: that which scores, if one does; a conversion will do; raises as
@@ -255,7 +259,7 @@ class Model:
         for start in range(0, count, self.batch):
             refs = [ImageRef(index) for index in range(start, min(start + self.batch, count))]
             scores = None if generic is None else [next(generic).value for _ in refs]
-            yield taste.features(generator.statistics(refs, look), generator.encoder), scores
+            yield taste.features(generator.statistics(refs, look)), scores
 
     def _generic(self) -> str:
         """The skill that gives generic scores, one of `skills.GENERIC`; empty where none was learned."""

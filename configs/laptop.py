@@ -11,7 +11,7 @@ The variant names the data set: `csv`, or `para`; `+light` leaves the second pro
    of each level 64 patches drawn anew, which takes less than half of the time of all 256; and each photograph is mixed
    with another. Both keep 7.4 million parameters from learning a few thousand scores by heart. Its result is
    `calm score --reader light`.
-2. `speaking`: the language model learns to read the visual tokens, by low-rank updates, and to say scores, comments
+2. `speaking`: the language model learns to read the visual tokens, by LoRA adapters, and to say scores, comments
    composed of what is known and measured, and grades of attributes; the MFAM follows at a tenth of the rate, and keeps
    the light head right.
 """

@@ -90,14 +90,14 @@ class ByRidge:
 
     Args:
       indices: all records in question or shown.
-      reader: of the generic scores; empty: the model has none, and nothing is foretold without ratings.
+      reader: score readout for the generic scores; empty: the model has none, and nothing is predicted without ratings.
     """
 
     def __init__(self, generator: Generator, dataset: Dataset, indices: Sequence[int], *, reader: str, batch: int = 16
                  ):
         refs = [dataset.record(int(index)).image for index in indices]
         self._places = {int(index): place for place, index in enumerate(indices)}
-        self._seen = taste.features(generator.statistics(refs, dataset.pixels), generator.encoder)
+        self._seen = taste.features(generator.statistics(refs, dataset.pixels))
         self._generic: np.ndarray | None = None
         if reader:
             question = f" {instructions.for_reader(reader)}"

@@ -16,7 +16,6 @@ import numpy as np
 from jaxtyping import Float
 
 from calm_jax import files
-from calm_jax.config import Encoder
 from calm_jax.data.samples import ImageRef, Sample
 from calm_jax.inference.generate import Generator, Memory, Pixels, Question
 from calm_jax.inference.scorer import Score
@@ -59,12 +58,7 @@ class Replies:
         """As `Generator.remember`, once somebody asks behind it."""
         return lambda: self._generator.remember(sample, turns, pixels)
 
-    @property
-    def encoder(self) -> Encoder:
-        """As the generator's."""
-        return self._generator.encoder
-
-    def statistics(self, refs: Sequence[ImageRef], pixels: Pixels) -> Float[np.ndarray, "n F"]:
+    def statistics(self, refs: Sequence[ImageRef], pixels: Pixels) -> dict[str, Float[np.ndarray, "n N E"]]:
         """As `Generator.statistics`, which are kept on disk as it is."""
         return self._generator.statistics(refs, pixels)
 

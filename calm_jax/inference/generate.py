@@ -106,7 +106,7 @@ class Generator:
         self.parameters = unroll(parameters, transposed=transposed)
         self.layout = Layout.of(model, parts)
         self.size, self.longest = model.encoder.image_size, model.decoder.positions
-        self.padding, self.encoder = model.encoder.padding, model.encoder
+        self.padding = model.encoder.padding
         self.geometry = Geometry.of(model, unrolled=True, transposed=transposed)
         places = [leaf.sharding for leaf in self.parameters.values() if isinstance(leaf.sharding, NamedSharding)]
         self.mesh = places[0].mesh if places and places[0].mesh.size > 1 else None
@@ -238,15 +238,14 @@ class Generator:
         seen = [wait() for wait in self._asked(self._known, "tokens", refs, pixels)]
         return "pool", [one.arrays["tokens"] for one in seen], [one.checksum for one in seen]
 
-    def statistics(self, refs: Sequence[ImageRef], pixels: Pixels) -> Float[np.ndarray, "n F"]:
-        """Mean, standard deviation and class token, if any, of the encoder's features, for each part in the order of
-        PARTS; float32, from half precision."""
+    def statistics(self, refs: Sequence[ImageRef], pixels: Pixels) -> dict[str, Float[np.ndarray, "n N E"]]:
+        """Part -> mean, standard deviation and class token, if any, of the encoder's features (N = 3 or 2); float32,
+        from half precision."""
         if self._pooled is None:
             self._pooled = self._known or self._encoding(())
-        seen = (wait() for some in _chunks(refs, STATISTICS)
-                for wait in self._asked(self._pooled, "pooled", some, pixels))
-        return np.stack([np.concatenate([one.arrays[part].astype(np.float32).ravel() for part in config_lib.PARTS])
-                         for one in seen])
+        seen = [wait() for some in _chunks(refs, STATISTICS)
+                for wait in self._asked(self._pooled, "pooled", some, pixels)]
+        return {part: np.stack([one.arrays[part].astype(np.float32) for one in seen]) for part in config_lib.PARTS}
 
     def _asked(self, known: Encoding, kind: str, refs: Sequence[ImageRef], pixels: Pixels) -> list[Callable[[], Seen]]:
         content = content_of(pixels)

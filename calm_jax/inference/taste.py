@@ -12,12 +12,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from jaxtyping import Float
 
-from calm_jax import config as config_lib
 from calm_jax.data.scale import HIGHEST, LOWEST
 from calm_jax.inference.scorer import Score
 
@@ -26,24 +25,16 @@ STRENGTHS = (10.0, 30.0, 100.0, math.inf)  # of the penalty, in units of the ker
 ALONE = (1.0, 3.0, 10.0)  # without generic scores
 
 
-def features(statistics: Float[np.ndarray, "n F"], encoder: config_lib.Encoder) -> Float[np.ndarray, "n E"]:
-    """What a taste reads of pictures: the class token of PART, or the mean over places of an encoder without one, each
-    centred and of length 1.
+def features(statistics: Mapping[str, Float[np.ndarray, "n N E"]]) -> Float[np.ndarray, "n E"]:
+    """The class token of PART, or the mean over patches of an encoder without one, centred and of length 1.
 
     Args:
       statistics: as `Generator.statistics` gives them.
     """
-    start = 0
-    for part in config_lib.PARTS:
-        seen = encoder.part(part)
-        rows = 3 if seen.prefix else 2
-        if part == PART:
-            first = start + (rows - 1) * seen.width * bool(seen.prefix)
-            found = np.asarray(statistics, np.float64)[:, first:first + seen.width]
-            found = found - found.mean(1, keepdims=True)
-            return found / np.maximum(np.linalg.norm(found, axis=1, keepdims=True), 1e-12)
-        start += rows * seen.width
-    raise AssertionError(PART)
+    seen = np.asarray(statistics[PART], np.float64)
+    found = seen[:, 2 if seen.shape[1] == 3 else 0]
+    found = found - found.mean(1, keepdims=True)
+    return found / np.maximum(np.linalg.norm(found, axis=1, keepdims=True), 1e-12)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -24,7 +24,7 @@ from calm_jax.commands.predict.gather import gather
 from calm_jax.commands.predict.journal import Journal
 from calm_jax.commands.predict.ratings import read_ratings
 from calm_jax.data import pictures
-from calm_jax.data.samples import BadRecord
+from calm_jax.data.samples import BadRecord, ImageRef
 from calm_jax.errors import ConfigError
 from calm_jax.inference import taste
 from calm_jax.inference.decoding import Sampling
@@ -170,19 +170,21 @@ def test_a_personal_score_is_the_mean_over_contexts(model, tmp_path):
             call()
 
 
+def tastes(model, pixels):
+    return taste.features(model.seeing().generator.statistics(
+        [ImageRef(index) for index in range(len(pixels))], lambda index: pixels[index]))
+
+
 def test_a_personal_score_in_closed_form(model):
     """From the generic scores and what the encoder sees, as `inference.taste` has it; no answer depends on others."""
     rated = [(picture(number), 1 + number % 5) for number in range(7)]
     asked = [picture(number) for number in range(20, 40)]  # more than a batch
     found = model.personalise(rated, asked, scale=(1, 5))
 
-    def seen(pixels):
-        return taste.features(np.stack(model.statistics(pixels)), model.seeing().generator.encoder)
-
     shown = [pixels for pixels, _ in rated]
-    own = taste.Taste.of(seen(shown), [1 + 9 * (score - 1) / 4 for _, score in rated],
+    own = taste.Taste.of(tastes(model, shown), [1 + 9 * (score - 1) / 4 for _, score in rated],
                          [score.value for score in model.score(shown)])
-    expected = own.scores(seen(asked), [score.value for score in model.score(asked)])
+    expected = own.scores(tastes(model, asked), [score.value for score in model.score(asked)])
     for score, other in zip(found, expected, strict=True):
         assert score.value == pytest.approx(1 + 4 * (other.value - 1) / 9, abs=1e-5) and 1 <= score.value <= 5
         assert score.spread == pytest.approx(own.error * 4 / 9)
@@ -197,8 +199,7 @@ def test_ratings_alone_count_where_nothing_scores(tmp_path):
     mute = calm_jax.load(folder)
     rated, asked = [(picture(number), 1.0 + number) for number in range(8)], [picture(20), picture(21)]
     found = mute.personalise(rated, asked)
-    seen = [taste.features(np.stack(mute.statistics(pixels)), mute.seeing().generator.encoder)
-            for pixels in ([pixels for pixels, _ in rated], asked)]
+    seen = [tastes(mute, pixels) for pixels in ([pixels for pixels, _ in rated], asked)]
     own = taste.Taste.of(seen[0], [score for _, score in rated], None)
     assert [score.value for score in found] == pytest.approx([score.value for score in own.scores(seen[1], None)])
     with pytest.raises(ConfigError, match="never learned personal scores"):

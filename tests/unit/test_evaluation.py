@@ -218,15 +218,11 @@ def test_personal_scores_are_judged_by_rater():
 def test_personal_scores_in_closed_form_are_judged_in_the_same_way():
     """Features that tell the light, and generic scores that like it: friends of the dark are told by their ratings."""
     data, asked, shown = Rated(), range(12), range(12, 36)
-    cfg = config_lib.encoder("siglip", image_size=32, patch=8, width=4, depth=4, heads=2, mlp_width=8)
-
     class Seer(Learner):
-        encoder = cfg
-
         def statistics(self, refs, pixels):
             turn = np.pi * np.asarray([pixels(ref.index).mean() for ref in refs]) / 255
             one = np.stack([np.cos(turn), np.sin(turn), -np.cos(turn), -np.sin(turn)], 1)
-            return np.tile(one, (1, 8)).astype(np.float32)
+            return {"high": np.stack([one, one], 1)}
 
         def scores(self, questions, pixels, *, reader, batch):
             assert reader == "light"

@@ -497,7 +497,8 @@ def test_what_stands_for_an_unreadable_picture_is_not_kept_as_that_picture(param
     assert generator._pooled.computed == 1
     found = generator.statistics([ImageRef(0)], whole)
     assert generator._pooled.computed == 2
-    np.testing.assert_array_equal(generator.statistics([ImageRef(0)], demo.pixels), found)
+    again = generator.statistics([ImageRef(0)], demo.pixels)
+    assert again.keys() == found.keys() and all(np.array_equal(again[part], found[part]) for part in found)
     generator.close()
 
 

@@ -1,4 +1,4 @@
-"""Products with transposed kernels, and gradients of products; dropout of low-rank updates on each platform: how much,
+"""Products with transposed kernels, and gradients of products; dropout of LoRA adapters on each platform: how much,
 which, and that nothing is lost on average."""
 
 from __future__ import annotations
